@@ -1,0 +1,35 @@
+# Every target sets up what it needs: Python 3.11 with pip and venv, a C compiler and make are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+
+.PHONY: quickstart test test-fast lint clean
+
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+$(DEV): $(READY) requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+quickstart: $(READY)
+	$(BIN)/python examples/quickstart.py
+
+test: $(DEV)
+	$(BIN)/python -m pytest -q
+
+test-fast: $(DEV)
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,176 @@
+"""Models, requests and references for the engine suites: add an engine to `ENGINES` and all of them cover it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from verst.protocols import Engine
+from verst.rollout.hf import HFEngine
+from verst.types import GenerateRequest, Generation, Manifest, Sampling, TensorEntry
+
+VOCAB = 64
+EOS = 63
+MAX_TOKENS = 160
+TINY: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+    "pad_token_id": None,
+    "initializer_range": 0.3,  # far from uniform, so that a wrong mask or position shows
+}
+EXPERTS: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**TINY),
+    "qwen3": Qwen3Config(**TINY, head_dim=16, tie_word_embeddings=True),
+    "qwen3_sliding": Qwen3Config(**TINY, head_dim=16, use_sliding_window=True, sliding_window=7, max_window_layers=1),
+    "qwen3_moe": Qwen3MoeConfig(**TINY, **EXPERTS),
+    "olmoe": OlmoeConfig(**TINY, num_experts=6, num_experts_per_tok=2),
+}
+
+
+def _hf(path: str, *, max_running: int, deterministic: bool, dtype: str) -> Engine:
+    return HFEngine(
+        path,
+        dtype=dtype,
+        device="cpu",
+        max_running=max_running,
+        max_model_tokens=MAX_TOKENS,
+        deterministic=deterministic,
+        threads=1,
+        version=3,
+    )
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {"hf": _hf}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directory of a tiny random model by the name of its config, with a tokenizer whose token n reads "wn"."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            path = tmp_path_factory.mktemp(name)
+            torch.manual_seed(5)
+            AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(path)
+            words = Tokenizer(WordLevel({f"w{n}": n for n in range(VOCAB)}, unk_token="w0"))
+            PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
+            made[name] = path
+        return made[name]
+
+    return make
+
+
+Opened = Callable[..., Awaitable[Engine]]
+
+
+@pytest.fixture(params=list(ENGINES))
+async def opened(request: pytest.FixtureRequest, models: Callable[[str], Path]) -> AsyncIterator[Opened]:
+    """Starts engines and closes them after the test."""
+    engines: list[Engine] = []
+
+    async def start(model: str = "llama", max_running: int = 6, deterministic: bool = True, dtype: str = "float32") -> Engine:
+        engine = ENGINES[request.param](str(models(model)), max_running=max_running, deterministic=deterministic, dtype=dtype)
+        engines.append(engine)
+        await engine.start()
+        return engine
+
+    yield start
+    for engine in engines:
+        await engine.close()
+
+
+def prompt(*seed: int, length: int = 9) -> NDArray[np.int32]:
+    return np.random.default_rng(seed).integers(0, EOS, length, dtype=np.int32)
+
+
+def ask(id: str, tokens: NDArray[np.int32], seed: int = 0, **sampling: object) -> GenerateRequest:
+    settings = {"max_new_tokens": 12, **sampling}
+    return GenerateRequest(id, tokens, Sampling(**settings), seed)  # type: ignore[arg-type]
+
+
+def load(path: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="eager").eval()
+
+
+@torch.no_grad()
+def reference_logprobs(model: torch.nn.Module, tokens: NDArray[np.int32], temperature: float = 1.0) -> NDArray[np.float32]:
+    """By transformers' own full forward pass: log-probability of tokens 1, 2, …"""
+    ids = torch.from_numpy(tokens.astype(np.int64))[None]
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1] / temperature
+    return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].numpy()
+
+
+def same(one: Generation, other: Generation) -> bool:
+    """Equal to the bit."""
+    return (
+        one.tokens_T.tobytes() == other.tokens_T.tobytes()
+        and one.logprobs_T.tobytes() == other.logprobs_T.tobytes()
+        and one.finish == other.finish
+    )
+
+
+class Update:
+    """A `WeightUpdate` made from a state dict; `corrupt` names a tensor that changes on its way."""
+
+    def __init__(self, state: dict[str, torch.Tensor], version: int, corrupt: str | None = None) -> None:
+        entries = tuple(
+            TensorEntry(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), self.checksum(t), t.nbytes) for name, t in state.items()
+        )
+        self.manifest = Manifest(version, "nowhere", entries, "")
+        self._state, self._corrupt = state, corrupt
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._state.items():
+            yield name, tensor + 1 if name == self._corrupt else tensor
+
+    def checksum(self, tensor: torch.Tensor) -> str:
+        return f"{hash(tensor.detach().numpy().tobytes()) & (2**64 - 1):016x}"
+
+
+def perturbed(path: Path, by: float = 0.5) -> dict[str, torch.Tensor]:
+    """Other weights for the same model."""
+    generator = torch.Generator().manual_seed(1)
+    parameters = {name: parameter.detach() for name, parameter in load(path).named_parameters()}
+    return {name: p + by * p.std() * torch.randn(p.shape, generator=generator) for name, p in parameters.items()}
+
+
+@asynccontextmanager
+async def paused(engine: Engine) -> AsyncIterator[None]:
+    await engine.pause()
+    yield
+    await engine.resume()
+
+
+async def reached(engine: Engine, counter: str, value: float) -> None:
+    """Waits until one of the engine's counters is at least this."""
+    async with asyncio.timeout(60):
+        while engine.stats()[counter] < value:  # noqa: ASYNC110 - an engine has counters, no events
+            await asyncio.sleep(0.001)

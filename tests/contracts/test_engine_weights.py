@@ -1,0 +1,108 @@
+"""What every `Engine` promises about a change of weights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.contracts.engine_cases import (
+    Opened,
+    Update,
+    ask,
+    load,
+    models,
+    opened,
+    paused,
+    perturbed,
+    prompt,
+    reached,
+    reference_logprobs,
+)
+from verst.errors import EngineFailure, VerstError, WeightMismatch
+
+__all__ = ["models", "opened"]  # fixtures
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3", "qwen3_moe"])
+async def test_an_update_in_flight_mixes_versions_and_takes_effect(opened: Opened, models: Callable[[str], Path], model: str):
+    engine = await opened(model)
+    update = Update(perturbed(models(model)), version=4)
+    answer = asyncio.ensure_future(engine.generate(ask("flying", prompt(1), seed=2, max_new_tokens=100, temperature=1.5)))
+    await reached(engine, "generated_tokens", 5)
+    async with paused(engine):
+        returned = await engine.update_weights(update)
+        assert returned == {entry.name: entry.checksum for entry in update.manifest.entries}
+        probe = await engine.logprobs(prompt(6))
+    flying = await answer
+    assert engine.version == 4
+    assert sorted(flying.versions_T) == list(flying.versions_T)
+    assert {3, 4} == set(flying.versions_T)
+    reference = load(models(model))
+    reference.load_state_dict(dict(update.tensors()), strict=False)
+    reference.tie_weights()  # type: ignore[operator]
+    np.testing.assert_allclose(probe[1:], reference_logprobs(reference, prompt(6)), atol=1e-5)
+    # The same prompt again: neither keys and values nor first logits of the old version may be used.
+    fresh = await engine.generate(ask("fresh", prompt(1), seed=2))
+    expected = reference_logprobs(reference, np.concatenate((prompt(1), fresh.tokens_T)))[8:]
+    np.testing.assert_allclose(fresh.logprobs_T, expected, atol=1e-5)
+    assert (fresh.versions_T == 4).all()
+
+
+async def test_a_corrupted_update_shows_in_the_checksums(opened: Opened, models: Callable[[str], Path]):
+    engine = await opened()
+    name = "model.layers.1.mlp.up_proj.weight"
+    update = Update(perturbed(models("llama")), version=4, corrupt=name)
+    async with paused(engine):
+        returned = await engine.update_weights(update)
+    assert {entry.name for entry in update.manifest.entries if returned[entry.name] != entry.checksum} == {name}
+
+
+async def test_updates_that_do_not_fit_name_the_tensor_and_change_nothing(opened: Opened, models: Callable[[str], Path]):
+    engine = await opened()
+    state = perturbed(models("llama"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    bad_states = {
+        "lacks": {n: t for n, t in state.items() if n != name},
+        "does not have": {**state, "model.layers.0.mlp.extra.weight": torch.zeros(3)},
+        r"float32 \(1, 2\)": {**state, name: torch.zeros(1, 2)},
+        "bfloat16": {**state, name: state[name].bfloat16().view(torch.int16).view(torch.bfloat16)},
+    }
+    before = await engine.logprobs(prompt(1))
+    with pytest.raises(EngineFailure, match="pause"):
+        await engine.update_weights(Update(state, version=4))
+    await engine.pause()
+    for message, bad in bad_states.items():
+        with pytest.raises(WeightMismatch, match=message) as caught:
+            await engine.update_weights(_UncheckedUpdate(bad, version=4))
+        assert "mlp" in str(caught.value)
+    assert engine.version == 3
+    np.testing.assert_array_equal(await engine.logprobs(prompt(1)), before)
+
+
+class _UncheckedUpdate(Update):
+    def checksum(self, tensor: torch.Tensor) -> str:
+        return "0" * 16
+
+
+async def test_an_update_that_breaks_off_must_be_repeated_before_resume(opened: Opened, models: Callable[[str], Path]):
+    engine = await opened()
+    state = perturbed(models("llama"))
+
+    class Broken(Update):
+        def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+            yield next(super().tensors())
+            raise OSError("the disk went away")
+
+    await engine.pause()
+    with pytest.raises((VerstError, OSError)):
+        await engine.update_weights(Broken(state, version=4))
+    with pytest.raises(EngineFailure, match="version 4"):
+        await engine.resume()
+    await engine.update_weights(Update(state, version=4))
+    await engine.resume()
+    assert (await engine.generate(ask("a", prompt(1)))).versions_T[0] == 4

@@ -1,0 +1,122 @@
+"""What every `TrainBackend` must hold, driven through the protocol alone. A backend joins by a line in `BACKENDS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.fsdp_cases import make_backend, make_batch, make_config, same_bits, save_model
+from verst.config.schema import Config
+from verst.errors import TrainingDiverged
+from verst.observe.metrics import Tally
+from verst.protocols import TrainBackend
+
+BACKENDS: Mapping[str, Callable[[Config], TrainBackend]] = {"fsdp": make_backend}
+ADVANTAGES = [1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.0, 1.5]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(params=BACKENDS)
+def build(request: pytest.FixtureRequest) -> Callable[[Config], TrainBackend]:
+    return BACKENDS[request.param]
+
+
+def run_step(backend: TrainBackend, step: int, advantages: list[float] | None = None) -> Tally:
+    tally = Tally().merge(backend.load_batch(make_batch(step)).tally)
+    for update in range(backend.num_updates):
+        tally.merge(backend.forward_backward(update, advantages or ADVANTAGES))
+        tally.merge(backend.optimizer_step(update))
+    return tally
+
+
+def taken(backend: TrainBackend) -> dict[str, torch.Tensor]:
+    return {name: tensor.cpu().clone() for name, tensor in backend.weights()}
+
+
+def test_version_0_is_the_model_on_disk(build: Callable[[Config], TrainBackend], path: str) -> None:
+    from safetensors.torch import load_file
+
+    assert same_bits(taken(build(make_config(path))), load_file(Path(path) / "model.safetensors"))
+
+
+def test_weights_are_in_the_models_dtype(build: Callable[[Config], TrainBackend], path: str) -> None:
+    weights = taken(build(make_config(path, model={"dtype": "bfloat16"})))
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def test_a_step_makes_the_updates_it_announces_and_tells_of_them(build: Callable[[Config], TrainBackend], path: str) -> None:
+    backend = build(make_config(path, train={"minibatches": 2, "epochs": 3}))
+    assert backend.num_updates == 6
+    tally = run_step(backend, 1)
+    assert tally.weights["update/skipped"] == 6
+    report = tally.report()
+    assert report["update/skipped"] == 0
+    assert report["update/lr"] == pytest.approx(1e-2)
+    for name in ("mismatch/abs_mean", "loss/total", "policy/entropy", "policy/clipped_low", "update/grad_norm"):
+        assert np.isfinite(report[name]), name
+
+
+def test_ascent_on_one_sample_raises_its_probability(build: Callable[[Config], TrainBackend], path: str) -> None:
+    backend = build(make_config(path, train={"weight_decay": 0.0, "lr": 1e-3}))
+    sample = make_batch(1).samples[0]
+
+    def logprob() -> float:
+        return float(backend.logprobs(sample.tokens_T)[sample.loss_mask_T].sum())
+
+    before = logprob()
+    run_step(backend, 1, [1.0] + [0.0] * 7)
+    higher = logprob()
+    run_step(backend, 1, [-1.0] + [0.0] * 7)
+    run_step(backend, 1, [-1.0] + [0.0] * 7)
+    assert higher > before + 0.01
+    assert logprob() < higher - 0.01
+
+
+def test_probe_logprobs_start_with_zero_and_follow_the_weights(build: Callable[[Config], TrainBackend], path: str) -> None:
+    backend = build(make_config(path))
+    tokens_T = make_batch(1).samples[0].tokens_T
+    first = backend.logprobs(tokens_T)
+    assert (first.dtype, first.shape, first[0]) == (np.float32, tokens_T.shape, 0.0)
+    assert (first[1:] < 0).all()
+    run_step(backend, 1)
+    assert not np.array_equal(first, backend.logprobs(tokens_T))
+
+
+def test_an_update_that_is_not_finite_changes_no_weight(build: Callable[[Config], TrainBackend], path: str) -> None:
+    backend = build(make_config(path, train={"max_skipped_updates": 2}))
+    before = taken(backend)
+    assert run_step(backend, 1, [float("nan")] * 8).report()["update/skipped"] == 1
+    assert same_bits(before, taken(backend))
+    with pytest.raises(TrainingDiverged):
+        run_step(backend, 2, [float("nan")] * 8)
+
+
+def test_a_reference_costs_nothing_at_the_initial_weights(build: Callable[[Config], TrainBackend], path: str) -> None:
+    backend = build(make_config(path, algorithm={"name": "grpo", "kl_coefficient": 0.1, "kl_in": "reward"}))
+    first = backend.load_batch(make_batch(1)).reference_kl
+    assert set(first) == set(range(8))
+    assert max(first.values()) < 1e-6
+    run_step(backend, 1)
+    assert max(backend.load_batch(make_batch(2)).reference_kl.values()) > 1e-3
+
+
+def test_a_restored_state_continues_with_the_same_bits(build: Callable[[Config], TrainBackend], path: str) -> None:
+    config = make_config(path, train={"minibatches": 2})
+    undisturbed, resumed = build(config), build(config)
+    run_step(undisturbed, 1)
+    state = undisturbed.state()
+    assert set(state.full_shapes) == set(state.tensors)
+    run_step(resumed, 7)
+    resumed.load_state(state)
+    for backend in (undisturbed, resumed):
+        run_step(backend, 2)
+    assert same_bits(taken(undisturbed), taken(resumed))
+    assert same_bits(undisturbed.state().tensors, resumed.state().tensors)

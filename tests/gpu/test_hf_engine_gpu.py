@@ -1,0 +1,135 @@
+"""The `hf` engine on a GPU: against transformers, against itself for bits, and its weight updates against the CPU's hashes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
+
+from tests.contracts.engine_cases import MAX_TOKENS, ask, models, paused, perturbed, prompt, same
+from verst.rollout.hf import HFEngine
+from verst.rollout.hf.graphs import ForwardGraphs
+from verst.types import Generation
+from verst.weights.files import FileUpdate, publish
+
+__all__ = ["models"]  # a fixture
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),  # of drivers and the compiler
+]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Both round differently in bfloat16: the engine attends by another kernel, and keeps its logits in float32.
+LIMITS = {"float32": 1e-4, "bfloat16": 0.3}
+
+Opened = Callable[..., Awaitable[HFEngine]]
+
+
+@pytest.fixture
+async def opened(models: Callable[[str], Path]) -> AsyncIterator[Opened]:
+    """Starts engines on the GPU and closes them after the test."""
+    engines: list[HFEngine] = []
+
+    async def start(model: str = "llama", **options: Any) -> HFEngine:
+        settings = {"max_running": 16, "deterministic": True, "dtype": "float32"} | options
+        engine = HFEngine(str(models(model)), device="cuda", max_model_tokens=MAX_TOKENS, **settings)
+        engines.append(engine)
+        await engine.start()
+        return engine
+
+    yield start
+    for engine in engines:
+        await engine.close()
+
+
+@torch.no_grad()
+def reference(path: Path, tokens: NDArray[np.int32], dtype: str, device: str = "cuda") -> NDArray[np.float32]:
+    """By transformers' own attention, all tokens in one pass: log-probability of tokens 1, 2, …"""
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=DTYPES[dtype], attn_implementation="eager", experts_implementation="eager"
+    )
+    ids = torch.from_numpy(tokens.astype(np.int64))[None].to(device)
+    logits = model.to(device)(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].cpu().numpy()
+
+
+async def crowd(engine: HFEngine) -> list[Generation]:
+    """Twenty requests of many lengths, more than run at once; the first four share a prompt."""
+    requests = [ask(f"r{n}", prompt(0 if n < 4 else n, length=9 + 3 * max(n - 3, 0)), seed=n, max_new_tokens=70 - n) for n in range(20)]
+    return await asyncio.gather(*(engine.generate(request) for request in requests))
+
+
+def whole(generation: Generation) -> tuple[NDArray[np.int32], int]:
+    """Prompt and generated tokens of a member of the crowd, and the prompt's length."""
+    n = int(generation.id[1:])
+    opening = prompt(0 if n < 4 else n, length=9 + 3 * max(n - 3, 0))
+    return np.concatenate((opening, generation.tokens_T)), len(opening)
+
+
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "free"])
+@pytest.mark.parametrize(
+    ("model", "dtype"), [("llama", "float32"), ("qwen3_sliding", "float32"), ("qwen3_moe", "float32"), ("llama", "bfloat16")]
+)
+async def test_logprobs_are_those_of_transformers(
+    opened: Opened, models: Callable[[str], Path], model: str, dtype: str, deterministic: bool
+) -> None:
+    engine = await opened(model, dtype=dtype, deterministic=deterministic)
+    for generation in await crowd(engine):
+        tokens, given = whole(generation)
+        expected = reference(models(model), tokens, dtype)
+        np.testing.assert_allclose(generation.logprobs_T, expected[given - 1 :], rtol=0, atol=LIMITS[dtype])
+        np.testing.assert_allclose((await engine.logprobs(tokens))[1:], expected, rtol=0, atol=LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+async def test_a_sequence_has_the_same_bits_in_company(opened: Opened, dtype: str) -> None:
+    engine = await opened(dtype=dtype)
+    together = await crowd(engine)
+    for generation in (together[0], together[7], together[19]):
+        _, given = whole(generation)
+        n = int(generation.id[1:])
+        alone = await engine.generate(ask(f"alone{n}", whole(generation)[0][:given], seed=n, max_new_tokens=70 - n))
+        assert same(alone, generation)
+
+
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "free"])
+async def test_recorded_passes_compute_what_the_others_do(opened: Opened, monkeypatch: pytest.MonkeyPatch, deterministic: bool) -> None:
+    recorded = await opened(deterministic=deterministic)
+    answers = await crowd(recorded)
+    assert recorded.stats()["recordings"] > 0
+    monkeypatch.setattr(ForwardGraphs, "_record", refuse)
+    plain = await opened(deterministic=deterministic)
+    for one, other in zip(answers, await crowd(plain), strict=True):
+        np.testing.assert_array_equal(one.tokens_T, other.tokens_T)
+        np.testing.assert_allclose(one.logprobs_T, other.logprobs_T, rtol=0, atol=1e-4)
+    assert plain.stats()["recordings"] == 0
+
+
+def refuse(*_: object) -> None:
+    raise RuntimeError("this pass cannot be recorded")
+
+
+async def test_an_update_is_verified_and_takes_effect_in_recorded_passes(
+    opened: Opened, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    engine = await opened()
+    before = await crowd(engine)
+    state = perturbed(models("llama"))
+    manifest = publish(1, iter(state.items()), tmp_path)  # hashed on the CPU
+    async with paused(engine):
+        checksums = await engine.update_weights(FileUpdate(manifest))
+    assert checksums == {entry.name: entry.checksum for entry in manifest.entries}
+    model = AutoModelForCausalLM.from_pretrained(models("llama"))
+    model.load_state_dict(state, strict=False)
+    model.save_pretrained(tmp_path / "updated")
+    after = await crowd(engine)
+    assert not any(same(one, other) for one, other in zip(before, after, strict=True))
+    tokens, given = whole(after[0])
+    np.testing.assert_allclose(after[0].logprobs_T, reference(tmp_path / "updated", tokens, "float32")[given - 1 :], rtol=0, atol=1e-4)

@@ -1,0 +1,182 @@
+"""A loop's parts without models, processes or Ray. They record what happened, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from verst.config.schema import Config
+from verst.errors import CheckpointError
+from verst.journal.log import Journal
+from verst.observe.metrics import Tally
+from verst.runtime.workers import Scores
+from verst.types import FinishReason, Group, Manifest, Message, Prompt, Status, Trajectory, Turn
+
+
+def config(**sections: dict[str, Any]) -> Config:
+    """Two groups a step of two trajectories each, three steps; sections are merged over that."""
+    base: dict[str, dict[str, Any]] = {
+        "run": {"steps": 3},
+        "model": {"path": "unused"},
+        "train": {"groups_per_step": 2},
+        "rollout": {"group_size": 2, "deadline_s": 5.0},
+        "weights": {"deadline_s": 5.0},
+        "checkpoint": {"every_steps": 100, "export_final": False},
+    }
+    return Config.model_validate({k: base.get(k, {}) | sections.get(k, {}) for k in base | sections})
+
+
+def group(seq: int, version: int, rewards: Sequence[float | None] = (0.0, 1.0)) -> Group:
+    """A group whose trajectories are two prompt tokens and one generated one; reward None makes it a failed one."""
+    trajectories = tuple(
+        Trajectory(
+            id=f"{seq}/{m}",
+            tokens_T=np.array([1, 2, 3], np.int32),
+            loss_mask_T=np.array([False, False, True]),
+            logprobs_T=np.array([0, 0, -1], np.float32),
+            versions_T=np.array([-1, -1, version], np.int32),
+            turns=(Turn(0, 2, 3, FinishReason.STOP, "c"),),
+            messages=(Message("user", "q"), Message("assistant", "c")),
+            status=Status.FINISHED if reward is not None else Status.FAILED,
+            seed=seq * 100 + m,
+            error=None if reward is not None else "the reward raised",
+            reward=reward,
+        )
+        for m, reward in enumerate(rewards)
+    )
+    return Group(seq, Prompt(f"p{seq}", (Message("user", "q"),)), trajectories, version)
+
+
+class FakeStream:
+    """Prompts p0, p1, …; the state is how many were read."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def state(self) -> dict[str, int]:
+        return {"read": self.read}
+
+    def restore(self, state: dict[str, int]) -> None:
+        self.read = state["read"]
+
+    def next(self) -> Prompt:
+        self.read += 1
+        return Prompt(f"p{self.read - 1}", (Message("user", "q"),))
+
+
+@dataclass
+class FakeTrainers:
+    """Weights are the list of groups trained so far, in order; the digest is that list. Anything lost, repeated or reordered shows."""
+
+    events: list[str]
+    num_updates: int = 1
+    trained: list[int] = field(default_factory=list)
+    saved: dict[int, list[int]] = field(default_factory=dict)
+    disk_full: bool = False
+
+    async def load_batch(self, batch: Any) -> Scores:
+        self._batch = batch
+        return Scores(Tally(), {})
+
+    async def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
+        assert len(advantages) == len(self._batch.samples)
+        return Tally()
+
+    async def optimizer_step(self, update: int) -> Tally:
+        if update == 0:
+            self.trained.extend(self._batch.groups)
+        self.events.append(f"optimizer {self._batch.step}.{update}")
+        return Tally()
+
+    async def publish(self, version: int, location: str | None, probe_T: Any) -> tuple[Manifest, Any]:
+        self.events.append(f"publish {version}")
+        return Manifest(version, location or "", (), " ".join(map(str, self.trained))), np.zeros(3, np.float32)
+
+    async def snapshot(self, directory: str, step: int) -> dict[str, Any]:
+        self.events.append(f"snapshot {step}")
+        self._saving = step
+        return {}
+
+    async def written(self) -> list[Any]:
+        await asyncio.sleep(0)
+        if self.disk_full:
+            raise CheckpointError("no space left on the fake disk")
+        self.saved[self._saving] = list(self.trained)
+        return []
+
+    async def restore(self, directory: str, step: int) -> None:
+        self.trained = list(self.saved[step])
+
+    async def export(self, directory: str) -> None:
+        self.events.append("export")
+
+
+class FakeParts:
+    """What a `Loop` works with. `roll` decides what a group becomes, and may wait, raise or count."""
+
+    def __init__(self, config: Config, root: Path, roll: Callable[[int, int], Any] | None = None, seed: int = 0) -> None:
+        self.config = config
+        self.events: list[str] = []
+        self.rolled: list[tuple[int, int]] = []  # (seq, version that the engines served)
+        self.notes: list[str] = []
+        self.rows: dict[int, dict[str, float]] = {}
+        self._reported: dict[int, asyncio.Event] = {}
+        self.stream = FakeStream()
+        self.trainers = FakeTrainers(self.events, config.train.minibatches * config.train.epochs)
+        journal = root / "journal"
+        self.journal = Journal.open(journal) if journal.exists() else Journal.create(journal, "test-run")
+        self.run = SimpleNamespace(checkpoints=root / "checkpoints", final=root / "final")
+        self.replicas = self
+        self.observer = self
+        self.probe_tokens = np.array([1, 2, 3], np.int32)
+        self.weights_location = "somewhere"
+        self.group_deadline_s = 5.0
+        self.serving = -1
+        self.pull_s = 0.0
+        self._roll = roll or group
+        self._random = random.Random(seed)
+
+    # rollout and scoring
+    async def rollout(self, seq: int, prompt: Prompt, how: str) -> Group:
+        assert prompt.id == f"p{seq}", "the feed must read one prompt for each admission number"
+        version = self.serving
+        self.rolled.append((seq, version))
+        await asyncio.sleep(self._random.random() * 0.003)
+        result = self._roll(seq, version)
+        return await result if asyncio.iscoroutine(result) else result
+
+    async def evaluate(self) -> dict[str, float]:
+        self.events.append(f"evaluate {self.serving}")
+        return {"eval/reward": 0.5}
+
+    # replicas
+    async def pull(self, manifest: Manifest, probe: Any) -> float:
+        self.events.append(f"pull {manifest.version}")
+        await asyncio.sleep(self.pull_s)
+        self.serving = manifest.version
+        self.events.append(f"serve {manifest.version}")
+        return 0.0
+
+    # observer
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+    def step(self, step: int, groups: Sequence[Group], metrics: dict[str, float], spans: Any) -> None:
+        self.events.append(f"report {step}")
+        self.rows[step] = dict(metrics)
+        self._reported.setdefault(step, asyncio.Event()).set()
+
+    async def reported(self, step: int) -> None:
+        """Waits until a step was reported."""
+        await asyncio.wait_for(self._reported.setdefault(step, asyncio.Event()).wait(), 10)
+
+    def published(self, version: int, probe: float) -> None: ...
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None: ...

@@ -1,0 +1,56 @@
+"""A whole run in this process: the real loop, engine, backend, scorer and journal, without Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from verst.config.load import load_config
+from verst.observe.sinks import read_rows
+from verst.runtime.actors import LocalWorker
+from verst.runtime.extensions import Extensions
+from verst.runtime.preflight import preflight
+from verst.runtime.rundir import RunDirectory
+from verst.runtime.service import RunService
+
+
+def local_spawn(name: str, factory: Any, *args: Any, gpus: float = 0, env: Any = None) -> LocalWorker:
+    return LocalWorker(name, factory(*args))
+
+
+@dataclass
+class LocalRun:
+    run: RunDirectory
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return read_rows(self.run.metrics)
+
+    def metric(self, name: str) -> list[float]:
+        return [row[name] for row in self.rows if row.get(name) is not None]
+
+    async def go(self) -> LocalRun:
+        """Runs, or continues, to the end; `lines` has what was told, also after an error."""
+        service = RunService(str(self.run.root), local_spawn)
+        try:
+            await service.run()
+        finally:
+            self.lines = await service.lines(0, 0)
+        return self
+
+
+def local_run(directory: Path, model: Path, values: dict[str, Any], **extensions: Any) -> LocalRun:
+    """Makes a run of a small configuration; `values` are merged over it section by section."""
+    base: dict[str, dict[str, Any]] = {
+        "run": {"name": "run", "dir": str(directory), "steps": 3, "seed": 1},
+        "model": {"path": str(model)},
+        "data": {"max_prompt_tokens": 64},
+        "rollout": {"group_size": 4, "max_new_tokens": 6, "max_running": 16},
+        "train": {"groups_per_step": 4, "threads": 1, "lr": 1e-3},
+    }
+    given = Extensions(**extensions)
+    config = load_config({k: base.get(k, {}) | values.get(k, {}) for k in base | values})
+    preflight(config, given)
+    return LocalRun(RunDirectory.create(config, given.pack()))

@@ -1,0 +1,278 @@
+"""The loop against fakes: order of events, staleness, drops, stops, resumes."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from tests.loop.fakes import FakeParts, FakeStream, config, group
+from verst.config.schema import Config
+from verst.errors import DataError, DeadlineExceeded, EngineFailure, InvariantViolation
+from verst.journal.codec import encode_group
+from verst.runtime.loop import Loop
+from verst.runtime.parts import Parts
+from verst.runtime.recovery import Cursor, JournaledBatch, Restored
+from verst.types import Message, Prompt
+
+
+def loop_of(cfg: Config, parts: FakeParts, restored: Restored | None = None) -> Loop:
+    return Loop(cfg, cast(Parts, parts), restored or Restored(0, Cursor(0, parts.stream.state())))
+
+
+async def run(cfg: Config, parts: FakeParts, restored: Restored | None = None) -> Loop:
+    loop = loop_of(cfg, parts, restored)
+    await asyncio.wait_for(loop.run(), 20)
+    return loop
+
+
+async def test_synchronous_training_takes_every_group_once_in_order(tmp_path: Path):
+    parts = FakeParts(config(), tmp_path)
+    await run(config(), parts)
+    assert parts.trainers.trained == [0, 1, 2, 3, 4, 5]
+    # a group is rolled on the version its step trains: staleness 0
+    assert sorted(parts.rolled) == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)]
+    assert [parts.rows[s]["staleness/max"] for s in (1, 2, 3)] == [0, 0, 0]
+
+
+async def test_the_commit_is_durable_before_the_engines_see_the_version(tmp_path: Path):
+    parts = FakeParts(config(), tmp_path)
+    committed: list[int] = []
+    pull = parts.pull
+
+    async def checked_pull(manifest: Any, probe: Any) -> float:
+        committed.append(parts.journal.index.last_commit)
+        return await pull(manifest, probe)
+
+    parts.pull = checked_pull
+    await run(config(), parts)
+    assert committed == [0, 1, 2, 3]  # version v is pulled when commit v is in the journal
+
+
+async def test_slots_are_freed_only_after_the_verified_pull(tmp_path: Path):
+    parts = FakeParts(config(), tmp_path)
+    parts.pull_s = 0.02
+    await run(config(), parts)
+    for seq, version in parts.rolled:
+        assert version == seq // 2, "a group was admitted before the engines held the weights of the step before"
+
+
+@pytest.mark.parametrize("capacity", [2, 3, 4, 5, 8])
+async def test_staleness_stays_within_its_bound(tmp_path: Path, capacity: int):
+    cfg = config(run={"steps": 8}, rollout={"group_size": 2, "capacity_groups": capacity})
+    parts = FakeParts(cfg, tmp_path, seed=capacity)
+    await run(cfg, parts)
+    bound = -(-(capacity - 1) // 2) if capacity > 2 else 0  # ceil((C - 1) / P)
+    worst = max(row["staleness/max"] for row in parts.rows.values())
+    assert worst <= bound
+    assert (worst > 0) == (capacity > 2), "a larger capacity must really run ahead"
+    assert parts.trainers.trained == list(range(16))
+
+
+async def test_several_updates_make_one_step_and_one_commit(tmp_path: Path):
+    cfg = config(train={"groups_per_step": 2, "minibatches": 2, "epochs": 2})
+    parts = FakeParts(cfg, tmp_path)
+    await run(cfg, parts)
+    assert [e for e in parts.events if e.startswith("optimizer 1")] == [f"optimizer 1.{u}" for u in range(4)]
+    assert parts.journal.index.last_commit == 3
+
+
+async def test_a_group_that_failed_is_dropped_recorded_and_replaced(tmp_path: Path):
+    parts = FakeParts(config(), tmp_path, roll=lambda seq, v: group(seq, v, (None, 1.0) if seq == 1 else (0.0, 1.0)))
+    await run(config(), parts)
+    assert parts.trainers.trained == [0, 2, 3, 4, 5, 6]
+    assert parts.journal.batch(1).dropped == (1,)
+    assert any("group 1 (p1) dropped: 1 of 2 trajectories failed: the reward raised" in n for n in parts.notes)
+
+
+async def test_drops_are_counted_and_only_those_in_a_row_end_the_run(tmp_path: Path):
+    cfg = config(run={"steps": 4})
+    bad = {s for s in range(60) if s % 4}  # three of four: six drops for each step, never four in a row
+    parts = FakeParts(cfg, tmp_path, roll=lambda seq, v: group(seq, v, (None, None) if seq in bad else (0.0, 1.0)))
+    await run(cfg, parts)
+    assert parts.trainers.trained == [0, 4, 8, 12, 16, 20, 24, 28]
+    assert sum(row["groups/dropped"] for row in parts.rows.values()) == 21
+    assert parts.rows[2]["rollout/failed"] == pytest.approx(6 / 8)
+
+
+async def test_the_last_checkpoint_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("verst.runtime.saving.commit_checkpoint", lambda *args, **kwargs: None)  # the fake trainer writes no files
+    cfg = config(checkpoint={"every_steps": 1, "export_final": False})
+    parts = FakeParts(cfg, tmp_path)
+    await run(cfg, parts)
+    assert [e for e in parts.events if e.startswith("snapshot")] == ["snapshot 1", "snapshot 2", "snapshot 3"]
+
+
+async def test_stop_ends_a_replay_between_two_steps(tmp_path: Path):
+    parts = FakeParts(config(), tmp_path)
+    await run(config(), parts)
+    again = FakeParts(config(), tmp_path)
+    batches = tuple(JournaledBatch(s, (2 * s - 2, 2 * s - 1), again.journal.commit(s).digest) for s in (1, 2, 3))
+    loop = loop_of(config(), again, Restored(0, Cursor(0, {"read": 0}), batches, frozenset(), frozenset(range(6))))
+    loop.stop()
+    await asyncio.wait_for(loop.run(), 5)
+    assert again.trainers.trained == []
+
+
+async def test_a_failed_member_leaves_the_rest_of_its_group_in_training(tmp_path: Path):
+    cfg = config(rollout={"group_size": 3})
+    parts = FakeParts(cfg, tmp_path, roll=lambda seq, v: group(seq, v, (None, 0.0, 1.0)))
+    await run(cfg, parts)
+    assert parts.trainers.trained == [0, 1, 2, 3, 4, 5]
+    assert parts.rows[1]["rollout/failed"] == pytest.approx(1 / 3)
+
+
+async def test_a_run_in_which_everything_fails_stops_and_says_why(tmp_path: Path):
+    parts = FakeParts(config(), tmp_path, roll=lambda seq, v: group(seq, v, (None, None)))
+    with pytest.raises(
+        DataError, match=r"groups in a row could not be trained; the last one: 2 of 2 trajectories failed: the reward raised"
+    ):
+        await run(config(), parts)
+
+
+async def test_an_engine_failure_stops_the_run_with_its_own_message(tmp_path: Path):
+    def roll(seq: int, version: int) -> Any:
+        if seq == 3:
+            raise EngineFailure("replica 0: out of memory")
+        return group(seq, version)
+
+    parts = FakeParts(config(), tmp_path, roll=roll)
+    with pytest.raises(EngineFailure, match="replica 0: out of memory"):
+        await run(config(), parts)
+    assert parts.journal.index.last_commit == 1  # what was committed stays committed
+
+
+async def test_a_group_that_never_comes_is_named(tmp_path: Path):
+    async def hang() -> None:
+        await asyncio.sleep(60)
+
+    parts = FakeParts(config(), tmp_path, roll=lambda seq, v: hang() if seq == 1 else group(seq, v))
+    parts.group_deadline_s = 0.2
+    with pytest.raises(DeadlineExceeded, match=r"waited 0\.2 s for the next of 2 groups \(1 are ready\)"):
+        await run(config(), parts)
+
+
+async def test_a_prompt_source_that_ends_is_an_error_not_a_hang(tmp_path: Path):
+    class Ending(FakeStream):
+        def next(self) -> Any:
+            if self.read == 3:
+                raise DataError("the prompts ended after 3")
+            return super().next()
+
+    parts = FakeParts(config(), tmp_path)
+    parts.stream = Ending()
+    with pytest.raises(DataError, match="the prompts ended after 3"):
+        await run(config(), parts)
+
+
+async def test_prompts_that_last_just_long_enough_do(tmp_path: Path):
+    class Exact(FakeStream):
+        def next(self) -> Any:
+            if self.read == 6:
+                raise DataError("the prompts ended after 6")
+            return super().next()
+
+    parts = FakeParts(config(), tmp_path)
+    parts.stream = Exact()
+    await run(config(), parts)
+    assert parts.trainers.trained == [0, 1, 2, 3, 4, 5]
+
+
+async def test_stop_ends_after_the_step_in_progress_with_a_checkpoint_asked_for(tmp_path: Path):
+    parts = FakeParts(config(run={"steps": 100}), tmp_path)
+    loop = loop_of(parts.config, parts)
+    running = asyncio.create_task(loop.run())
+    await parts.reported(2)
+    loop.stop()
+    await asyncio.wait_for(running, 5)
+    assert loop.version == parts.journal.index.last_commit < 100
+    assert parts.serving == loop.version
+    assert f"snapshot {loop.version}" in parts.events
+
+
+async def test_stop_does_not_wait_for_a_group_that_hangs(tmp_path: Path):
+    async def hang() -> None:
+        await asyncio.sleep(60)
+
+    parts = FakeParts(config(), tmp_path, roll=lambda seq, v: hang() if seq == 2 else group(seq, v))
+    loop = loop_of(config(), parts)
+    running = asyncio.create_task(loop.run())
+    await parts.reported(1)
+    loop.stop()
+    await asyncio.wait_for(running, 5)
+    assert loop.version == 1
+
+
+async def test_resume_trains_journaled_groups_and_rolls_only_the_missing(tmp_path: Path):
+    cfg = config(run={"steps": 4})
+    first = FakeParts(cfg, tmp_path, roll=lambda seq, v: _fail_at(5, seq, v))
+    with pytest.raises(EngineFailure):
+        await run(cfg, first)
+    assert first.journal.index.last_commit == 2
+    first.journal.close()
+
+    second = FakeParts(cfg, tmp_path)
+    todo = second.journal.recovery(0)  # as if no checkpoint had been written: everything since the initial model is trained again
+    batches = tuple(JournaledBatch(s, second.journal.batch(s).groups, d) for s, d in todo.retrain)
+    finished = frozenset(todo.pending)
+    restored = Restored(0, Cursor(0, {"read": 0}), batches, finished, frozenset(second.journal.index.groups) - finished)
+    await run(cfg, second, restored)
+    assert second.trainers.trained == list(range(8))
+    assert sorted(seq for seq, _ in second.rolled)[: 8 - 5] == sorted({5, 6, 7} | ({4} - finished))[: 8 - 5]
+    assert not {seq for seq, _ in second.rolled} & {0, 1, 2, 3}
+
+
+async def test_prompts_that_changed_under_a_resumed_run_are_refused(tmp_path: Path):
+    class Other(FakeStream):
+        def next(self) -> Prompt:
+            return replace(super().next(), messages=(Message("user", "another question"),))
+
+    parts = FakeParts(config(), tmp_path)
+    parts.journal.append_group(0, encode_group(group(0, 0)))
+    parts.stream = Other()
+    with pytest.raises(DataError, match="the data has changed since the run began: group 0 was rolled from p0"):
+        await run(config(), parts, Restored(0, Cursor(0, {"read": 0}), (), frozenset({0}), frozenset()))
+
+
+def _fail_at(bad: int, seq: int, version: int) -> Any:
+    if seq == bad:
+        raise EngineFailure("killed")
+    return group(seq, version)
+
+
+async def test_a_replayed_step_must_reach_the_committed_weights(tmp_path: Path):
+    parts = FakeParts(config(), tmp_path)
+    await run(config(), parts)
+    again = FakeParts(config(), tmp_path)
+    batch = JournaledBatch(1, (0, 1), "other weights")
+    with pytest.raises(InvariantViolation, match=r"step 1 was trained again .* its weights hash is 0 1, not other weights"):
+        await run(config(), again, Restored(0, Cursor(0, {"read": 0}), (batch,), frozenset(), frozenset(range(6))))
+
+
+async def test_without_determinism_other_weights_are_a_warning(tmp_path: Path):
+    cfg = config(run={"steps": 1, "deterministic": False})
+    parts = FakeParts(cfg, tmp_path)
+    await run(cfg, parts)
+    again = FakeParts(cfg, tmp_path)
+    await run(cfg, again, Restored(0, Cursor(0, {"read": 0}), (JournaledBatch(1, (0, 1), "other"),), frozenset(), frozenset({0, 1})))
+    assert any("warning: step 1 was trained again" in n for n in again.notes)
+
+
+async def test_a_checkpoint_that_cannot_be_written_is_told_and_training_goes_on(tmp_path: Path):
+    cfg = config(checkpoint={"every_steps": 1, "export_final": True})
+    parts = FakeParts(cfg, tmp_path)
+    parts.trainers.disk_full = True
+    await run(cfg, parts)
+    assert parts.trainers.trained == [0, 1, 2, 3, 4, 5]
+    assert sum("no space left on the fake disk" in n for n in parts.notes) >= 3
+    assert "export" in parts.events
+
+
+async def test_evaluation_sees_the_weights_of_its_step(tmp_path: Path):
+    cfg = config(data={"holdout": 0.1}, eval={"every_steps": 2})
+    parts = FakeParts(cfg, tmp_path)
+    await run(cfg, parts)
+    assert [e for e in parts.events if e.startswith("evaluate")] == ["evaluate 0", "evaluate 2", "evaluate 3"]

@@ -1,0 +1,295 @@
+"""Whole runs with real parts on a tiny model: what is journaled, trained, measured and exported belongs together."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.loop.local import LocalRun, local_run
+from verst.errors import CheckpointError, ConfigError, DataError, ExtensionError, JournalError, ModelError, VerstError
+from verst.journal.log import Journal, JournalReader
+from verst.testing import tiny_model
+from verst.types import NO_VERSION, Completion, Message, Prompt, Reply, Status
+
+ROWS = [{"prompt": f"count {i}", "answer": str(i % 5)} for i in range(64)]
+
+
+def vowels(trajectory: Any, fields: Any) -> float:
+    """A reward that varies between the members of a group."""
+    return float(sum(map(ord, trajectory.completion)) % 5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+async def test_grpo_end_to_end(tmp_path: Path, model: Path):
+    values = {"data": {"holdout": 0.3, "max_prompt_tokens": 64}, "eval": {"every_steps": 2, "prompts": 4}, "checkpoint": {"every_steps": 2}}
+    run = await local_run(tmp_path, model, values, reward=vowels, prompts=ROWS).go()
+    steps = [r for r in run.rows if r["kind"] == "step"]
+    assert [r["step"] for r in steps] == [1, 2, 3]
+    assert len(run.metric("eval/reward")) == 3  # before the first step, after the second and the last
+    assert max(run.metric("mismatch/abs_max")) < 1e-5
+    assert max(run.metric("mismatch/probe")) < 1e-5
+    assert run.metric("staleness/max") == [0, 0, 0]
+    assert run.run.report.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert sum(line.startswith("step ") for line in run.lines) == 3
+
+
+async def test_the_journal_is_the_trajectory_store(tmp_path: Path, model: Path):
+    run = await local_run(tmp_path, model, {}, reward=vowels, prompts=ROWS).go()
+    reader = JournalReader(run.run.journal)
+    for step in (1, 2, 3):
+        groups = [reader.group(seq) for seq in reader.batch(step).groups]
+        assert len(groups) == 4
+        for trajectory in (t for g in groups for t in g.trajectories):
+            assert trajectory.status is not Status.FAILED
+            assert trajectory.reward == vowels(trajectory, {})
+            assert set(trajectory.versions_T[trajectory.loss_mask_T]) == {step - 1}
+            assert set(trajectory.versions_T[~trajectory.loss_mask_T]) == {NO_VERSION}
+            assert (trajectory.logprobs_T[trajectory.loss_mask_T] < 0).all()
+            assert (trajectory.logprobs_T[~trajectory.loss_mask_T] == 0).all()
+
+
+async def test_the_exported_model_is_the_committed_one_and_transformers_loads_it(tmp_path: Path, model: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from verst.types import TensorEntry
+    from verst.weights.checksum import dtype_name, manifest_digest, tensor_checksum
+
+    run = await local_run(tmp_path, model, {}, reward=vowels, prompts=ROWS).go()
+    final = AutoModelForCausalLM.from_pretrained(run.run.final)
+    tensors = dict(final.named_parameters())
+    entries = [TensorEntry(n, tuple(t.shape), dtype_name(t.dtype), tensor_checksum(t.detach()), t.nbytes) for n, t in tensors.items()]
+    assert manifest_digest(entries) == JournalReader(run.run.journal).commit(3).digest
+    original = AutoModelForCausalLM.from_pretrained(model)
+    assert any(not torch.equal(a, b) for a, b in zip(final.parameters(), original.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(run.run.final).decode([72, 105]) == AutoTokenizer.from_pretrained(model).decode([72, 105])
+
+
+async def test_sft_lowers_the_loss_and_samples_nothing(tmp_path: Path, model: Path):
+    values = {
+        "algorithm": {"name": "sft"},
+        "run": {"name": "sft", "dir": str(tmp_path), "steps": 12, "seed": 1},
+        "data": {"demonstration_column": "answer", "max_prompt_tokens": 64},
+        "train": {"groups_per_step": 16, "threads": 1, "lr": 5e-3},
+    }
+    run = await local_run(tmp_path, model, values, prompts=ROWS).go()
+    losses = run.metric("loss/total")
+    assert losses[-1] < 0.8 * losses[0]
+    assert run.metric("reward") == []
+    assert run.metric("staleness/max") == []
+
+
+class TwoTurns:
+    """Asks twice; the second question quotes the first answer's length."""
+
+    async def start(self, prompt: Prompt) -> Sequence[Message]:
+        return prompt.messages
+
+    async def reply(self, completion: Completion) -> Reply:
+        if not hasattr(self, "_asked"):
+            self._asked = True
+            return Reply((Message("user", f"you said {len(completion.text)} characters; again"),), done=False)
+        return Reply(info={"second": completion.text})
+
+
+async def test_two_turns_are_exact_to_the_token_and_trained(tmp_path: Path, model: Path):
+    from transformers import AutoTokenizer
+
+    values = {"rollout": {"group_size": 4, "max_new_tokens": 6, "max_running": 16, "max_turns": 2}, "data": {"max_prompt_tokens": 128}}
+    # the end of turn is likely under a model that was told so; here every turn that was cut by its limit ends the trajectory
+    run = await local_run(tmp_path, model, values, reward=vowels, prompts=ROWS, environment=TwoTurns).go()
+    reader = JournalReader(run.run.journal)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    trajectories = [t for step in (1, 2, 3) for seq in reader.batch(step).groups for t in reader.group(seq).trajectories]
+    for t in trajectories:
+        spans = np.zeros(len(t.tokens_T), bool)
+        for turn in t.turns:
+            spans[turn.generated : turn.end] = True
+            assert tokenizer.decode(t.tokens_T[turn.generated : turn.end]).removesuffix("<|im_end|>") == turn.text
+        assert (spans == t.loss_mask_T).all()
+
+
+async def test_runs_ahead_with_a_larger_capacity(tmp_path: Path, model: Path):
+    values = {
+        "rollout": {"group_size": 4, "max_new_tokens": 6, "max_running": 16, "capacity_groups": 12},
+        "run": {"name": "ahead", "dir": str(tmp_path), "steps": 5, "seed": 1},
+    }
+    run = await local_run(tmp_path, model, values, reward=vowels, prompts=ROWS).go()
+    assert 1 <= max(run.metric("staleness/max")) <= 3
+
+
+@pytest.mark.parametrize("kl_in", ["loss", "reward"])
+async def test_kl_against_the_reference_is_zero_at_first_and_then_measured(tmp_path: Path, model: Path, kl_in: str):
+    values = {
+        "algorithm": {"name": "grpo", "kl_coefficient": 0.05, "kl_in": kl_in},
+        "train": {"groups_per_step": 4, "threads": 1, "lr": 5e-3, "minibatches": 2},
+    }
+    run = await local_run(tmp_path, model, values, reward=vowels, prompts=ROWS).go()
+    kl = run.metric("policy/kl")
+    assert kl[-1] > kl[0] >= 0
+    assert kl[0] < kl[-1] / 2
+
+
+async def stopped_after(run: LocalRun, step: int) -> None:
+    """Runs until so many steps are committed, then ends as a crash would: no checkpoint, no goodbye."""
+    from verst.runtime.loop import Loop
+
+    async def crash(self: Loop, *args: Any) -> None:
+        await original(self, *args)
+        if self.version == step:
+            raise VerstError("crashed on purpose")
+
+    original = Loop._after
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Loop, "_after", crash)
+    with pytest.raises(VerstError, match="crashed on purpose"):
+        await run.go()
+    patch.undo()
+
+
+def digests(run: LocalRun) -> list[str]:
+    reader = JournalReader(run.run.journal)
+    return [reader.commit(s).digest for s in range(1, reader.index.last_commit + 1)]
+
+
+async def test_resume_gives_the_undisturbed_weights_and_repeats_no_rollout(tmp_path: Path, model: Path):
+    values = {"checkpoint": {"every_steps": 2}, "run": {"name": "a", "dir": str(tmp_path), "steps": 5, "seed": 1}}
+    whole = await local_run(tmp_path, model, values, reward=vowels, prompts=ROWS).go()
+    broken = local_run(tmp_path, model, values | {"run": values["run"] | {"name": "b"}}, reward=vowels, prompts=ROWS)
+    await stopped_after(broken, 3)
+    await broken.go()
+    assert "resumed at step 2 (checkpoint): 1 journaled steps to train again" in " ".join(broken.lines)
+    assert digests(broken) == digests(whole)
+    assert sorted(JournalReader(broken.run.journal).index.groups) == list(range(20))  # each group once
+
+
+async def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path: Path, model: Path):
+    values = {"checkpoint": {"every_steps": 1}, "run": {"name": "a", "dir": str(tmp_path), "steps": 4, "seed": 1}}
+    whole = await local_run(tmp_path, model, values, reward=vowels, prompts=ROWS).go()
+    broken = local_run(tmp_path, model, values | {"run": values["run"] | {"name": "b"}}, reward=vowels, prompts=ROWS)
+    await stopped_after(broken, 3)
+    newest = max(file.parent / "rank-00000-of-00001.safetensors" for file in broken.run.checkpoints.glob("step-????????/manifest.json"))
+    newest.write_bytes(newest.read_bytes()[:-10])
+    await broken.go()
+    assert any("checkpoint skipped" in line and newest.parent.name in line for line in broken.lines)
+    assert digests(broken) == digests(whole)
+
+
+async def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, model: Path):
+    values = {"checkpoint": {"every_steps": 1}, "run": {"name": "a", "dir": str(tmp_path), "steps": 2, "seed": 1}}
+    run = await local_run(tmp_path, tiny_model(tmp_path / "m"), values, reward=vowels, prompts=ROWS).go()
+    shutil.rmtree(tmp_path / "m")
+    tiny_model(tmp_path / "m", hidden_size=64)
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight"):
+        await run.go()
+
+
+async def test_a_journal_of_another_run_is_refused(tmp_path: Path, model: Path):
+    run = local_run(tmp_path, model, {}, reward=vowels, prompts=ROWS)
+    shutil.rmtree(run.run.journal)
+    Journal.create(run.run.journal, "somebody else's run").close()
+    with pytest.raises(JournalError, match="belongs to run"):
+        await run.go()
+
+
+async def test_a_full_disk_under_checkpoints_is_told_and_training_goes_on(tmp_path: Path, model: Path):
+    run = local_run(tmp_path, model, {"checkpoint": {"every_steps": 1}}, reward=vowels, prompts=ROWS)
+    run.run.checkpoints.rmdir()
+    run.run.checkpoints.symlink_to("/dev/full")  # every write below it fails
+    await run.go()
+    assert sum("warning: checkpoint of step" in line for line in run.lines) >= 3
+    assert JournalReader(run.run.journal).index.last_commit == 3
+
+
+def raising(trajectory: Any, fields: Any) -> float:
+    if int(fields["answer"]) == 3:
+        raise KeyError("no such thing")
+    return vowels(trajectory, fields)
+
+
+async def test_a_reward_that_raises_is_counted_shown_and_never_a_zero(tmp_path: Path, model: Path):
+    run = await local_run(tmp_path, model, {"run": {"name": "r", "dir": str(tmp_path), "steps": 4}}, reward=raising, prompts=ROWS).go()
+    assert any("dropped: 4 of 4 trajectories failed" in line and "no such thing" in line for line in run.lines)
+    reader = JournalReader(run.run.journal)
+    failed = [t for seq in reader.index.groups for t in reader.group(seq).trajectories if t.status is Status.FAILED]
+    assert failed
+    assert all(t.reward is None and "no such thing" in (t.error or "") for t in failed)
+
+
+async def test_a_reward_module_that_raises_at_import(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "badreward.py").write_text("raise RuntimeError('missing calibration file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = local_run(tmp_path, model, {"reward": {"function": "badreward:score"}}, prompts=ROWS)
+    with pytest.raises(ExtensionError, match=r"missing calibration file.*badreward\.py|badreward\.py.*missing calibration file"):
+        await run.go()
+
+
+async def test_a_prompt_over_the_limit_names_the_row(tmp_path: Path, model: Path):
+    rows = [{"prompt": "x" * 500, "answer": "1"}]
+    run = local_run(tmp_path, model, {}, reward=vowels, prompts=rows)
+    with pytest.raises(DataError, match=r"data\.max_prompt_tokens"):
+        await run.go()
+
+
+def test_a_model_directory_without_its_parts(tmp_path: Path, model: Path):
+    for missing, message in (
+        ("model.safetensors", "no .*weights"),
+        ("tokenizer.json", "no tokenizer"),
+        ("config.json", r"no config\.json"),
+    ):
+        broken = tmp_path / missing.split(".")[0]
+        shutil.copytree(model, broken)
+        (broken / missing).unlink()
+        (broken / "tokenizer_config.json").unlink() if missing == "tokenizer.json" else None
+        with pytest.raises(ModelError, match=message):
+            local_run(tmp_path, broken, {}, prompts=ROWS)
+    with pytest.raises(ModelError, match="is not a directory"):
+        local_run(tmp_path, tmp_path / "nowhere", {}, prompts=ROWS)
+
+
+def test_a_run_is_never_written_over(tmp_path: Path, model: Path):
+    local_run(tmp_path, model, {}, reward=vowels, prompts=ROWS)
+    with pytest.raises(ConfigError, match="exists already: continue it with `verst resume"):
+        local_run(tmp_path, model, {}, reward=vowels, prompts=ROWS)
+
+
+def test_sft_without_demonstrations_is_refused_before_anything_starts(tmp_path: Path, model: Path):
+    with pytest.raises(ConfigError, match=r"set data\.demonstration_column"):
+        local_run(tmp_path, model, {"algorithm": {"name": "sft"}}, prompts=ROWS)
+
+
+async def test_a_function_that_makes_the_prompts_is_called_anew_on_resume(tmp_path: Path, model: Path):
+    run = local_run(tmp_path, model, {"checkpoint": {"every_steps": 1}}, reward=vowels, prompts=lambda: iter(ROWS))
+    await stopped_after(run, 2)
+    await run.go()
+    reader = JournalReader(run.run.journal)
+    assert [reader.group(seq).prompt.messages[0].content for seq in range(12)] == [f"count {i}" for i in range(12)]
+
+
+async def test_an_environment_that_is_not_there_is_named(tmp_path: Path, model: Path):
+    values = {"rollout": {"environment": "no_such_env", "group_size": 4, "max_new_tokens": 6}}
+    with pytest.raises(ExtensionError, match="no_such_env"):
+        await local_run(tmp_path, model, values, reward=vowels, prompts=ROWS).go()
+
+
+def test_an_iterator_cannot_be_given_as_prompts(tmp_path: Path, model: Path):
+    with pytest.raises(VerstError, match="an iterator can be read only once"):
+        asyncio.run(local_run(tmp_path, model, {}, prompts=iter(ROWS)).go())

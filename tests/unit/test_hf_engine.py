@@ -1,0 +1,216 @@
+"""What is particular to the `hf` engine: failures, refused models, gaps, held prompts and attended lengths."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MambaConfig, PreTrainedConfig
+
+from verst.errors import EngineFailure, ModelError
+from verst.rollout.hf import HFEngine
+from verst.rollout.hf.attention import DecodePlan, attended_lengths
+from verst.rollout.hf.decoder import Decoder
+from verst.rollout.hf.model import SlotModel
+from verst.rollout.hf.prompts import HeldPrompts
+from verst.types import GenerateRequest, Sampling
+
+TINY: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+CPU = torch.device("cpu")
+
+
+def saved(path: Path, config: PreTrainedConfig) -> str:
+    torch.manual_seed(2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> str:
+    return saved(tmp_path / "llama", LlamaConfig(**TINY, initializer_range=0.3))
+
+
+def make(path: str, **options: Any) -> HFEngine:
+    settings = {"max_running": 4, "max_model_tokens": 80, "deterministic": True, "threads": 1, **options}
+    return HFEngine(path, dtype="float32", device="cpu", **settings)
+
+
+@pytest.fixture
+async def engine(llama: str) -> AsyncIterator[HFEngine]:
+    engine = make(llama)
+    await engine.start()
+    yield engine
+    await engine.close()
+
+
+def ask(id: str, *tokens: int, max_new_tokens: int = 40) -> GenerateRequest:
+    return GenerateRequest(id, np.array(tokens or (1, 2, 3), np.int32), Sampling(max_new_tokens), seed=1)
+
+
+async def refusal(path: str, **options: Any) -> str:
+    with pytest.raises((EngineFailure, ModelError)) as caught:
+        await make(path, **options).start()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, state_size=4), "layers of kind mamba"),
+        (Gemma2Config(**TINY, head_dim=8), "soft-capped"),
+        (GptOssConfig(**TINY, head_dim=8, num_local_experts=4, num_experts_per_tok=2), "sinks"),
+    ],
+)
+async def test_models_that_cannot_work_are_refused_by_their_type(tmp_path: Path, config: PreTrainedConfig, reason: str):
+    message = await refusal(saved(tmp_path, config))
+    assert repr(config.model_type) in message
+    assert reason in message
+
+
+async def test_a_start_that_cannot_succeed_says_why(tmp_path: Path, llama: str):
+    assert str(tmp_path / "nothing") in await refusal(str(tmp_path / "nothing"))
+    assert "256" in await refusal(llama, max_model_tokens=257)
+    with pytest.raises(EngineFailure, match=r"before start\(\)"):
+        await make(llama).pause()
+
+
+async def test_an_exception_while_decoding_fails_everything_with_its_cause(engine: HFEngine, monkeypatch: pytest.MonkeyPatch):
+    defect = ZeroDivisionError("a defect in the third step")
+    steps = 0
+    step = Decoder.step
+
+    def failing(decoder: Decoder) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise defect
+        return step(decoder)
+
+    monkeypatch.setattr(Decoder, "step", failing)
+    answers = await asyncio.gather(*(engine.generate(ask(str(n))) for n in range(6)), return_exceptions=True)
+    for answer in answers:
+        assert isinstance(answer, EngineFailure)
+        assert "a defect in the third step" in str(answer)
+        assert answer.__cause__ is defect
+    with pytest.raises(EngineFailure, match="a defect in the third step") as caught:
+        await engine.generate(ask("later"))
+    assert caught.value.__cause__ is defect
+
+
+async def test_logits_that_are_not_finite_are_never_sampled(engine: HFEngine):
+    assert engine._decoder is not None
+    engine._decoder._model.model.get_parameter("lm_head.weight").data[7, 0] = torch.nan
+    with pytest.raises(EngineFailure, match="version 0 are not finite"):
+        await engine.generate(ask("a"))
+
+
+async def test_a_cancelled_call_ends_its_request(engine: HFEngine):
+    await engine.pause()
+    call = asyncio.ensure_future(engine.generate(ask("a")))
+    other = asyncio.ensure_future(engine.generate(ask("b")))
+    await asyncio.sleep(0.05)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await engine.resume()
+    assert len((await other).tokens_T) == 40
+    assert engine.stats()["generated_tokens"] == 40
+
+
+async def test_ids_in_flight_are_unique(engine: HFEngine):
+    await engine.pause()
+    first = asyncio.ensure_future(engine.generate(ask("a")))
+    await asyncio.sleep(0.05)
+    with pytest.raises(EngineFailure, match="'a' is already in flight"):
+        await engine.generate(ask("a"))
+    await engine.resume()
+    await first
+
+
+async def test_stop_strings_without_a_tokenizer_fail_the_request_alone(engine: HFEngine):
+    with pytest.raises(ModelError, match="tokenizer"):
+        await engine.generate(GenerateRequest("a", np.array([1], np.int32), Sampling(4, stop=("x",)), seed=0))
+    assert len((await engine.generate(ask("b"))).tokens_T) == 40
+
+
+def test_without_determinism_a_step_computes_only_the_rows_in_use(llama: str, monkeypatch: pytest.MonkeyPatch):
+    model = SlotModel(llama, torch.float32, CPU, slots=6, max_tokens=80, exact=False)
+    decoder = Decoder(model, llama, version=0)
+    lengths = [4, 40, 4, 4, 40, 20]
+    for n, length in enumerate(lengths):
+        decoder.submit(ask(str(n), 5, n, max_new_tokens=length))
+    computed: list[int] = []
+    decode = SlotModel.decode
+
+    def counting(model: SlotModel, tokens_R: NDArray[np.integer[Any]], *args: Any) -> torch.Tensor:
+        computed.append(len(tokens_R))
+        return decode(model, tokens_R, *args)
+
+    monkeypatch.setattr(SlotModel, "decode", counting)
+    finished = {}
+    while decoder.has_work:
+        finished |= {generation.id: generation for generation in decoder.step()}
+    assert computed == [6] * 3 + [3] * 16 + [2] * 20
+    # Sequences that moved to another slot went on with their own keys and values.
+    for n in range(6):
+        whole = np.concatenate((np.array([5, n], np.int32), finished[str(n)].tokens_T))
+        np.testing.assert_allclose(finished[str(n)].logprobs_T, model.logprobs(whole)[2:], atol=1e-5)
+
+
+def test_in_deterministic_mode_rows_fill_whole_vector_blocks(llama: str):
+    # 48 numbers in each row of the widest layer and heads of 8: 16 rows make every tensor a multiple of 128.
+    assert SlotModel(llama, torch.float32, CPU, slots=13, max_tokens=80, exact=True).rows == 16
+    assert SlotModel(llama, torch.float32, CPU, slots=13, max_tokens=80, exact=False).rows == 13
+
+
+def test_a_row_attends_to_the_shortest_length_it_fits_into():
+    filled = np.array([0, 63, 64, 127, 128, 150, 299])
+    own = attended_lengths(filled, 300, exact=True)
+    lengths = [64, 128, 256, 300]
+    exact = DecodePlan(torch.from_numpy(filled), torch.from_numpy(own), lengths, torch.float32)
+    assert sorted(set(own)) == lengths
+    assert [exact.own(length).flatten().nonzero().flatten().tolist() for length in exact.lengths] == [[0, 1], [2, 3], [4, 5], [6]]
+    assert set(attended_lengths(filled[:5], 300, exact=False)) == {192}
+    assert set(attended_lengths(filled[:5], 300, exact=False, rounded=True)) == {256}
+    mask = exact.mask(256, None)
+    assert (mask == 0).sum(-1).flatten().tolist() == [1, 64, 65, 128, 129, 151, 256]
+    windowed = exact.mask(300, 10)
+    assert (windowed == 0).sum(-1).flatten().tolist() == [1, 10, 10, 10, 10, 10, 10]
+    assert windowed[6, 0, 0, 290:].tolist() == [0] * 10
+
+
+def test_held_prompts_are_found_until_their_last_slot_is_taken():
+    held = HeldPrompts(3)
+    logits = torch.zeros(2)
+    held.put(0, b"a", logits)
+    held.put(1, b"a", logits)
+    held.put(0, b"b", logits)
+    found = held.find(b"a")
+    assert found is not None
+    assert found[0] == 1
+    held.move(1, 2)
+    found = held.find(b"a")
+    assert found is not None
+    assert found[0] == 2
+    assert not held.holds(1, b"a")
+    held.put(2, b"b", logits)
+    assert held.find(b"a") is None
+    held.clear()
+    assert held.find(b"b") is None

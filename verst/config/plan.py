@@ -1,0 +1,137 @@
+"""What a run will need: tokens and memory, from the run file and the model's own headers. No torch, no GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from verst.config.schema import Config
+from verst.errors import ModelError
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a model directory says of itself."""
+
+    parameters: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+
+def read_model(path: str | Path) -> ModelFacts:
+    """Reads `config.json` and the headers of the safetensors files; no weights.
+
+    Raises:
+        ModelError: the directory or one of its parts is missing or malformed.
+    """
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise ModelError(f"model.path: {root} is not a directory; give a Hugging Face model directory on this machine")
+    about = _read_config(root / "config.json")
+    files = sorted(root.glob("*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"model.path: {root} has no *.safetensors weights; save the model with save_pretrained(..., safe_serialization=True)"
+        )
+    if not (root / "tokenizer.json").is_file() and not (root / "tokenizer_config.json").is_file():
+        raise ModelError(f"model.path: {root} has no tokenizer (tokenizer.json); save the tokenizer beside the model with save_pretrained")
+    text = about.get("text_config", about)  # multimodal configs keep the language model's part below this key
+    try:
+        heads = text["num_attention_heads"]
+        return ModelFacts(
+            parameters=sum(_count_parameters(file) for file in files),
+            layers=text["num_hidden_layers"],
+            kv_heads=text.get("num_key_value_heads") or heads,
+            head_dim=text.get("head_dim") or text["hidden_size"] // heads,
+            vocabulary=text["vocab_size"],
+        )
+    except KeyError as missing:
+        raise ModelError(f"{root / 'config.json'} has no {missing}: it is not the config of a causal language model") from missing
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"model.path: {path.parent} has no config.json; it is not a Hugging Face model directory") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+
+
+def _count_parameters(file: Path) -> int:
+    """Elements of all tensors in a safetensors file, from its header (8 bytes of length, then JSON)."""
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        if len(prefix) < 8:
+            raise ModelError(f"{file} is truncated: it has no safetensors header; copy or download it again")
+        length = struct.unpack("<Q", prefix)[0]
+        size = file.stat().st_size
+        header = stream.read(length) if length <= size else b""
+    try:
+        entries = json.loads(header)
+        end = max((e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file} has no valid safetensors header; copy or download it again") from error
+    if 8 + length + end > size:
+        raise ModelError(f"{file} is truncated: {size} bytes of {8 + length + end}; copy or download it again")
+    return sum(math.prod(e["shape"]) for k, e in entries.items() if k != "__metadata__")
+
+
+def plan_lines(config: Config) -> list[str]:
+    """The plan as lines for a person."""
+    facts = read_model(config.model.path)
+    return ["# plan", *_token_plan(config), *_memory_plan(config, facts)]
+
+
+def _token_plan(config: Config) -> list[str]:
+    rollout, train = config.rollout, config.train
+    learns = config.algorithm.name == "grpo"
+    trajectories = train.groups_per_step * (rollout.group_size if learns else 1)
+    longest = config.max_trajectory_tokens
+    most = trajectories * longest
+    updates = train.minibatches * train.epochs
+    capacity = config.capacity_groups
+    ahead = math.ceil((capacity - 1) / train.groups_per_step) if capacity > train.groups_per_step else 0
+    return [
+        f"step: {train.groups_per_step} groups, {trajectories} trajectories, at most {most:,} tokens, {updates} optimizer update(s)",
+        f"trajectory: at most {longest:,} tokens "
+        f"({config.data.max_prompt_tokens} prompt + {rollout.max_turns} turn(s) of {rollout.max_new_tokens})",
+        f"staleness: {'none (synchronous)' if ahead == 0 else f'at most {ahead} version(s)'} with {capacity} slots",
+        f"microbatches: {train.microbatch_tokens:,} tokens; full-length trajectories fit {train.microbatch_tokens // longest} at a time",
+    ]
+
+
+def _memory_plan(config: Config, facts: ModelFacts) -> list[str]:
+    """Bytes by purpose. Activations depend on the model's code and are not estimated."""
+    element = _BYTES[config.model.dtype]
+    reference = config.algorithm.name == "grpo" and config.algorithm.kl_coefficient > 0
+    # fp32 master weights, two AdamW moments and gradients; a bfloat16 model keeps its own copy of the weights beside the master's
+    trainer = facts.parameters * (4 + 4 + 4 + 4 + (2 if element == 2 else 0) + (element if reference else 0)) / config.train.ranks
+    cache = config.rollout.max_running * config.max_trajectory_tokens * facts.kv_elements_per_token * element
+    return [
+        f"model: {facts.parameters:,} parameters, {config.model.dtype}, vocabulary {facts.vocabulary:,}",
+        f"memory of a trainer rank: {_size(trainer)} (weights, optimizer, gradients{', reference' if reference else ''}) and activations",
+        f"memory of each replica: {_size(facts.parameters * element)} weights + {_size(cache)} KV cache "
+        f"({config.rollout.max_running} sequences x {config.max_trajectory_tokens:,} tokens)",
+        f"published weights: {_size(facts.parameters * element)} in shared memory, twice while a version replaces another",
+    ]
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError  # unreachable: GiB always returns

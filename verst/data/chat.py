@@ -1,0 +1,235 @@
+"""Conversations as tokens, rendered once and never tokenised again.
+
+What the model generated stays the tokens it generated: to decode and encode a conversation anew between turns may split the text in
+another way, and then the gradient is computed on tokens that nobody sampled. So the opening is rendered and tokenised once, and each
+later turn adds only what is new. What a template puts between an assistant's last word and the next turn is derived by rendering a short
+conversation whose answer is a marker, and cutting at the marker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from verst.errors import DataError, ModelError
+from verst.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_USER = Message("user", "Hello")
+_SYSTEM = Message("system", "Rules")
+_MARKER = "VerstMarker9b1f"  # no spaces, so that a template that trims keeps it; no text of a real template
+_ANSWER = Message("assistant", _MARKER)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face model directory. Raises `ModelError` if there is none or it cannot be read."""
+    from transformers import AutoTokenizer
+
+    if not Path(path).is_dir():
+        raise ModelError(f"model.path: {path} is not a directory; give a Hugging Face model directory (download the model first)")
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model.path: {path} holds no tokenizer that transformers can read: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """What the template writes after an assistant's last word. `text` includes what follows the end of the turn, often a newline."""
+
+    text: str
+    tokens: tuple[int, ...]
+    closing: int  # how many of the tokens close the turn, the end-of-turn token included; 0 if the template writes no such token
+
+
+class ChatRenderer:
+    """Renders conversations with a tokenizer's chat template.
+
+    A tokenizer without a chat template (a base model) gets plain text: the contents of the messages, concatenated, with the
+    beginning-of-sequence token in front if the tokenizer itself would add one. Such a model ends a turn with its end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._eos: int | None = getattr(tokenizer, "eos_token_id", None)
+        self._added = frozenset(tokenizer.added_tokens_decoder)
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._opened = lru_cache(maxsize=256)(self._open)  # the trajectories of a group open alike
+
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        """The token that ends an assistant's turn: the template's, else the tokenizer's end-of-sequence token."""
+        ending = self._ending
+        return ending.tokens[ending.closing - 1] if ending.closing else self._eos
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """What an engine must stop at, beside the model's own end-of-sequence tokens."""
+        return () if self.end_of_turn is None else (self.end_of_turn,)
+
+    def opening(self, messages: Sequence[Message]) -> NDArray[np.int32]:
+        """`[T]` tokens of a conversation up to where the assistant begins to speak, read-only.
+
+        Raises `DataError` if the template refuses the messages.
+        """
+        return self._opened(tuple(messages))
+
+    def _open(self, messages: tuple[Message, ...]) -> NDArray[np.int32]:
+        tokens_T = _array(self._encode(self._render(messages, generate=True)))
+        tokens_T.flags.writeable = False
+        return tokens_T
+
+    def continuation(self, messages: Sequence[Message], *, after_stop: bool) -> NDArray[np.int32]:
+        """`[T]` tokens from the end of the assistant's generation to where it speaks again, with the new `messages` between.
+
+        `after_stop`: the generation ended with `end_of_turn`; otherwise (a stop string, another token) the template's end of turn comes
+        first. Earlier turns stay as they were generated, also where the template would shorten them (thinking dropped from the history).
+
+        Raises `DataError` if the template refuses the messages, `ModelError` if it cannot be continued (see `require_continuable`).
+        """
+        self.require_continuable()
+        rendered = self._render([_USER, _ANSWER, *messages], generate=True)
+        tokens = self._encode_after(_MARKER, self._after_marker(rendered))
+        closing = self._closing
+        if after_stop and tuple(tokens[: len(closing)]) == closing:
+            tokens = tokens[len(closing) :]
+        return _array(tokens)
+
+    def demonstration(self, messages: Sequence[Message], answers: Sequence[Message]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """`[T]` tokens of a whole conversation, and the `[T]` mask of those to imitate.
+
+        `answers` ends with an assistant's message and may hold other roles between the assistant's. The mask covers what the assistant must
+        generate after `opening` or `continuation`: its content (with what the template puts around it) and the end-of-turn token.
+
+        Raises `DataError` if `answers` is not such a conversation, `ModelError` if the template does not allow an exact mask.
+        """
+        if not answers or answers[-1].role != "assistant":
+            raise DataError("a demonstration must end with a message of the role 'assistant'")
+        pieces: list[tuple[NDArray[np.int32], bool]] = []
+        given: list[Message] = []
+        for message in answers:
+            if message.role != "assistant":
+                given.append(message)
+                continue
+            if pieces and not given:
+                raise DataError("a demonstration has two assistant messages in a row: join them or put a user's message between")
+            before = self.continuation(given, after_stop=True) if pieces else self.opening([*messages, *given])
+            pieces += [(before, False), (self._answer(message), True)]
+            given = []
+        tokens_T = np.concatenate([tokens for tokens, _ in pieces])
+        mask_T = np.concatenate([np.full(len(tokens), imitate) for tokens, imitate in pieces])
+        return tokens_T, mask_T
+
+    def decode(self, tokens: Sequence[int] | NDArray[np.int32], stop_token_ids: Sequence[int] = ()) -> str:
+        """Text of a generation, without the end-of-turn, special or stop token it ended with. Special tokens within stay visible."""
+        ids = [int(token) for token in tokens]
+        if ids and (ids[-1] in self._special or ids[-1] in stop_token_ids or ids[-1] == self.end_of_turn):
+            ids.pop()
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def require_continuable(self) -> None:
+        """Raises `ModelError` unless a conversation's earlier part stays the same when turns are added, so that tokens can be appended."""
+        _ = self._continuable
+
+    @cached_property
+    def _continuable(self) -> bool:
+        for opening in ([_SYSTEM, _USER], [_USER]):
+            try:
+                before = self._render(opening, generate=False)
+                after = self._render([*opening, _ANSWER, _USER], generate=True)
+            except DataError:
+                if opening[0] is _SYSTEM:  # a template without a system role is fine: its conversations have none
+                    continue
+                raise
+            if not after.startswith(before):
+                at = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
+                raise ModelError(
+                    f"the chat template cannot be used for several turns: it writes the {opening[0].role} message differently once a turn "
+                    f"follows ({before[at : at + 40]!r} becomes {after[at : at + 40]!r}). Use a template that only appends, or one turn "
+                    "(rollout.max_turns: 1)"
+                )
+            self._after_marker(after)
+        return True
+
+    @cached_property
+    def _ending(self) -> _Ending:
+        text = self._after_marker(self._render([_USER, _ANSWER], generate=False))
+        tokens = self._encode_after(_MARKER, text)
+        closing = next((i + 1 for i, token in enumerate(tokens) if token in self._added), 0)
+        return _Ending(text, tuple(tokens), closing)
+
+    @cached_property
+    def _closing(self) -> tuple[int, ...]:
+        """Tokens a generation that stopped by itself already holds. Some templates close a turn only when another one follows."""
+        if self._ending.closing:
+            return self._ending.tokens[: self._ending.closing]
+        return () if self._eos is None else (self._eos,)
+
+    def _answer(self, message: Message) -> NDArray[np.int32]:
+        """The tokens the model should have generated for this message: as the template writes it after the generation prompt."""
+        header = self._render([_USER], generate=True)
+        full = self._render([_USER, message], generate=False)
+        if not full.startswith(header):
+            raise ModelError(
+                f"the chat template does not allow exact demonstrations: its generation prompt ends with {header[-40:]!r}, which it does "
+                f"not write before an assistant's message ({full[: len(header) + 20][-60:]!r}). Use a template that does"
+            )
+        if self.end_of_turn is None:
+            raise ModelError("neither chat template nor tokenizer has an end-of-turn token: a model could not learn to stop. Set eos_token")
+        text, ending = full[len(header) :], self._ending
+        if not text.endswith(ending.text):
+            raise ModelError(f"the chat template ends an assistant's message in more than one way: {ending.text!r} and {text[-40:]!r}")
+        if not ending.closing:
+            return _array([*self._encode_after(header, text.removesuffix(ending.text)), self.end_of_turn])
+        tokens = self._encode_after(header, text)
+        return _array(tokens[: len(tokens) - (len(ending.tokens) - ending.closing)])
+
+    def _after_marker(self, rendered: str) -> str:
+        _, marker, rest = rendered.partition(_MARKER)
+        if not marker:
+            raise ModelError(
+                "the chat template changes or drops an assistant's content: it cannot be used for several turns or demonstrations"
+            )
+        return rest
+
+    def _render(self, messages: Sequence[Message], *, generate: bool) -> str:
+        if not self.has_template:
+            return self._begin + "".join(message.content for message in messages)
+        from jinja2 import TemplateError
+
+        conversation: list[dict[str, str]] = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return str(self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate))
+        except TemplateError as error:
+            roles = ", ".join(message.role for message in messages)
+            raise DataError(f"the chat template refuses messages of the roles {roles}: {error}") from error
+
+    @cached_property
+    def _begin(self) -> str:
+        bos: Any = self.tokenizer.bos_token_id
+        adds = bos is not None and self.tokenizer.encode("a", add_special_tokens=True)[:1] == [bos]
+        return str(self.tokenizer.bos_token) if adds else ""
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)  # the template writes the special tokens itself
+
+    def _encode_after(self, before: str, text: str) -> list[int]:
+        """Tokens of `text` where it follows `before`: some tokenizers mark the beginning of a text, which this is not.
+
+        Where a token would span the border the two are tokenised apart, as they are when the model generates.
+        """
+        head, whole = self._encode(before), self._encode(before + text)
+        return whole[len(head) :] if whole[: len(head)] == head else self._encode(text)
+
+
+def _array(tokens: Sequence[int]) -> NDArray[np.int32]:
+    return np.asarray(tokens, dtype=np.int32)

@@ -1,0 +1,128 @@
+"""Which sample is trained in which update, on which rank, in which microbatch. A pure function of lengths, so it can be tested whole.
+
+A microbatch is right-padded: models are causal, so padding behind a sequence cannot change it. It costs rows × longest tokens.
+All ranks run the same number of microbatches in an update, because each forward and backward of a sharded model is a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from verst.errors import ConfigError, InvariantViolation
+
+Microbatch = tuple[int, ...]
+"""Indices of the samples of one forward, longest first. Empty: this rank has none left and runs a dummy forward."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdatePlan:
+    """One optimizer update: `ranks[r]` are the microbatches of rank r, as many on every rank.
+
+    Without samples (all trajectories of its groups failed) there are no microbatches either, and nothing is to be stepped.
+    """
+
+    ranks: tuple[tuple[Microbatch, ...], ...]
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """All samples of the update in ascending order; each is in exactly one microbatch."""
+        return tuple(sorted(i for rank in self.ranks for microbatch in rank for i in microbatch))
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The updates of one step, epoch after epoch: update `epoch · minibatches + minibatch`."""
+
+    updates: tuple[UpdatePlan, ...]
+    padding_share: float
+    """Share of the tokens in all forwards that is padding, 0 for an empty plan."""
+
+
+def plan_step(
+    lengths: Sequence[int], groups: Sequence[int], *, minibatches: int, epochs: int, ranks: int, microbatch_tokens: int
+) -> StepPlan:
+    """Plans one step from the length in tokens and the group number of each sample of its batch. Deterministic.
+
+    Groups, in order of their first sample, are cut into `minibatches` contiguous parts, as even as possible. Every epoch has the same
+    plan, so a rank meets its own samples again and may keep what it computed for them (`samples_of_rank`).
+
+    Raises `ConfigError` if one sample alone is longer than `microbatch_tokens`, `InvariantViolation` if the arguments make no sense.
+    """
+    _check(lengths, groups, (minibatches, epochs, ranks), microbatch_tokens)
+    order = list(dict.fromkeys(groups))
+    parts = []
+    for minibatch in range(minibatches):
+        start, end = len(order) * minibatch // minibatches, len(order) * (minibatch + 1) // minibatches
+        own = set(order[start:end])
+        parts.append(_plan_update([i for i, group in enumerate(groups) if group in own], lengths, ranks, microbatch_tokens))
+    forwards = [m for update in parts for rank in update.ranks for m in rank]
+    padded = sum(_cost(m, lengths) for m in forwards)
+    share = 1 - sum(lengths) / padded if padded else 0.0
+    return StepPlan(tuple(parts) * epochs, share)
+
+
+def samples_of_rank(plan: StepPlan, rank: int) -> tuple[int, ...]:
+    """The samples this rank trains in the step, ascending, each once however many epochs there are."""
+    return tuple(sorted({i for update in plan.updates for microbatch in update.ranks[rank] for i in microbatch}))
+
+
+def _plan_update(samples: Sequence[int], lengths: Sequence[int], ranks: int, budget: int) -> UpdatePlan:
+    if not samples:
+        return UpdatePlan(((),) * ranks)
+    ordered = sorted(samples, key=lambda i: (-lengths[i], i))
+    rounds = -(-len(_cut(ordered, lengths, budget)) // ranks)
+    cuts = _even_cuts(ordered, lengths, rounds * ranks, budget)
+    cuts.sort(key=lambda m: -_cost(m, lengths))  # stable, so still deterministic
+    cuts += [()] * (rounds * ranks - len(cuts))
+    dealt: list[list[Microbatch]] = [[] for _ in range(ranks)]
+    for turn in range(rounds):
+        # Like costs meet in one round, where ranks wait for each other; to and fro, so that no rank gets the largest of every round.
+        row = cuts[turn * ranks : (turn + 1) * ranks]
+        for rank, microbatch in enumerate(row if turn % 2 == 0 else reversed(row)):
+            dealt[rank].append(microbatch)
+    return UpdatePlan(tuple(tuple(rank) for rank in dealt))
+
+
+def _even_cuts(ordered: Sequence[int], lengths: Sequence[int], count: int, budget: int) -> list[Microbatch]:
+    """At most `count` microbatches whose largest cost is the least possible; exactly `count` if there are that many samples."""
+    low, high = lengths[ordered[0]], budget
+    while low < high:  # bisection: the number of microbatches never grows with the cost allowed
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_cut(ordered, lengths, middle)) <= count else (middle + 1, high)
+    cuts = _cut(ordered, lengths, low)
+    while len(cuts) < min(count, len(ordered)):
+        largest = max((m for m in cuts if len(m) > 1), key=lambda m: _cost(m, lengths))
+        at, half = cuts.index(largest), len(largest) // 2
+        cuts[at : at + 1] = [largest[:half], largest[half:]]
+    return cuts
+
+
+def _cut(ordered: Sequence[int], lengths: Sequence[int], limit: int) -> list[Microbatch]:
+    """Cuts samples, longest first, into the fewest runs that cost at most `limit` each: filling each run is optimal."""
+    cuts: list[list[int]] = []
+    for sample in ordered:
+        if cuts and (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] <= limit:
+            cuts[-1].append(sample)
+        else:
+            cuts.append([sample])
+    return [tuple(cut) for cut in cuts]
+
+
+def _cost(microbatch: Microbatch, lengths: Sequence[int]) -> int:
+    return len(microbatch) * max((lengths[i] for i in microbatch), default=0)
+
+
+def _check(lengths: Sequence[int], groups: Sequence[int], counts: tuple[int, int, int], budget: int) -> None:
+    if len(lengths) != len(groups):
+        raise InvariantViolation(f"packing: {len(lengths)} lengths but {len(groups)} group numbers")
+    if min(counts) < 1:
+        raise InvariantViolation(f"packing: minibatches, epochs and ranks must be at least 1, not {counts}")
+    for sample, (length, group) in enumerate(zip(lengths, groups, strict=True)):
+        if length < 1:
+            raise InvariantViolation(f"packing: sample {sample} (group {group}) has {length} tokens; there is nothing to train")
+        if length > budget:
+            raise ConfigError(
+                f"sample {sample} of the batch (group {group}) has {length} tokens, more than one forward may hold: "
+                f"train.microbatch_tokens is {budget}. Raise it to {length} or more, or lower the limits on prompt and completion"
+            )

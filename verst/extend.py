@@ -1,0 +1,150 @@
+"""User code by name: `module:function` or a shipped name, checked before anything runs on it.
+
+A mistake in a run file should cost seconds, not the first hour of a run. So what is loaded here is also called on paper: its signature must
+take what Verst will pass.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from verst.errors import ExtensionError
+
+_OWN = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+def load(reference: Any, *, shipped: Mapping[str, Any], kind: str) -> Any:
+    """A shipped object by name, a user's by `module:name`; a Python object that is not text is returned as it is.
+
+    Modules are found as a script in the current working directory would find them. `name` may be dotted (`module:Class.method`).
+    `kind` says what is being loaded ("reward", "environment") and opens every error message.
+
+    Raises `ExtensionError` for an unknown name, a module that is missing or raises, and a name that the module lacks.
+    """
+    if not isinstance(reference, str):
+        return reference
+    if reference in shipped:
+        return shipped[reference]
+    module_name, colon, path = reference.partition(":")
+    if not (colon and module_name and path):
+        known = ", ".join(sorted(shipped)) or "none"
+        raise ExtensionError(
+            f"{kind} {reference!r} is not shipped with Verst{_nearest(reference, shipped)} (shipped: {known}). "
+            f"For your own write `module:name`, for example `my_{kind.replace(' ', '_')}s:{reference}`"
+        )
+    found: Any = _import(module_name, f"{kind} {reference!r}")
+    for part in path.split("."):
+        if not hasattr(found, part):
+            owner = f"module {module_name} ({getattr(found, '__file__', None)})" if isinstance(found, ModuleType) else repr(found)
+            raise ExtensionError(f"{kind} {reference!r}: {owner} has no {part!r}{_nearest(part, vars(found))}")
+        found = getattr(found, part)
+    return found
+
+
+def check_callable(function: Any, kind: str, parameters: Sequence[str], options: Mapping[str, Any] | None = None) -> None:
+    """Checks that `function(*parameters, **options)` fits its signature; `parameters` are the names the error shows.
+
+    Raises `ExtensionError` with the expected call, the actual signature and where it is defined. A callable without a readable signature
+    (some builtins) is accepted.
+    """
+    if not callable(function):
+        raise ExtensionError(f"{kind} is {function!r} of type {type(function).__name__}, which cannot be called")
+    options = options or {}
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return
+    try:
+        signature.bind(*parameters, **options)
+    except TypeError as error:
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        call = ", ".join([*parameters, *(f"{key}={value!r}" for key, value in options.items())])
+        hint = _nearest_option(signature, options)
+        where = f"{kind} {name}{signature} in {_defined_at(function)}"
+        raise ExtensionError(f"{where} cannot be called as {name}({call}): {error}{hint}") from error
+
+
+def check_class(found: Any, kind: str, protocol: type, options: Mapping[str, Any] | None = None) -> None:
+    """Checks that `found(**options)` can be called and, if it is a class, that it has the methods of `protocol`.
+
+    Methods must take the protocol's positional arguments and be `async` where the protocol's are. A factory function is only checked for
+    its call: what it returns is known when it runs. Raises `ExtensionError` showing the expected signature.
+    """
+    if not callable(found) or (not inspect.isclass(found) and isinstance(found, protocol)):
+        raise ExtensionError(f"{kind} is {found!r}, an object of type {type(found).__name__}: give the class or a function that makes one")
+    check_callable(found, kind, (), options)
+    if not inspect.isclass(found):
+        return
+    for name, expected in _methods(protocol):
+        _check_method(found, kind, name, expected)
+
+
+def origin(error: BaseException) -> str:
+    """One line about an exception: its type, message, and the line of code it came from."""
+    text = "".join(traceback.format_exception_only(error)).strip()
+    if isinstance(error, SyntaxError):  # its own report already shows file and line
+        return text
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{text} ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else text
+
+
+def _import(name: str, what: str) -> ModuleType:
+    directory = os.getcwd()
+    if directory not in sys.path:
+        sys.path.insert(0, directory)  # stays: the module may import its neighbours later
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise ExtensionError(f"{what}: no module {error.name!r} in {directory} or among the installed packages") from error
+        raise ExtensionError(f"{what}: module {name} could not be imported: {origin(error)}") from error
+    except Exception as error:
+        raise ExtensionError(f"{what}: module {name} could not be imported: {origin(error)}") from error
+
+
+def _methods(protocol: type) -> list[tuple[str, Callable[..., Any]]]:
+    public = ((name, value) for name, value in vars(protocol).items() if inspect.isfunction(value))
+    return [(name, value) for name, value in public if not name.startswith("_") or name == "__call__"]
+
+
+def _check_method(found: type, kind: str, name: str, expected: Callable[..., Any]) -> None:
+    is_async = inspect.iscoroutinefunction(expected)
+    shape = f"{'async ' if is_async else ''}def {name}{inspect.signature(expected)}"
+    where = f"{kind} {found.__qualname__} in {_defined_at(found)}"
+    method = getattr(found, name, None)
+    if not callable(method):
+        raise ExtensionError(f"{where} has no method {name!r}{_nearest(name, dir(found))}; expected: {shape}")
+    if is_async and not inspect.iscoroutinefunction(method):
+        raise ExtensionError(f"{where}: {name!r} must be an `async def`; expected: {shape}")
+    parameters = [p.name for p in inspect.signature(expected).parameters.values() if p.kind in _OWN]
+    try:
+        inspect.signature(method).bind(*parameters)
+    except TypeError as error:
+        raise ExtensionError(f"{where}: {name}{inspect.signature(method)} does not fit: {error}; expected: {shape}") from error
+
+
+def _defined_at(found: Any) -> str:
+    target = inspect.unwrap(found)
+    try:
+        return f"{inspect.getsourcefile(target)}:{inspect.getsourcelines(target)[1]}"
+    except (TypeError, OSError):  # builtins, objects with __call__, code typed at a prompt
+        return str(getattr(target, "__module__", "an unknown place"))
+
+
+def _nearest(name: str, names: Any) -> str:
+    close = difflib.get_close_matches(name, [n for n in names if not n.startswith("_")], n=3)
+    return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def _nearest_option(signature: inspect.Signature, options: Mapping[str, Any]) -> str:
+    unknown = [name for name in options if name not in signature.parameters]
+    return _nearest(unknown[0], signature.parameters) if unknown else ""

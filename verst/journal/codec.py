@@ -1,0 +1,235 @@
+"""Groups and batches as Arrow IPC streams: the one form in which they are journaled and travel between processes.
+
+A stream holds one record batch with one row for each trajectory (or sample). Token arrays are list columns, so decoding returns NumPy
+views into the buffer, which stay valid after every other reference to it is gone and are read-only if the buffer is. Text and nested values
+are JSON, in the row or in the schema metadata. A tuple inside `info` or `fields` comes back as a list, as JSON has no tuples.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from verst.errors import DataError, EnvironmentFailure, InvariantViolation, JournalError, VerstError
+from verst.types import Batch, FinishReason, Group, Message, Prompt, Sample, Status, Trajectory, Turn
+
+GROUP_SCHEMA = "group/1"
+BATCH_SCHEMA = "batch/1"
+
+_SCHEMA_KEY = b"verst.schema"
+_META_KEY = b"verst.meta"
+
+# Masks are stored one byte a token: Arrow packs booleans into bits, which cannot be viewed as NumPy booleans.
+_STORED = {
+    np.dtype(np.int32): pa.int32(),
+    np.dtype(np.bool_): pa.uint8(),
+    np.dtype(np.float32): pa.float32(),
+}
+_TOKEN_COLUMNS = {"tokens_T": np.int32, "loss_mask_T": np.bool_, "versions_T": np.int32}
+_GROUP_COLUMNS = _TOKEN_COLUMNS | {"logprobs_T": np.float32}
+_BATCH_COLUMNS = _TOKEN_COLUMNS | {"behaviour_logprobs_T": np.float32}
+
+
+def _list_field(name: str, dtype: Any) -> pa.Field:
+    return pa.field(name, pa.large_list(_STORED[np.dtype(dtype)]), nullable=False)
+
+
+_GROUP_FIELDS = [
+    pa.field("id", pa.large_utf8(), nullable=False),
+    *(_list_field(name, dtype) for name, dtype in _GROUP_COLUMNS.items()),
+    pa.field("reward", pa.float64()),
+]
+_BATCH_FIELDS = [
+    pa.field("id", pa.large_utf8(), nullable=False),
+    pa.field("group", pa.int64(), nullable=False),
+    *(_list_field(name, dtype) for name, dtype in _BATCH_COLUMNS.items()),
+    pa.field("reward", pa.float64(), nullable=False),
+]
+
+
+def encode_group(group: Group) -> bytes:
+    """One group as an Arrow IPC stream.
+
+    Raises `EnvironmentFailure` (a trajectory's `info`) or `DataError` (the prompt's `fields`) naming the key whose value is not JSON,
+    `InvariantViolation` if a token array has another dtype than its carrier declares.
+    """
+    rows = group.trajectories
+    _check_json(group.prompt.fields, f"fields of prompt {group.prompt.id}", DataError)
+    for row in rows:
+        _check_json(row.info, f"info of trajectory {row.id}", EnvironmentFailure)
+    meta = {
+        "seq": group.seq,
+        "admitted_version": group.admitted_version,
+        "timings": dict(group.timings),
+        "prompt": {
+            "id": group.prompt.id,
+            "messages": _pack_messages(group.prompt.messages),
+            "fields": group.prompt.fields,
+            "demonstration": _pack_messages(group.prompt.demonstration),
+        },
+        "details": [_pack_detail(row) for row in rows],
+    }
+    columns = [
+        pa.array([row.id for row in rows], pa.large_utf8()),
+        *_token_columns(rows, _GROUP_COLUMNS),
+        pa.array([row.reward for row in rows], pa.float64()),
+    ]
+    return _write(GROUP_SCHEMA, _GROUP_FIELDS, columns, meta)
+
+
+def decode_group(buffer: bytes | memoryview) -> Group:
+    """The group in `buffer` (bytes, or a view of mapped or shared memory). Raises `JournalError` if it holds anything else."""
+    table, meta = _read(buffer, GROUP_SCHEMA)
+    ids, rewards = (table.column(name).to_pylist() for name in ("id", "reward"))
+    arrays = _token_views(table, _GROUP_COLUMNS)
+    trajectories = tuple(
+        Trajectory(id=ids[i], reward=rewards[i], **{name: views[i] for name, views in arrays.items()}, **_unpack_detail(meta["details"][i]))
+        for i in range(table.num_rows)
+    )
+    prompt = meta["prompt"]
+    return Group(
+        seq=meta["seq"],
+        prompt=Prompt(prompt["id"], _unpack_messages(prompt["messages"]), prompt["fields"], _unpack_messages(prompt["demonstration"])),
+        trajectories=trajectories,
+        admitted_version=meta["admitted_version"],
+        timings=meta["timings"],
+    )
+
+
+def encode_batch(batch: Batch) -> bytes:
+    """One batch as an Arrow IPC stream. Raises `InvariantViolation` if a token array has another dtype than `Sample` declares."""
+    rows = batch.samples
+    columns = [
+        pa.array([row.id for row in rows], pa.large_utf8()),
+        pa.array([row.group for row in rows], pa.int64()),
+        *_token_columns(rows, _BATCH_COLUMNS),
+        pa.array([row.reward for row in rows], pa.float64()),
+    ]
+    return _write(BATCH_SCHEMA, _BATCH_FIELDS, columns, {"step": batch.step, "groups": batch.groups})
+
+
+def decode_batch(buffer: bytes | memoryview) -> Batch:
+    """The batch in `buffer`. Raises `JournalError` if it holds anything else."""
+    table, meta = _read(buffer, BATCH_SCHEMA)
+    ids, groups, rewards = (table.column(name).to_pylist() for name in ("id", "group", "reward"))
+    arrays = _token_views(table, _BATCH_COLUMNS)
+    samples = tuple(
+        Sample(id=ids[i], group=groups[i], reward=rewards[i], **{name: views[i] for name, views in arrays.items()})
+        for i in range(table.num_rows)
+    )
+    return Batch(step=meta["step"], groups=tuple(meta["groups"]), samples=samples)
+
+
+def _pack_messages(messages: Sequence[Message]) -> list[list[str]]:
+    return [[message.role, message.content] for message in messages]
+
+
+def _unpack_messages(packed: Sequence[Sequence[str]]) -> tuple[Message, ...]:
+    return tuple(Message(role, content) for role, content in packed)
+
+
+def _pack_detail(row: Trajectory) -> dict[str, Any]:
+    return {
+        "turns": [[turn.start, turn.generated, turn.end, turn.finish, turn.text] for turn in row.turns],
+        "messages": _pack_messages(row.messages),
+        "status": row.status,
+        "seed": row.seed,
+        "error": row.error,
+        "info": row.info,
+    }
+
+
+def _unpack_detail(detail: dict[str, Any]) -> dict[str, Any]:
+    turns = (Turn(start, generated, end, FinishReason(finish), text) for start, generated, end, finish, text in detail["turns"])
+    return detail | {
+        "turns": tuple(turns),
+        "messages": _unpack_messages(detail["messages"]),
+        "status": Status(detail["status"]),
+    }
+
+
+def _token_columns(rows: Sequence[Any], columns: Mapping[str, Any]) -> list[pa.Array]:
+    """A list column for each array attribute of the rows, which all have the same lengths."""
+    lengths = [len(row.tokens_T) for row in rows]
+    offsets = pa.array(np.cumsum([0, *lengths], dtype=np.int64))
+    packed = []
+    for name, declared in columns.items():
+        dtype = np.dtype(declared)
+        arrays = [getattr(row, name) for row in rows]
+        for row, array, length in zip(rows, arrays, lengths, strict=True):
+            if array.dtype != dtype or array.shape != (length,):
+                raise InvariantViolation(f"{row.id}: {name} is {array.dtype}{list(array.shape)}, it must be {dtype}[{length}]")
+        values = np.concatenate(arrays) if arrays else np.empty(0, dtype)
+        stored = values.view(np.uint8) if dtype == np.bool_ else values
+        packed.append(pa.LargeListArray.from_arrays(offsets, pa.array(stored)))
+    return packed
+
+
+def _token_views(table: pa.RecordBatch, columns: Mapping[str, Any]) -> dict[str, list[NDArray[Any]]]:
+    """NumPy views into the record batch: for each column, one array a row."""
+    views = {}
+    for name, dtype in columns.items():
+        column = table.column(name)
+        offsets = column.offsets.to_pylist()
+        values = column.values.to_numpy(zero_copy_only=True).view(dtype)
+        views[name] = [values[start:end] for start, end in itertools.pairwise(offsets)]
+    return views
+
+
+def _write(schema: str, fields: list[pa.Field], columns: list[pa.Array], meta: Mapping[str, Any]) -> bytes:
+    arrow_schema = pa.schema(fields, {_SCHEMA_KEY: schema.encode(), _META_KEY: _to_json(meta)})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, arrow_schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=arrow_schema))
+    return sink.getvalue().to_pybytes()
+
+
+def _read(buffer: bytes | memoryview, schema: str) -> tuple[pa.RecordBatch, dict[str, Any]]:
+    source = pa.py_buffer(buffer)
+    if source.address % 8:  # NumPy views of misaligned columns would be slow everywhere and refused by torch
+        source = pa.py_buffer(source.to_pybytes())
+    try:
+        table = pa.ipc.open_stream(source).read_next_batch()
+    except (pa.ArrowException, OSError, StopIteration) as error:
+        raise JournalError(f"a record of {source.size} bytes is not a {schema!r} Arrow stream: {error}") from error
+    metadata = table.schema.metadata or {}
+    found = metadata.get(_SCHEMA_KEY, b"none").decode()
+    if found != schema:
+        raise JournalError(f"a record has schema {found!r} where {schema!r} is needed: it was written by another version of Verst")
+    return table, _from_json(metadata[_META_KEY])
+
+
+def _to_json(value: Any) -> bytes:
+    # surrogatepass: a prompt file may hold lone surrogates as escapes, and they must come back as they were.
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=dict)  # dict: for mappings of other types
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _from_json(packed: bytes) -> Any:
+    return json.loads(packed.decode("utf-8", "surrogatepass"))
+
+
+def _check_json(value: Any, where: str, error: type[VerstError]) -> None:
+    """Refuses what `json` would reject without naming it (NaN, objects) or change in silence (keys that are not text)."""
+    if value is None or isinstance(value, str | bool | int):
+        return
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise error(f"{where} is {value}, which JSON cannot hold: use None or leave it out")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise error(f"{where} has the key {key!r} of type {type(key).__name__}: JSON keys are text")
+            _check_json(item, f"{where}[{key!r}]", error)
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            _check_json(item, f"{where}[{i}]", error)
+    else:
+        raise error(f"{where} is a {type(value).__name__}, which is not a JSON value: convert it to text, numbers, lists or dicts")

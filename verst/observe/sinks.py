@@ -1,0 +1,49 @@
+"""Where metrics go. A sink takes rows of plain numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from verst.errors import VerstError
+
+
+class JsonlSink:
+    """`metrics.jsonl`: one JSON object a row, appended and flushed, so that a crash loses nothing reported.
+
+    Non-finite numbers are written as null: JSON has no NaN.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("a", encoding="utf-8")
+        if torn:  # a crash cut the last line short; the next one must not be appended to it
+            self._file.write("\n")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Raises `VerstError` if the disk does not take it."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        try:
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise VerstError(f"{self._path}: metrics could not be written ({error.strerror}): make room, then resume the run") from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, in order of step. Of steps trained again after a restart the last row counts; a torn line is skipped."""
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a line that a crash cut short
+        rows[(row["step"], row["kind"])] = row
+    return [rows[key] for key in sorted(rows)]

@@ -1,0 +1,172 @@
+"""The seams of Verst: what each part promises the others. No torch at run time.
+
+Who calls whom: the loop drives `TrainBackend` ranks and rollout workers; a rollout worker drives one `Engine` and one
+`Environment` per trajectory; a scorer calls the `Reward`. Every one of them can be replaced by a plain class with these methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from verst.types import Completion, GenerateRequest, Generation, Manifest, Message, Prompt, Reply, Trajectory
+
+if TYPE_CHECKING:
+    import torch
+
+    from verst.observe.metrics import Tally
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """One conversation. A fresh instance serves one trajectory and is never used again."""
+
+    async def start(self, prompt: Prompt) -> Sequence[Message]:
+        """The opening messages, usually `prompt.messages`."""
+        ...
+
+    async def reply(self, completion: Completion) -> Reply:
+        """The answer to what the model just said: new messages, or the end. Called once for each turn, also for one cut by a limit.
+
+        An environment may also define `async close()`, which is called once when its trajectory has ended, however it ended.
+        """
+        ...
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores a whole trajectory. May be `async`. Its parameters: the trajectory and the prompt's fields."""
+
+    def __call__(self, trajectory: Trajectory, fields: Mapping[str, Any], /) -> Any:
+        """A finite number. An exception, NaN or None marks the trajectory failed; it never becomes a silent 0."""
+        ...
+
+
+class WeightUpdate(Protocol):
+    """One policy version on its way into an engine."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hugging Face name and CPU or device tensor, each once. Valid only until the next one is taken."""
+        ...
+
+    def checksum(self, tensor: torch.Tensor) -> str:
+        """The hash the manifest uses; the same number on CPU and GPU."""
+        ...
+
+
+class Engine(Protocol):
+    """Generates. Token ids in and out; all methods may be called concurrently from one event loop."""
+
+    async def start(self) -> None: ...
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        """Runs until a stop, a limit, or `abort`. A cancelled call ends its request. Raises `EngineFailure` if the engine broke."""
+        ...
+
+    async def abort(self, ids: Sequence[str] | None = None) -> None:
+        """Ends these requests (None: all) with `FinishReason.ABORT`; their tokens so far are returned."""
+        ...
+
+    async def pause(self) -> None:
+        """Returns once no forward pass runs. Requests in flight keep their place and go on after `resume`."""
+        ...
+
+    async def resume(self) -> None: ...
+
+    async def update_weights(self, update: WeightUpdate) -> Mapping[str, str]:
+        """Only while paused. Loads every tensor and returns the checksum of each as the engine now holds it.
+
+        From then on new tokens carry `update.manifest.version`. The caller compares the checksums and resumes only if all match.
+        """
+        ...
+
+    async def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Log-probability of each token given those before it, at temperature 1, by a prefill; entry 0 is 0.
+
+        May be called while paused: it is the probe that compares engine and trainer before a version serves.
+        """
+        ...
+
+    @property
+    def version(self) -> int: ...
+
+    def stats(self) -> Mapping[str, float]:
+        """Counters since start: `generated_tokens`, `prefill_tokens`, `decode_steps`, `decode_s`, `prefill_s`.
+
+        Gauges: `running`, `waiting` (requests).
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class TrainBackend(Protocol):
+    """One trainer rank. All methods are called on all ranks of a step in the same order; they may run collectives.
+
+    A step is: `load_batch`, then for each update `forward_backward` on all ranks and, only when all ranks succeeded,
+    `optimizer_step` on all ranks. The samples travel encoded (`verst.journal.codec.encode_batch`).
+    """
+
+    def load_batch(self, batch: Any) -> BatchScores:
+        """Takes a decoded `Batch` and computes the log-probabilities that the algorithm needs before its first update."""
+        ...
+
+    def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
+        """Accumulates gradients of one update over its microbatches. `advantages` has one entry for each sample of the batch."""
+        ...
+
+    def optimizer_step(self, update: int) -> Tally:
+        """Clips and steps, or skips the update if loss or gradient is not finite (`update/skipped` 1 on every rank)."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hugging Face name and full tensor, in the model's dtype; saved buffers follow. A collective: every rank iterates to the end."""
+        ...
+
+    def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
+        """As `Engine.logprobs`, by the trainer: the other side of the probe. A collective."""
+        ...
+
+    def state(self) -> BackendState:
+        """A private CPU copy of this rank's model and optimizer shards, schedule and RNG, safe to write while training goes on."""
+        ...
+
+    def load_state(self, state: BackendState) -> None:
+        """Restores `state()`, bit for bit. The state holds full tensors or this rank's shards; see `BackendState`."""
+        ...
+
+    @property
+    def num_updates(self) -> int:
+        """Updates each step makes: minibatches times epochs."""
+        ...
+
+
+class BackendState(Protocol):
+    """Tensors by name, plus JSON values. `full_shapes` says what each sharded tensor is a part of (split along dim 0)."""
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]: ...
+
+    @property
+    def values(self) -> Mapping[str, Any]: ...
+
+    @property
+    def full_shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+
+class BatchScores(Protocol):
+    """What `load_batch` learned on one rank."""
+
+    @property
+    def tally(self) -> Tally: ...
+
+    @property
+    def reference_kl(self) -> Mapping[int, float]:
+        """Sample index → Σ over its loss tokens of the KL estimate; empty without a reference."""
+        ...

@@ -1,0 +1,161 @@
+"""The parent's end of one reward worker: starts it, talks to it, and sees to it that it is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from verst.errors import DeadlineExceeded, ExtensionError
+from verst.rewards.spec import RewardSpec
+from verst.rewards.worker import HEADER
+from verst.types import Trajectory
+
+START_DEADLINE_S = 120.0
+"""Limit of importing the reward: a module may load a model."""
+
+_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+_GRACE_S = 0.2
+_END_S = 10.0
+
+
+class RewardProcess:
+    """A worker that has loaded its reward. It has a process group of its own, ended as a whole, so that what a reward started ends too.
+
+    `concurrent` says that the trajectories of one request are scored at the same time (the reward is async), else in order.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._process, self._reader, self._writer = process, reader, writer
+        self._buffer = b""
+        self._killed = False
+        self.concurrent = False
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    @classmethod
+    async def start(cls, spec: RewardSpec, deadline_s: float, log: Path | None) -> RewardProcess:
+        """Raises `ExtensionError` with the reason if the reward cannot be loaded, `DeadlineExceeded` if that takes too long."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            reader, writer = await asyncio.open_connection(sock=ours)
+            worker = cls(_launch(theirs.fileno(), log), reader, writer)
+        try:
+            await worker._load(spec, deadline_s, log)
+        except BaseException:  # a cancelled start too must leave no process behind
+            worker.kill()
+            raise
+        return worker
+
+    async def _load(self, spec: RewardSpec, deadline_s: float, log: Path | None) -> None:
+        await self._send((spec, deadline_s))
+        try:
+            reply = await self.receive(START_DEADLINE_S)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"reward {spec.name}: its worker did not load it within {START_DEADLINE_S:g} s") from error
+        if reply is None:
+            raise ExtensionError(
+                f"reward {spec.name}: its worker {await self.ended()} while loading it; its output is in {log or 'stderr'}"
+            )
+        if "error" in reply:
+            prefix = "" if reply["kind"] == ExtensionError.__name__ else f"reward {spec.name} could not be made: "
+            raise ExtensionError(prefix + reply["error"])
+        self.concurrent = reply["concurrent"]
+
+    async def request(self, fields: Mapping[str, Any], trajectories: Sequence[Trajectory]) -> None:
+        await self._send((fields, trajectories))
+
+    async def receive(self, limit_s: float) -> dict[str, Any] | None:
+        """The next reply, None if the worker is gone. Raises `TimeoutError` after `limit_s`."""
+        while b"\n" not in self._buffer:
+            data = await self._read(limit_s)
+            if not data:
+                return None
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+    async def ended(self) -> str:
+        """How the process ended, in words. Ends it if it only closed its socket."""
+        for _ in range(100):
+            if not self.alive:
+                break
+            await asyncio.sleep(0.01)
+        code = self._process.poll()
+        self.kill()
+        if code is None:
+            return "closed its connection"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+    def kill(self) -> None:
+        """Ends the process group and waits for that, without giving way to other tasks: so it is complete in a cancelled task too."""
+        if self._killed:
+            return  # the number may belong to another group by now
+        self._killed = True
+        self._writer.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_S)  # milliseconds, unless a driver holds the process
+
+    async def _send(self, message: Any) -> None:
+        payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        try:
+            self._writer.write(HEADER.pack(len(payload)) + payload)
+            await self._writer.drain()
+        except ConnectionError:
+            return  # it died: the next `receive` says so
+
+    async def _read(self, limit_s: float) -> bytes:
+        read = asyncio.ensure_future(self._reader.read(2**16))
+        try:
+            done, _ = await asyncio.wait({read}, timeout=limit_s)
+            if not done:
+                # Where this event loop itself was held up past the limit, the reply may lie in the socket: look before judging.
+                done, _ = await asyncio.wait({read}, timeout=_GRACE_S)
+            if not done:
+                raise TimeoutError
+            return read.result()
+        except ConnectionError:
+            return b""
+        finally:
+            read.cancel()
+
+
+def _launch(fd: int, log: Path | None) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-X", "faulthandler", "-m", "verst.rewards.worker", str(fd), str(os.getpid())]
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644) if log else os.dup(2)
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=(fd,),
+            env=worker_environment(os.environ),
+            start_new_session=True,  # Ctrl-C in a terminal reaches the parent only, which ends its workers in order
+        )
+    finally:
+        os.close(output)
+
+
+def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a worker may see: everything but variables whose name speaks of a secret; modules are found where this process finds them."""
+    kept = {name: value for name, value in environment.items() if not any(word in name.upper() for word in _SECRET_WORDS)}
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    return kept | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}

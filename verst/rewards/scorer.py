@@ -1,0 +1,167 @@
+"""Scores groups in worker processes, with a deadline for each trajectory.
+
+A failure is attributed to the trajectory it hit and is never a silent 0.
+
+Who waits for whom: a group is cut into one request for each worker, and a request waits for a free worker. The worker acknowledges each
+trajectory when it is scored, so the deadline runs for one trajectory at a time, and when a worker dies the first one without
+acknowledgement did it; the rest of the request goes to its replacement. Async rewards run together: after a death each is tried again
+alone, to find who did it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from verst.errors import RewardFailure, VerstError
+from verst.rewards.process import RewardProcess
+from verst.rewards.spec import RewardSpec
+from verst.types import Group, Status, Trajectory
+
+_ASYNC_GRACE_S = 1.0
+"""An async reward's deadline is kept inside the worker; this much later the worker itself is judged to be stuck."""
+
+
+class Scorer:
+    """Scores with `workers` processes. `deadline_s` limits one trajectory. Output of the reward goes to `log`, or to stderr.
+
+    All methods belong to one event loop; `score` may be called concurrently.
+    """
+
+    def __init__(self, reward: RewardSpec, *, workers: int, deadline_s: float, log: Path | None = None) -> None:
+        self._reward, self._workers, self._deadline_s, self._log = reward, workers, deadline_s, log
+        self._free: asyncio.Queue[RewardProcess | None] = asyncio.Queue()  # None: a place whose worker died
+        self._alive: set[RewardProcess] = set()
+        self._counts: Counter[str] = Counter()
+        self._closed = False
+
+    async def start(self) -> None:
+        """Starts the workers. Raises `ExtensionError` if the reward cannot be loaded: the reason is in the message."""
+        try:
+            for worker in await _together([self._spawn() for _ in range(self._workers)]):
+                self._free.put_nowait(worker)
+        except VerstError:
+            await self.close()
+            raise
+
+    async def score(self, group: Group) -> Group:
+        """The group with the reward of each trajectory that has not failed; one whose reward fails is marked failed and says why."""
+        start = time.perf_counter()
+        waiting = group.trainable
+        scored: dict[str, Trajectory] = {}
+        size = -(-len(waiting) // self._workers) or 1
+        requests = [waiting[i : i + size] for i in range(0, len(waiting), size)]
+        await _together([self._score(group.prompt.fields, request, scored) for request in requests])
+        self._counts["scored"] += sum(t.status is not Status.FAILED for t in scored.values())
+        trajectories = tuple(scored.get(t.id, t) for t in group.trajectories)
+        return replace(group, trajectories=trajectories, timings={**group.timings, "score_s": time.perf_counter() - start})
+
+    def stats(self) -> Mapping[str, float]:
+        """Counters since start: `scored`, `failed/deadline`, `failed/crash`, `failed/exception`, `failed/not_a_number`, `workers_lost`."""
+        names = ("scored", "failed/deadline", "failed/crash", "failed/exception", "failed/not_a_number", "workers_lost")
+        return {name: float(self._counts[name]) for name in names}
+
+    async def close(self) -> None:
+        """Ends all workers, and returns when they are gone. A `score` still under way raises `RewardFailure`."""
+        self._closed = True
+        for worker in self._alive:
+            worker.kill()
+        self._alive.clear()
+
+    @property
+    def pids(self) -> Sequence[int]:
+        """Of the workers now alive."""
+        return [worker.pid for worker in self._alive]
+
+    async def _spawn(self) -> RewardProcess:
+        worker = await RewardProcess.start(self._reward, self._deadline_s, self._log)
+        self._alive.add(worker)
+        if self._closed:  # while it started
+            self._retire(worker)
+            raise self._was_closed()
+        return worker
+
+    async def _ready(self, worker: RewardProcess | None) -> RewardProcess:
+        if worker is not None:
+            if worker.alive:
+                return worker
+            self._retire(worker)  # it died between requests: no trajectory did that
+        return await self._spawn()
+
+    def _was_closed(self) -> RewardFailure:
+        return RewardFailure(f"the scorer of reward {self._reward.name} was closed while it scored")
+
+    def _retire(self, worker: RewardProcess) -> None:
+        self._alive.discard(worker)
+        worker.kill()
+        self._counts["workers_lost"] += 1
+
+    async def _score(self, fields: Mapping[str, Any], request: Sequence[Trajectory], scored: dict[str, Trajectory]) -> None:
+        requests = deque([request])
+        while requests:
+            request = requests.popleft()
+            place = await self._free.get()
+            worker = None
+            idle = False  # whether the worker owes us nothing and can serve the next request
+            try:
+                worker = await self._ready(place)
+                death = await self._exchange(worker, fields, request, scored)
+                idle = death is None
+                together = worker.concurrent
+            finally:
+                if worker and not idle:
+                    self._retire(worker)
+                self._free.put_nowait(worker if idle else None)
+            if self._closed:
+                raise self._was_closed()  # that ended the worker: no trajectory did
+            if death is not None:
+                requests.extend(self._after(death, together, [t for t in request if t.id not in scored], scored))
+
+    def _after(
+        self, death: tuple[str, str], together: bool, left: Sequence[Trajectory], scored: dict[str, Trajectory]
+    ) -> Sequence[Sequence[Trajectory]]:
+        """Blames a worker's death (reason, words) on one trajectory where it can be known; returns what must be tried again."""
+        if together and len(left) > 1:
+            return [[trajectory] for trajectory in left]
+        if left:
+            self._fail(left[0], *death, scored)
+        return [left[1:]] if left[1:] else []
+
+    async def _exchange(
+        self, worker: RewardProcess, fields: Mapping[str, Any], request: Sequence[Trajectory], scored: dict[str, Trajectory]
+    ) -> tuple[str, str] | None:
+        """Scores one request on one worker. Returns None, or reason and words for why the worker cannot be used any more."""
+        await worker.request(fields, request)
+        limit_s = self._deadline_s + (_ASYNC_GRACE_S if worker.concurrent else 0)
+        for _ in request:
+            try:
+                reply = await worker.receive(limit_s)
+            except TimeoutError:
+                return "deadline", f"exceeded {self._deadline_s:g} s"
+            if reply is None:
+                return "crash", f"broke: its process {await worker.ended()}"
+            trajectory = request[reply["index"]]
+            if "error" in reply:
+                self._fail(trajectory, reply["reason"], reply["error"], scored)
+            else:
+                scored[trajectory.id] = replace(trajectory, reward=reply["reward"])
+        return None
+
+    def _fail(self, trajectory: Trajectory, reason: str, words: str, scored: dict[str, Trajectory]) -> None:
+        self._counts[f"failed/{reason}"] += 1
+        scored[trajectory.id] = trajectory.failed(f"reward {self._reward.name} {words}")
+
+
+async def _together(coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Their results. If one raises, the others are cancelled and the error is raised as it is, not as a group."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
+    return [task.result() for task in tasks]

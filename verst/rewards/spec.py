@@ -1,0 +1,56 @@
+"""Which reward scores a run, in a form that travels to worker processes."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from verst.errors import ExtensionError
+from verst.extend import check_callable, load
+from verst.rewards.shipped import SHIPPED
+
+if TYPE_CHECKING:
+    from verst.config.schema import RewardConfig  # pydantic would slow the start of every worker
+
+
+@dataclass(frozen=True, slots=True)
+class RewardSpec:
+    """A reward by reference (a shipped name or `module:name`), or pickled by value in `function`; `options` are its keyword arguments."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    function: bytes | None = None
+
+    @classmethod
+    def of(cls, config: RewardConfig, function: Callable[..., Any] | None = None) -> RewardSpec:
+        """What the run file names, or `function` given from Python. Raises `ExtensionError` if `function` cannot be pickled."""
+        if function is None:
+            return cls(config.function, config.options)
+        import cloudpickle
+
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        try:
+            return cls(name, config.options, cloudpickle.dumps(function))
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise ExtensionError(
+                f"reward {name} cannot be sent to its worker process: {error}. Open connections, locks and files inside the function, "
+                "or write it in a module and give `module:function`"
+            ) from error
+
+    def build(self) -> Callable[..., Any]:
+        """The reward, ready to call with trajectory and fields. A class is made once, with the options; a function gets them in each call.
+
+        Runs the user's module: raises `ExtensionError` if it cannot be imported or its signature does not fit.
+        """
+        found = load(self.name, shipped=SHIPPED, kind="reward") if self.function is None else pickle.loads(self.function)
+        if not inspect.isclass(found):
+            check_callable(found, "reward", ("trajectory", "fields"), self.options)
+            return partial(found, **self.options)
+        check_callable(found, "reward", (), self.options)
+        reward: Any = found(**self.options)
+        check_callable(reward, "reward", ("trajectory", "fields"))
+        return reward

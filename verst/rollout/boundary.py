@@ -1,0 +1,140 @@
+"""Where environments and engines cross into Verst: what they return is checked here, and what an environment raises ends here.
+
+A broken environment fails one trajectory, a broken engine is nobody's trajectory's fault. Both are told apart at this place only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from verst.errors import EngineFailure, EnvironmentFailure
+from verst.extend import origin
+from verst.protocols import Environment
+from verst.types import Completion, GenerateRequest, Generation, Message, Prompt, Reply
+
+CLOSE_DEADLINE_S = 10.0
+"""A close that hangs must not hold up the end of a cancelled group."""
+
+
+class GuardedEnvironment:
+    """One environment for one trajectory. Whatever goes wrong in it becomes an `EnvironmentFailure` that names it.
+
+    Args:
+        make: makes the environment, at `start`.
+        deadline_s: limit of each call.
+    """
+
+    def __init__(self, make: Callable[[], Environment], deadline_s: float) -> None:
+        self._make = make
+        self._deadline_s = deadline_s
+        self._environment: Environment | None = None
+        self._calls = 0
+
+    async def start(self, prompt: Prompt) -> tuple[Message, ...]:
+        """Makes the environment and returns its opening messages: at least one."""
+
+        async def made() -> Any:
+            self._environment = self._make()
+            return await self._environment.start(prompt)
+
+        messages = _checked_messages(await self._guarded(made, "start", self._deadline_s), f"{self._name}.start")
+        if not messages:
+            raise EnvironmentFailure(f"{self._name}.start returned no messages: the model has nothing to answer")
+        return messages
+
+    async def reply(self, completion: Completion) -> Reply:
+        self._calls += 1
+        environment = self._environment
+        if environment is None:
+            raise EnvironmentFailure("an environment was asked for a reply before it started")
+        answer = await self._guarded(lambda: environment.reply(completion), f"reply in turn {self._calls}", self._deadline_s)
+        return checked_reply(answer, self._name)
+
+    async def close(self) -> EnvironmentFailure | None:
+        """Calls the environment's own `close`, if it has one. A failure is returned, so that it hides no other error."""
+        close = getattr(self._environment, "close", None)
+        if close is None:
+            return None
+        try:
+            await self._guarded(close, "close", CLOSE_DEADLINE_S)
+        except EnvironmentFailure as failure:
+            return failure
+        return None
+
+    @property
+    def _name(self) -> str:
+        made = self._make if self._environment is None else type(self._environment)
+        made = getattr(made, "func", made)  # a class with its options bound
+        return str(getattr(made, "__qualname__", made))
+
+    async def _guarded(self, call: Callable[[], Awaitable[Any]], what: str, deadline_s: float) -> Any:
+        limit = asyncio.timeout(deadline_s)
+        try:
+            async with limit:
+                return await call()
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():  # someone cancels this trajectory
+                raise
+            raise EnvironmentFailure(f"environment {self._name}: {what} awaited something that was cancelled") from error
+        except Exception as error:
+            if limit.expired():
+                raise EnvironmentFailure(f"environment {self._name}: {what} took longer than {deadline_s:g} s") from error
+            raise EnvironmentFailure(f"environment {self._name}: {what} raised {origin(error)}") from error
+
+
+def checked_reply(reply: Any, name: str) -> Reply:
+    """The reply, if it keeps the protocol; `name` is the environment's. Raises `EnvironmentFailure`."""
+    where = f"{name}.reply"
+    if not isinstance(reply, Reply):
+        raise EnvironmentFailure(f"{where} returned {_described(reply)}, not a Reply")
+    messages = _checked_messages(reply.messages, where)
+    if not reply.done and not messages:
+        raise EnvironmentFailure(f"{where} is neither done nor has messages: there is nothing the model could answer")
+    if any(message.role == "assistant" for message in messages):
+        raise EnvironmentFailure(f"{where} returned a message of the role 'assistant': only the model speaks as the assistant")
+    if not isinstance(reply.info, Mapping):
+        raise EnvironmentFailure(f"{where}: info is {_described(reply.info)}, not a mapping")
+    try:
+        json.dumps(dict(reply.info), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise EnvironmentFailure(f"{where}: info must hold JSON values: {error}") from error
+    return reply
+
+
+def checked_generation(generation: Generation, request: GenerateRequest) -> Generation:
+    """The generation, if it answers the request. Raises `EngineFailure`: its numbers would go into gradients."""
+    where = f"engine answer to request {request.id}"
+    arrays = {"tokens": generation.tokens_T, "log-probabilities": generation.logprobs_T, "versions": generation.versions_T}
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) != 1:
+        raise EngineFailure(f"{where}: arrays of different lengths: {lengths}")
+    if generation.id != request.id:
+        raise EngineFailure(f"{where} is for request {generation.id}")
+    if lengths["tokens"] > request.sampling.max_new_tokens:
+        raise EngineFailure(f"{where}: {lengths['tokens']} tokens, more than max_new_tokens {request.sampling.max_new_tokens}")
+    if not lengths["tokens"] and generation.finish != "abort":
+        raise EngineFailure(f"{where}: no tokens, though it finished with {generation.finish.value!r}")
+    if not np.isfinite(generation.logprobs_T).all():
+        raise EngineFailure(f"{where}: log-probabilities that are not finite")
+    if lengths["tokens"] and int(generation.versions_T.min()) < 0:
+        raise EngineFailure(f"{where}: tokens without a policy version")
+    return generation
+
+
+def _checked_messages(messages: Any, where: str) -> tuple[Message, ...]:
+    if isinstance(messages, str | Message) or not isinstance(messages, Sequence):
+        raise EnvironmentFailure(f"{where} returned {_described(messages)}, not a sequence of Message")
+    for message in messages:
+        if not (isinstance(message, Message) and isinstance(message.role, str) and isinstance(message.content, str)):
+            raise EnvironmentFailure(f"{where} returned {_described(message)} among its messages, not a Message of two texts")
+    return tuple(messages)
+
+
+def _described(value: Any) -> str:
+    return f"{value!r:.80} of type {type(value).__name__}"

@@ -1,0 +1,79 @@
+"""The environments shipped with Verst, and how a run finds its own.
+
+A conversation of one turn takes the same path as one of many: its environment ends it at the first reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from verst import extend
+from verst.protocols import Environment
+from verst.types import Completion, Message, Prompt, Reply
+
+
+class SingleTurn:
+    """The prompt's messages, one completion, the end."""
+
+    async def start(self, prompt: Prompt) -> Sequence[Message]:
+        return prompt.messages
+
+    async def reply(self, completion: Completion) -> Reply:
+        return Reply()
+
+
+class SecondTry:
+    """Tells the model that its answer was wrong and lets it try again.
+
+    An answer counts as right if the last line of the completion, without surrounding space and a final full stop, ends with the prompt's
+    answer as a word of its own. That decides only whether to go on: the reward judges the trajectory, and finds `tries` and `solved` in
+    its `info`.
+
+    Args:
+        tries: completions a trajectory may have (`rollout.max_turns` must allow as many).
+        field: the prompt's field that holds the right answer; `start` raises `KeyError` for a prompt without it.
+        message: what the user says after a wrong answer.
+    """
+
+    def __init__(self, tries: int = 2, field: str = "answer", message: str = "That is not correct. Try again.") -> None:
+        if tries < 1:
+            raise ValueError(f"tries is {tries}; a trajectory needs at least one")
+        self._left = self._tries = tries
+        self._field = field
+        self._message = Message("user", message)
+        self._answer = ""
+
+    async def start(self, prompt: Prompt) -> Sequence[Message]:
+        self._answer = str(prompt.fields[self._field]).strip()
+        return prompt.messages
+
+    async def reply(self, completion: Completion) -> Reply:
+        self._left -= 1
+        solved = _ends_with(completion.text, self._answer)
+        info = {"tries": self._tries - self._left, "solved": solved}
+        if solved or not self._left:
+            return Reply(info=info)
+        return Reply(messages=(self._message,), done=False, info=info)
+
+
+SHIPPED: Mapping[str, Callable[..., Environment]] = {"single_turn": SingleTurn, "second_try": SecondTry}
+
+
+def environment_factory(reference: Any, options: Mapping[str, Any]) -> Callable[[], Environment]:
+    """What makes a fresh environment for each trajectory: a shipped name, `module:Class`, or a class or function given from Python.
+
+    Raises `ExtensionError` if it cannot be found, lacks a method, or does not take `options`.
+    """
+    found = extend.load(reference, shipped=SHIPPED, kind="environment")
+    extend.check_class(found, "environment", Environment, options)
+    return partial(found, **options)
+
+
+def _ends_with(text: str, answer: str) -> bool:
+    """Whether the last line ends with this answer, and not merely with its last characters ("142" does not answer "42")."""
+    lines = text.strip().splitlines()
+    line = lines[-1].strip().removesuffix(".") if lines else ""
+    before = line[: len(line) - len(answer)]
+    return bool(answer) and line.casefold().endswith(answer.casefold()) and not (before and (before[-1].isalnum() or before[-1] in "-.,"))

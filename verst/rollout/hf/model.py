@@ -1,0 +1,242 @@
+"""The transformers model behind the engine: loading, forward passes over the slot cache, and the check that both fit.
+
+What the checks compare is measured when the engine starts, on the machine and the model at hand: the slot cache must give the logits
+of the model's own attention, and in deterministic mode a row's logits must have the same bits with and without neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from verst.errors import EngineFailure, ModelError
+from verst.rollout.hf.attention import NAME, DecodePlan, attended_lengths, decoding, register
+from verst.rollout.hf.cache import SlotCache
+from verst.rollout.hf.graphs import ForwardGraphs
+
+_LAYERS_SUPPORTED = {"full_attention", "sliding_attention"}
+_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_LONGEST_RECORDED = 1024  # tokens of a prompt; a longer one keeps the device busy without a recording
+_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.3}  # relative; a wrong mask or position gives about 1
+
+
+class SlotModel:
+    """Prefill and decode of one model on one device. Not thread-safe: everything runs in the engine's decode thread."""
+
+    def __init__(self, path: str, dtype: torch.dtype, device: torch.device, *, slots: int, max_tokens: int, exact: bool) -> None:
+        """Loads and checks the model. Raises `ModelError` if the directory is no model, `EngineFailure` if its type does not work."""
+        self.device, self.slots, self.max_tokens, self.exact = device, slots, max_tokens, exact
+        self.model = _load(path, dtype, device)
+        config = self.model.config.get_text_config()
+        self.type: str = self.model.config.model_type
+        self.vocab_size: int = config.vocab_size
+        self._refuse_unsupported(config)
+        self.rows = _aligned_rows(config, slots) if exact else slots
+        self._experts = exact and any(getattr(config, name, None) for name in _EXPERT_COUNTS)
+        self._prefill_experts = getattr(self.model.config, "_experts_implementation", None)
+        self.cache = SlotCache(self.rows, max_tokens)
+        self._graphs = ForwardGraphs(device)
+        if exact and device.type == "cuda":
+            # As the trainer's deterministic algorithms do: in bfloat16 another attention kernel alone is worth 0.2 of a log-probability.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        self._check_on_this_machine()
+
+    @property
+    def recordings(self) -> int:
+        return len(self._graphs)
+
+    @torch.inference_mode()
+    def prefill(self, tokens_T: NDArray[np.int32], slot: int) -> torch.Tensor:
+        """Fills a slot with one prompt; returns the logits `[V]` that follow it. Bits depend on weights and prompt alone."""
+        self._use_experts(self._prefill_experts)
+        count = len(tokens_T)
+        inputs = torch.zeros(self._prefill_length(count) + 2, dtype=torch.long)
+        inputs[0], inputs[1] = slot, count - 1
+        inputs[2 : count + 2] = torch.tensor(tokens_T)
+        if count > _LONGEST_RECORDED:
+            return self._prefill(inputs.to(self.device))
+        return self._graphs.run(("prefill", len(inputs)), self._prefill, inputs)
+
+    def _prefill(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`inputs`: slot, place of the last token, tokens and what fills them up (later places, so no token attends to it)."""
+        self.cache.aim_prefill(inputs[:1])
+        tokens = inputs[None, 2:]
+        positions = torch.arange(tokens.shape[1], device=inputs.device)[None]
+        return self._forward(
+            input_ids=tokens, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=inputs[1:2]
+        )[0, 0]
+
+    def _prefill_length(self, count: int) -> int:
+        """A recording is of one length, so on a GPU prompts are filled up to one of a few."""
+        if self.device.type == "cpu" or count > _LONGEST_RECORDED:
+            return count
+        return int(attended_lengths(np.array([count - 1]), self.max_tokens, exact=True)[0])
+
+    @torch.inference_mode()
+    def decode(self, tokens_R: NDArray[np.integer[Any]], filled_R: NDArray[np.int64], active_R: NDArray[np.bool_]) -> torch.Tensor:
+        """One token on the first R slots; returns the logits `[R, V]` that follow.
+
+        `filled_R` counts the positions a slot holds, which is where the token goes. Rows that are not active compute nothing of use
+        and leave their slots alone.
+        """
+        self._use_experts("batched_mm")
+        positions = np.where(active_R, filled_R, 0)
+        targets = np.where(active_R, filled_R, self.cache.scrap)
+        own = attended_lengths(positions, self.max_tokens, exact=self.exact, rounded=self._graphs.enabled)
+        lengths = tuple(sorted({int(length) for length in own}))
+        inputs = torch.from_numpy(np.stack((tokens_R, positions, targets, own)))
+        return self._graphs.run((len(positions), lengths), partial(self._decode, lengths=lengths), inputs)
+
+    def _decode(self, inputs_4R: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        tokens, positions, targets, own = inputs_4R
+        self.cache.aim_decode(targets)
+        with decoding(DecodePlan(positions, own, lengths, self.model.dtype)):
+            return self._forward(input_ids=tokens[:, None], position_ids=positions[:, None], past_key_values=self.cache, use_cache=True)[
+                :, -1
+            ]
+
+    def rows_for(self, needed: int) -> int:
+        """How many rows a step computes that needs the first `needed`: all in exact mode, so that shapes never vary."""
+        if self.exact:
+            return self.rows
+        # Few different numbers of rows, because each is recorded on its own.
+        return min(2 ** math.ceil(math.log2(needed)), self.rows) if self._graphs.enabled else needed
+
+    @torch.inference_mode()
+    def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Log-probability `[T]` of each token given those before it, at temperature 1; entry 0 is 0. Leaves the cache alone."""
+        self._use_experts(self._prefill_experts)
+        tokens, positions = self._prompt(tokens_T)
+        logits = self._forward(input_ids=tokens, position_ids=positions, use_cache=False)[0, :-1]
+        found = torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens[0, 1:, None])[:, 0]
+        return np.concatenate((np.zeros(1, np.float32), found.cpu().numpy()))
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """End-of-sequence ids, of the generation config if it names any, else of the model's config."""
+        generation = self.model.generation_config
+        ids = generation.eos_token_id if generation is not None else None
+        if ids is None:
+            ids = self.model.config.get_text_config().eos_token_id
+        if ids is None:
+            return ()
+        return (ids,) if isinstance(ids, int) else tuple(ids)
+
+    def _prompt(self, tokens_T: NDArray[np.int32]) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.from_numpy(tokens_T.astype(np.int64)).to(self.device)[None]
+        return tokens, torch.arange(len(tokens_T), device=self.device)[None]
+
+    def _forward(self, **inputs: Any) -> torch.Tensor:
+        return self.model(**inputs).logits
+
+    def _use_experts(self, implementation: str | None) -> None:
+        """Chooses how experts are computed, in deterministic mode only.
+
+        A decode step needs one product for each (token, expert), or the number of rows of an expert's product, hence its bits, would
+        depend on where the neighbours are routed. A prefill has no neighbours, and such products would need too much memory.
+        """
+        if self._experts and implementation is not None:
+            self.model.set_experts_implementation(implementation)
+
+    def _refuse_unsupported(self, config: Any) -> None:
+        kinds = set(getattr(config, "layer_types", None) or ()) - _LAYERS_SUPPORTED
+        if kinds or getattr(self.model, "_is_stateful", False):
+            what = f"layers of kind {', '.join(sorted(map(str, kinds)))}" if kinds else "recurrent state"
+            raise self._unsupported(f"it has {what}, and only full and sliding-window attention are supported")
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and self.max_tokens > limit:
+            raise EngineFailure(f"the engine is asked for {self.max_tokens} tokens a sequence, but the model's limit is {limit}")
+
+    def _unsupported(self, why: str) -> EngineFailure:
+        return EngineFailure(f"model type {self.type!r} does not work with the hf engine: {why}. Use another engine or model")
+
+    @torch.inference_mode()
+    def _check_on_this_machine(self) -> None:
+        """Compares the slot cache with the model's own attention, and one sequence alone with the same in every row."""
+        tokens = np.random.default_rng(0).integers(0, self.vocab_size, min(8, self.max_tokens), dtype=np.int32)
+        try:
+            expected = self._own_attention(tokens)
+            self._switch_attention()
+            alone = self._teacher_forced(tokens, filled=(0,))[0]
+            crowd = self._teacher_forced(tokens, filled=range(self.rows))
+        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            raise self._unsupported(f"a trial decode raised {type(error).__name__}: {error}") from error
+        difference = ((alone - expected).norm() / expected.norm()).item()
+        if not difference < _TOLERANCE[self.model.dtype]:
+            raise self._unsupported(f"with the slot cache its logits differ by {difference:.1%} from those of its own attention")
+        if self.exact and not torch.equal(alone.expand_as(crowd), crowd):
+            raise self._unsupported(
+                f"its logits change by up to {(crowd - alone).abs().max().item():.1e} with slot and neighbours, with "
+                f"{torch.get_num_threads()} CPU threads. Use 1 or 2 threads, or set deterministic to false"
+            )
+
+    def _switch_attention(self) -> None:
+        register()
+        self.model.set_attn_implementation(NAME)
+        used = self.model.config.get_text_config()._attn_implementation
+        if used != NAME:
+            raise self._unsupported("its attention cannot be replaced")
+
+    def _own_attention(self, tokens_T: NDArray[np.int32]) -> torch.Tensor:
+        tokens, positions = self._prompt(tokens_T)
+        return self._forward(input_ids=tokens, position_ids=positions, use_cache=False)[0, -1].float()
+
+    def _teacher_forced(self, tokens_T: NDArray[np.int32], filled: Sequence[int]) -> torch.Tensor:
+        """Logits `[rows, V]` after all tokens, half of them prefilled and half decoded, with the same sequence in each filled row."""
+        active = np.zeros(self.rows, np.bool_)
+        active[list(filled)] = True
+        half = (len(tokens_T) + 1) // 2
+        logits = self.prefill(tokens_T[:half], filled[0]).expand(self.rows, -1)
+        if others := filled[1:]:
+            self.cache.copy([filled[0]] * len(others), others, half)
+        for position in range(half, len(tokens_T)):
+            logits = self.decode(np.full(self.rows, tokens_T[position]), np.full(self.rows, position, np.int64), active)
+        return logits.float()
+
+
+def _aligned_rows(config: Any, slots: int) -> int:
+    """Slots rounded up so that no row lies on the ragged end of an elementwise operation.
+
+    PyTorch's CPU kernels compute `silu` and the like in blocks of 32 or 64 numbers and what is left over with other, scalar code, with
+    other last bits. Measured: with 13 rows of 48 the last row's SiLU differs. Two threads cut a tensor in halves, hence 128.
+    """
+    widths = [width for name in _WIDTHS if (width := getattr(config, name, None))]
+    heads = config.hidden_size // config.num_attention_heads
+    granule = 128 // math.gcd(128, heads, *widths)
+    return -(-slots // granule) * granule
+
+
+def _load(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    if not (Path(path) / "config.json").is_file():
+        raise ModelError(f"{path} is no Hugging Face model directory: it has no config.json")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} cannot be loaded as a causal language model: {error}") from error
+    torch.nn.Module.to(model, device)
+    _widen_head(model)
+    return model.requires_grad_(False).eval()
+
+
+def _widen_head(model: PreTrainedModel) -> None:
+    """Gives a bfloat16 model float32 logits, as the trainer computes them: rounded, a logit of 20 is off by up to 0.06."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or head.weight.dtype != torch.bfloat16:
+        return
+    head.forward = partial(_float32_logits, head)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _float32_logits(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    rows, weight = hidden.flatten(0, -2), head.weight.t()
+    # A CPU has no product of bfloat16 with float32 results.
+    logits = torch.mm(rows, weight, out_dtype=torch.float32) if rows.is_cuda else torch.mm(rows.float(), weight.float())
+    logits = logits if head.bias is None else logits + head.bias
+    return logits.view(*hidden.shape[:-1], -1)

@@ -1,0 +1,190 @@
+"""Rolling one group: every trajectory of a prompt at once, turn by turn, exact to the token.
+
+Who waits for whom: each trajectory waits in turn for the engine (its generation) and for its own environment (its reply, with a deadline);
+the group waits for all of its trajectories. An environment's failure ends its trajectory, an engine's failure ends the group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from verst.data.chat import ChatRenderer
+from verst.errors import DataError, EnvironmentFailure
+from verst.protocols import Engine, Environment
+from verst.rollout.boundary import GuardedEnvironment, checked_generation
+from verst.rollout.transcript import Transcript
+from verst.types import NO_VERSION, Completion, FinishReason, GenerateRequest, Group, Message, Prompt, Sampling, Status, Trajectory, Turn
+
+
+def stable_seed(*parts: int) -> int:
+    """A seed in [0, 2^63) that is the same in every process and on every machine, unlike Python's `hash`."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+@dataclass(frozen=True)
+class GroupRoller:
+    """Makes the groups of one engine. `dataclasses.replace` gives a variant, such as one trajectory at temperature 0 for evaluation.
+
+    Args:
+        environment: makes a fresh environment; called once for each trajectory.
+        sampling: of every turn; the template's end-of-turn token is added to its stop tokens.
+        group_size: trajectories of each prompt.
+        max_turns: completions a trajectory may have.
+        max_prompt_tokens: a longer opening is an error.
+        max_model_tokens: limit of a whole trajectory, environment replies included.
+        seed: the run's. With admission number, member and turn it fixes the seed of every request.
+        environment_deadline_s: limit of each call of an environment.
+
+    Raises `ModelError` if there may be several turns and the chat template cannot be continued.
+    """
+
+    engine: Engine
+    renderer: ChatRenderer
+    environment: Callable[[], Environment]
+    sampling: Sampling
+    group_size: int
+    max_turns: int
+    max_prompt_tokens: int
+    max_model_tokens: int
+    seed: int
+    environment_deadline_s: float
+
+    def __post_init__(self) -> None:
+        if self.max_turns > 1:
+            self.renderer.require_continuable()
+
+    async def roll(self, seq: int, prompt: Prompt) -> Group:
+        """The group with admission number `seq`. Rolled again, under the same weights, it gets the same random numbers.
+
+        Raises `EngineFailure` if the engine broke, `DataError` if the prompt is too long or the template refuses it; the other trajectories
+        are cancelled then. A cancelled call cancels its requests.
+        """
+        started = time.perf_counter()
+        admitted_version = self.engine.version
+        try:
+            async with asyncio.TaskGroup() as members:
+                tasks = [members.create_task(self._trajectory(seq, member, prompt)) for member in range(self.group_size)]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None  # the first broke the group; the others are its echoes
+        timings = {"roll_s": time.perf_counter() - started}
+        return Group(seq, prompt, tuple(task.result() for task in tasks), admitted_version, timings)
+
+    def demonstrate(self, seq: int, prompt: Prompt) -> Group:
+        """A group of one trajectory made of the prompt's demonstration, for supervised fine-tuning. Nothing is generated.
+
+        Its tokens have no policy version and log-probability 0. Its reward is 0: it is not scored, and no loss on demonstrations reads it.
+
+        Raises `DataError` if the prompt has no demonstration, or prompt or demonstration are too long.
+        """
+        if not prompt.demonstration:
+            raise DataError(f"prompt {prompt.id} has no demonstration to imitate: name its column in data.demonstration_column")
+        tokens_T, mask_T = self.renderer.demonstration(prompt.messages, prompt.demonstration)
+        self._check_prompt(prompt, int(mask_T.argmax()))
+        if len(tokens_T) > self.max_model_tokens:
+            raise DataError(
+                f"prompt {prompt.id} with its demonstration has {len(tokens_T)} tokens, above the limit of a trajectory "
+                f"({self.max_model_tokens}): shorten it, or raise rollout.max_new_tokens"
+            )
+        trajectory = Trajectory(
+            id=f"{seq}/0",
+            tokens_T=tokens_T,
+            loss_mask_T=mask_T,
+            logprobs_T=np.zeros(len(tokens_T), np.float32),
+            versions_T=np.full(len(tokens_T), NO_VERSION, np.int32),
+            turns=self._imitated_turns(tokens_T, mask_T),
+            messages=(*prompt.messages, *prompt.demonstration),
+            status=Status.FINISHED,
+            seed=stable_seed(self.seed, seq, 0),
+            reward=0.0,
+        )
+        return Group(seq, prompt, (trajectory,), admitted_version=self.engine.version)
+
+    async def _trajectory(self, seq: int, member: int, prompt: Prompt) -> Trajectory:
+        name, seed = f"{seq}/{member}", stable_seed(self.seed, seq, member)
+        transcript = Transcript()
+        environment = GuardedEnvironment(self.environment, self.environment_deadline_s)
+        status, failure = Status.FAILED, None
+        try:
+            status = await self._converse(name, seed, prompt, environment, transcript)
+        except EnvironmentFailure as error:
+            failure = error
+        finally:
+            closing_failure = await environment.close()
+        failure = failure or closing_failure
+        trajectory = transcript.trajectory(name, status, seed)
+        return trajectory if failure is None else trajectory.failed(str(failure))
+
+    async def _converse(self, name: str, seed: int, prompt: Prompt, environment: GuardedEnvironment, transcript: Transcript) -> Status:
+        """Turns until the environment ends the trajectory or a limit does."""
+        opening = await environment.start(prompt)
+        tokens_T = self.renderer.opening(opening)
+        self._check_prompt(prompt, len(tokens_T))
+        transcript.give(tokens_T, opening)
+        for turn in range(self.max_turns):
+            finish = await self._generate(f"{name}/{turn}", stable_seed(seed, turn), transcript)
+            generated = tuple(transcript.turn_tokens().tolist())
+            text = self.renderer.decode(generated, self.sampling.stop_token_ids)
+            transcript.end_turn(text, finish)
+            # A truncated completion is shown to the environment too: the reward may need what it has to say.
+            reply = await environment.reply(Completion(text, generated, finish))
+            transcript.info.update(reply.info)
+            if finish is FinishReason.LENGTH:
+                return Status.TRUNCATED
+            if reply.done:
+                return Status.FINISHED
+            if turn + 1 == self.max_turns:
+                break
+            given_T = self._continuation(reply.messages, after_stop=generated[-1] == self.renderer.end_of_turn)
+            if transcript.length + len(given_T) >= self.max_model_tokens:  # no room for a single generated token
+                break
+            transcript.give(given_T, reply.messages)
+        return Status.TRUNCATED
+
+    async def _generate(self, request_id: str, seed: int, transcript: Transcript) -> FinishReason:
+        """Generates the open turn. After an abort from outside it goes on from the tokens so far, with a seed of its own."""
+        left = min(self.sampling.max_new_tokens, self.max_model_tokens - transcript.length)
+        stop_ids = tuple(dict.fromkeys((*self.sampling.stop_token_ids, *self.renderer.stop_token_ids)))
+        piece = 0
+        while left:
+            sampling = replace(self.sampling, max_new_tokens=left, stop_token_ids=stop_ids)
+            name = f"{request_id}+{piece}" if piece else request_id
+            request = GenerateRequest(name, transcript.tokens(), sampling, stable_seed(seed, piece))
+            generation = checked_generation(await self.engine.generate(request), request)
+            transcript.generate(generation)
+            if generation.finish is not FinishReason.ABORT:
+                return generation.finish
+            left -= len(generation.tokens_T)
+            piece += 1
+        return FinishReason.LENGTH
+
+    def _continuation(self, messages: Sequence[Message], *, after_stop: bool) -> NDArray[np.int32]:
+        try:
+            return self.renderer.continuation(messages, after_stop=after_stop)
+        except DataError as error:  # the messages are the environment's
+            raise EnvironmentFailure(f"the environment's reply cannot be rendered: {error}") from error
+
+    def _check_prompt(self, prompt: Prompt, tokens: int) -> None:
+        limit = min(self.max_prompt_tokens, self.max_model_tokens - 1)
+        if tokens > limit:
+            raise DataError(
+                f"prompt {prompt.id} has {tokens} tokens, above the limit of {limit}: raise data.max_prompt_tokens "
+                f"({self.max_prompt_tokens}), or remove the prompt"
+            )
+
+    def _imitated_turns(self, tokens_T: NDArray[np.int32], mask_T: NDArray[np.bool_]) -> tuple[Turn, ...]:
+        """One turn for each run of imitated tokens, with the given tokens before it."""
+        edges = [0, *(int(i) + 1 for i in np.flatnonzero(mask_T[1:] != mask_T[:-1])), len(mask_T)]
+        given, imitated = list(pairwise(edges))[::2], list(pairwise(edges))[1::2]
+        return tuple(
+            Turn(start, begin, end, FinishReason.STOP, self.renderer.decode(tokens_T[begin:end]))
+            for (start, _), (begin, end) in zip(given, imitated, strict=True)
+        )

@@ -1,0 +1,124 @@
+"""The thin Ray layer: one actor class for every role, and no logic.
+
+A `Host` holds one plain object and calls its methods by name. Synchronous methods run one after another on a thread of their own, so that
+the actor always answers; asynchronous ones run on the actor's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from verst.errors import VerstError
+from verst.runtime.mailbox import Answer, Call, Inbox, Mailbox
+
+_CONCURRENT_CALLS = 10_000
+"""Calls an actor holds at once: every group in flight is one."""
+
+
+class Worker(Protocol):
+    """A plain object in this process or in an actor, called by method name."""
+
+    name: str
+
+    async def call(self, method: str, /, *args: Any) -> Any:
+        """One message there and one back."""
+        ...
+
+    async def post(self, method: str, /, *args: Any) -> Any:
+        """The same for many small calls at a time, which share messages (`verst.runtime.mailbox`)."""
+        ...
+
+
+class WorkerDied(VerstError):
+    """A process that Verst depends on ended. The message names its role."""
+
+
+class Host:
+    """A process of its own around one plain object."""
+
+    def __init__(self, factory: Callable[..., Any], *args: Any) -> None:
+        self._object = factory(*args)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="verst-worker")
+        self._inbox = Inbox(self.call)
+
+    async def call(self, method: str, *args: Any) -> Any:
+        function = getattr(self._object, method)
+        if inspect.iscoroutinefunction(function):
+            return await function(*args)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    async def submit(self, calls: Sequence[Call]) -> None:
+        self._inbox.submit(calls)
+
+    async def collect(self, wait_s: float) -> list[Answer]:
+        return await self._inbox.collect(wait_s)
+
+
+_HOST: Any = ray.remote(Host)
+
+
+@contextlib.contextmanager
+def unwrapped(name: str, method: str) -> Iterator[None]:
+    """Lets a remote diagnosis through as itself, and gives the death of a process its role."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, VerstError):
+            raise error.cause from error  # Ray's wrapper holds the remote traceback
+        raise
+    except RayActorError as error:
+        raise WorkerDied(f"{name} died ({method}): {error}") from error
+
+
+class RayWorker:
+    """A `Worker` in an actor."""
+
+    def __init__(self, name: str, handle: Any) -> None:
+        self.name = name
+        self.handle = handle
+        self._mailbox = Mailbox(self._submit, self._collect)
+
+    async def call(self, method: str, /, *args: Any) -> Any:
+        with unwrapped(self.name, method):
+            return await self.handle.call.remote(method, *args)
+
+    async def post(self, method: str, /, *args: Any) -> Any:
+        return await self._mailbox.call(method, *args)
+
+    async def _submit(self, calls: Sequence[Call]) -> None:
+        with unwrapped(self.name, calls[0].method):
+            await self.handle.submit.remote(calls)
+
+    async def _collect(self, wait_s: float) -> list[Answer]:
+        with unwrapped(self.name, "answering"):
+            return await self.handle.collect.remote(wait_s)
+
+
+class LocalWorker:
+    """A `Worker` in this process, for tests and for driving a step by hand."""
+
+    def __init__(self, name: str, instance: Any) -> None:
+        self.name = name
+        self._object = instance
+
+    async def call(self, method: str, /, *args: Any) -> Any:
+        result = getattr(self._object, method)(*args)
+        return await result if inspect.isawaitable(result) else result
+
+    post = call
+
+
+def spawn(name: str, factory: Callable[..., Any], *args: Any, gpus: float = 0, env: Mapping[str, str] | None = None) -> RayWorker:
+    """Starts an actor around `factory(*args)`; `env` are environment variables of its process."""
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": _CONCURRENT_CALLS}
+    if env:
+        options["runtime_env"] = {"env_vars": dict(env)}
+    return RayWorker(name, _HOST.options(**options).remote(factory, *args))

@@ -1,0 +1,90 @@
+"""From scored groups to what a step trains on: pure functions over NumPy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from verst.algorithms.table import algorithm_for
+from verst.config.schema import AlgorithmConfig
+from verst.observe.metrics import Tally
+from verst.types import NO_VERSION, Batch, Group, Sample, Status, Trajectory
+
+
+def unusable(group: Group, min_members: int) -> str | None:
+    """Why a scored group cannot be trained, or None: its commonest failure, if too few trajectories are left for a baseline."""
+    if len(group.trainable) >= min_members:
+        return None
+    errors = Counter(t.error or "unknown" for t in group.trajectories if t.status is Status.FAILED)
+    reason, count = errors.most_common(1)[0]
+    return f"{count} of {len(group.trajectories)} trajectories failed: {reason}"
+
+
+def assemble(step: int, groups: Sequence[Group]) -> Batch:
+    """One batch of samples, in the order of admission. Failed trajectories are left out; they stay in the journal."""
+    samples = tuple(
+        Sample(
+            id=t.id,
+            group=g.seq,
+            tokens_T=t.tokens_T,
+            loss_mask_T=t.loss_mask_T,
+            behaviour_logprobs_T=t.logprobs_T,
+            versions_T=t.versions_T,
+            reward=t.reward if t.reward is not None else 0.0,  # demonstrations are not scored
+        )
+        for g in groups
+        for t in g.trainable
+    )
+    return Batch(step, tuple(g.seq for g in groups), samples)
+
+
+def advantages(batch: Batch, options: AlgorithmConfig, reference_kl: Mapping[int, float]) -> list[float]:
+    """One advantage for each sample. `reference_kl`: Σ over its loss tokens of the KL estimate, by sample index; empty without one."""
+    algorithm = algorithm_for(options)
+    rewards_N = algorithm.shape_rewards([s.reward for s in batch.samples], reference_kl, options)
+    return algorithm.advantages(rewards_N, np.array([s.group for s in batch.samples]), options).tolist()
+
+
+def describe(groups: Sequence[Group], advantages_: Sequence[float], version: int) -> dict[str, float]:
+    """What a batch was like: rewards, lengths, failures by reason, staleness.
+
+    `staleness` is the version at consumption minus the oldest version in the sample; `version` is the one at consumption.
+    """
+    tally = Tally()
+    for group in groups:
+        _describe_trajectories(group, version, tally)
+        rewards = [t.reward for t in group.trainable if t.reward is not None and _sampled(t)]
+        if rewards:  # demonstrations were not sampled, so they have no reward
+            tally.mean("reward", sum(rewards), len(rewards))
+            tally.mean("reward/std", float(np.std(rewards)))
+            tally.mean("reward/groups_without_signal", float(max(rewards) - min(rewards) < 1e-8))
+    tally.mean("advantage/abs", float(np.abs(advantages_).sum()), len(advantages_))
+    return tally.report()
+
+
+def _describe_trajectories(group: Group, version: int, tally: Tally) -> None:
+    for t in group.trajectories:
+        failed = t.status is Status.FAILED
+        tally.mean("rollout/failed", float(failed))
+        if failed:
+            continue
+        tally.mean("rollout/truncated", float(t.status is Status.TRUNCATED))
+        tally.mean("rollout/generated_tokens", t.generated_tokens)
+        tally.mean("rollout/turns", len(t.turns))
+        if _sampled(t):
+            staleness = version - int(t.versions_T[t.loss_mask_T].min())
+            tally.mean("staleness/mean", staleness)
+            tally.peak("staleness/max", staleness)
+
+
+def _sampled(trajectory: Trajectory) -> bool:
+    """Whether a policy generated it; demonstrations carry no version."""
+    versions = trajectory.versions_T[trajectory.loss_mask_T]
+    return bool(versions.size) and int(versions.min()) != NO_VERSION
+
+
+def failures(groups: Sequence[Group]) -> Counter[str]:
+    """Failed trajectories by reason (the first line, so that equal causes count together)."""
+    return Counter((t.error or "unknown").splitlines()[0] for g in groups for t in g.trajectories if t.status is Status.FAILED)

@@ -1,0 +1,64 @@
+"""Python objects given to `verst.train` in place of names in the run file."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from verst.errors import ExtensionError
+
+
+@dataclass(frozen=True, slots=True)
+class MadeAnew:
+    """Rows from a function that returns a fresh iterator each time, so that every epoch and every resumed run can read them."""
+
+    make: Callable[..., Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.make())
+
+
+@dataclass(frozen=True, slots=True)
+class Extensions:
+    """A reward function, an environment class, prompt rows. None: as the run file says."""
+
+    reward: Any = None
+    environment: Any = None
+    prompts: Any = None
+
+    def pack(self) -> bytes | None:
+        """Bytes that other processes, and a resumed run, can load; None if nothing was given.
+
+        Functions and classes are taken by value (cloudpickle), so that ones written in a notebook or script work.
+
+        Raises:
+            ExtensionError: something cannot be pickled, such as a generator that is already running.
+        """
+        if self.reward is None and self.environment is None and self.prompts is None:
+            return None
+        if isinstance(self.prompts, Iterator):
+            raise ExtensionError(
+                "prompts: an iterator can be read only once, so a resumed run could not continue it; "
+                "give a list, or the function that makes the iterator"
+            )
+        import cloudpickle
+
+        try:
+            return cloudpickle.dumps((self.reward, self.environment, self.prompts))
+        except (TypeError, AttributeError, ValueError, pickle.PicklingError) as error:
+            raise ExtensionError(f"a function or object given to verst.train cannot be sent to other processes: {error}") from error
+
+    @property
+    def rows(self) -> Any:
+        """The prompts as something that can be iterated over."""
+        return MadeAnew(self.prompts) if callable(self.prompts) else self.prompts
+
+    @classmethod
+    def unpack(cls, packed: bytes | None) -> Extensions:
+        if packed is None:
+            return cls()
+        import cloudpickle
+
+        return cls(*cloudpickle.loads(packed))

@@ -1,0 +1,316 @@
+"""The loop: producers and one consumer around a bounded set of group slots.
+
+    who        takes               gives                 waits for                        unblocked by
+    read       the data            prompts               room for one                     feed
+    feed       a prompt, a slot    admitted prompts      a free slot                      pull
+    roll x C   an admitted prompt  a scored, journaled   a prompt; engine and scorer      feed
+                                   group
+    consumer   the next P groups   a committed step      its groups, in admission order   roll
+    pull       a committed version freed slots           every engine's verified pull     consumer
+
+C is the capacity, P the groups of a step. Synchronous training is C = P: nothing is admitted until the engines hold the step's weights. A
+larger C lets rollout run ahead. There are no modes: the same lines run either way.
+
+The commit precedes the pull, so engines never serve a version that a crash could take back. A producer that ends is an error. A failed
+trajectory is data; a broken invariant stops the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from verst.algorithms.table import algorithm_for
+from verst.config.schema import Config
+from verst.errors import DataError, InvariantViolation, VerstError
+from verst.journal.codec import encode_group
+from verst.journal.index import BatchRecord, CommitRecord
+from verst.observe.metrics import Tally
+from verst.observe.spans import Spans
+from verst.runtime import batching
+from verst.runtime.parts import Parts
+from verst.runtime.recovery import Cursor, JournaledBatch, LoopState, Restored
+from verst.runtime.saving import Saver
+from verst.runtime.slots import GroupSlots
+from verst.runtime.wait import within
+from verst.runtime.workers import Probe
+from verst.types import Group, Manifest, Prompt
+
+
+@dataclass
+class Ready:
+    """Admitted groups in order, and those of them that are finished."""
+
+    order: deque[int] = field(default_factory=deque)
+    groups: dict[int, Group] = field(default_factory=dict)
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def put(self, group: Group) -> None:
+        async with self.changed:
+            self.groups[group.seq] = group
+            self.changed.notify_all()
+
+    async def pop(self) -> Group:
+        """The oldest admitted group, once it is finished."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: bool(self.order) and self.order[0] in self.groups)
+            return self.groups.pop(self.order.popleft())
+
+
+class Loop:
+    """One run. Everything it works with is in `parts`; everything it knows after a crash comes from `restored`."""
+
+    def __init__(self, config: Config, parts: Parts, restored: Restored) -> None:
+        self._config = config
+        self._parts = parts
+        self._restored = restored
+        self._algorithm = algorithm_for(config.algorithm)
+        self._slots = GroupSlots(config.capacity_groups)
+        self._admitted: asyncio.Queue[tuple[int, Prompt]] = asyncio.Queue()
+        self._ready = Ready()
+        self._cursors: dict[int, Cursor] = {}  # where to feed from again, for each admitted group that no batch has consumed
+        self._next = restored.cursor  # of the next prompt to admit
+        self._unread: asyncio.Queue[tuple[Cursor, Cursor, Prompt | DataError]] = asyncio.Queue(config.capacity_groups)
+        self._dropped: dict[int, Group] = {}  # since the last batch
+        self._drops_in_a_row = 0
+        self._pulling: asyncio.Task[None] | None = None
+        self._stop = asyncio.Event()
+        self._saver = Saver(config, parts, saved=restored.step)
+        self.version = restored.step
+
+    def stop(self) -> None:
+        """Asks the loop to end at the next consistent point: after the step in progress, or at once while it waits for groups."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Trains until `run.steps` are committed or `stop` is called. Raises the first error of any part."""
+        try:
+            await self._train()
+            await self._saver.finish(self._state())
+        finally:
+            await self._saver.abandon()
+
+    async def _train(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                await self._replay()
+                await self._begin()
+                rollers = [self._roll() for _ in range(self._slots.capacity)]
+                producers = [tasks.create_task(work) for work in (self._read(), self._feed(), *rollers)]
+                await self._consume()
+                for producer in producers:
+                    producer.cancel()
+        except* VerstError as errors:
+            raise _first(errors) from None
+
+    # ---- producers
+
+    async def _read(self) -> None:
+        """Reads prompts ahead, one for each slot, so that freed slots are filled at once and their groups are rolled together."""
+        cursor = self._next
+        while True:
+            try:
+                prompt = await asyncio.to_thread(self._parts.stream.next)
+            except DataError as error:
+                await self._unread.put((cursor, cursor, error))  # raised when the prompt is needed, which it may never be
+                return
+            after = Cursor(cursor.seq + 1, self._parts.stream.state())
+            await self._unread.put((cursor, after, prompt))
+            cursor = after
+
+    async def _feed(self) -> None:
+        """Admits prompts in order, as slots become free. Groups that a resumed run already has are not rolled again."""
+        while True:
+            cursor, after, prompt = await self._unread.get()
+            await self._slots.room(self._wants_more)
+            if isinstance(prompt, DataError):
+                raise prompt
+            if cursor.seq not in self._restored.consumed:
+                self._slots.take(cursor.seq)
+                self._cursors[cursor.seq] = cursor
+                self._ready.order.append(cursor.seq)
+                if cursor.seq in self._restored.finished:
+                    await self._ready.put(self._journaled(cursor.seq, prompt))
+                else:
+                    self._admitted.put_nowait((cursor.seq, prompt))
+            self._next = after
+
+    def _journaled(self, seq: int, prompt: Prompt) -> Group:
+        """A finished group of a resumed run. Raises `DataError` if the data has another prompt in its place now."""
+        group = self._parts.journal.group(seq)
+        if (group.prompt.id, group.prompt.messages) != (prompt.id, prompt.messages):
+            raise DataError(
+                f"the data has changed since the run began: group {seq} was rolled from {group.prompt.id}, now it is {prompt.id}"
+            )
+        return group
+
+    def _wants_more(self) -> bool:
+        """Whether the remaining steps need more groups than are admitted."""
+        return len(self._cursors) < self._config.train.groups_per_step * (self._config.run.steps - self.version)
+
+    async def _roll(self) -> None:
+        """Rolls, scores and journals one group after another. There are as many of these as slots, so no group waits for another."""
+        while True:
+            seq, prompt = await self._admitted.get()
+            group = await self._parts.rollout(seq, prompt, self._algorithm.learns_from)
+            self._parts.journal.append_group(seq, encode_group(group))
+            await self._ready.put(group)
+
+    # ---- consumer
+
+    async def _consume(self) -> None:
+        """Takes groups and makes steps until the last one, or until asked to stop."""
+        while self.version < self._config.run.steps:
+            groups = await self._next_groups()
+            if groups is None:
+                break
+            await self._step(groups)
+        await self._pulled()
+
+    async def _next_groups(self) -> list[Group] | None:
+        """The next P trainable groups in admission order; None if asked to stop first. Groups that cannot be trained are dropped."""
+        self._spans = Spans()
+        with self._spans("rollout"):
+            taking = asyncio.ensure_future(self._take(self._config.train.groups_per_step))
+            stopping = asyncio.ensure_future(self._stop.wait())
+            try:
+                await asyncio.wait({taking, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                return None if self._stop.is_set() else await taking
+            finally:
+                taking.cancel()
+                stopping.cancel()
+
+    async def _take(self, count: int) -> list[Group]:
+        groups: list[Group] = []
+        while len(groups) < count:
+            limit = self._parts.group_deadline_s
+            group = await within(self._ready.pop(), limit, f"the next of {count} groups ({len(groups)} are ready)")
+            reason = batching.unusable(group, self._algorithm.min_members)
+            if reason is None:
+                groups.append(group)
+                self._drops_in_a_row = 0
+            else:
+                await self._drop(group, reason)
+        return groups
+
+    async def _drop(self, group: Group, reason: str) -> None:
+        """Gives up a group: recorded with the next batch, counted, and its slot goes to another prompt."""
+        self._dropped[group.seq] = group
+        self._drops_in_a_row += 1
+        self._cursors.pop(group.seq)
+        self._parts.observer.note(f"group {group.seq} ({group.prompt.id}) dropped: {reason}")
+        if self._drops_in_a_row > 2 * self._slots.capacity:
+            raise DataError(f"{self._drops_in_a_row} groups in a row could not be trained; the last one: {reason}")
+        await self._slots.free([group.seq])
+
+    async def _step(self, groups: Sequence[Group], journaled: JournaledBatch | None = None) -> None:
+        """One step: batch, updates, commit, and the pull that frees the slots. `journaled`: the step is trained again after a restart."""
+        step, spans, trainers = self.version + 1, self._spans, self._parts.trainers
+        batch = batching.assemble(step, groups)
+        if journaled is None:
+            await asyncio.to_thread(self._parts.journal.append_batch, BatchRecord(step, batch.groups, tuple(self._dropped)))
+        dropped, self._dropped = list(self._dropped.values()), {}
+        with spans("load"):
+            scores = await trainers.load_batch(batch)
+        advantages = batching.advantages(batch, self._config.algorithm, scores.reference_kl)
+        tally = Tally().merge(scores.tally)
+        for update in range(trainers.num_updates):
+            with spans("forward_backward"):
+                tally.merge(await trainers.forward_backward(update, advantages))
+            with spans("optimizer"):
+                tally.merge(await trainers.optimizer_step(update))
+        with spans("publish"):
+            manifest, probe = await self._publish(step)
+        with spans("commit"):
+            await self._commit(step, manifest.digest, journaled)
+        for seq in batch.groups:
+            self._cursors.pop(seq, None)
+        with spans("pull_wait"):
+            await self._pulled()
+        held = [] if journaled else batch.groups
+        self._pulling = self._tasks.create_task(self._pull(manifest, probe, held))
+        metrics = batching.describe([*groups, *dropped], advantages, step - 1) | tally.report() | {"groups/dropped": float(len(dropped))}
+        await self._after([*groups, *dropped], metrics)
+
+    async def _commit(self, step: int, digest: str, journaled: JournaledBatch | None) -> None:
+        """Makes the step durable; or, when it was committed before, checks that the same weights came out."""
+        if journaled is None or journaled.digest is None:
+            await asyncio.to_thread(self._parts.journal.append_commit, CommitRecord(step, digest))
+        elif journaled.digest != digest:
+            message = (
+                f"step {step} was trained again from the journal and its weights hash is {digest}, not {journaled.digest} as committed"
+            )
+            if self._config.run.deterministic:
+                raise InvariantViolation(message + ": machine, library versions or thread count may differ from before")
+            self._parts.observer.note(f"warning: {message}")
+        self.version = step
+
+    async def _after(self, groups: Sequence[Group], metrics: dict[str, float]) -> None:
+        """What follows a commit and is not training: evaluation, checkpoint, report."""
+        metrics |= {"slots/held": float(self._slots.held), "version": float(self.version)}
+        if self._evaluates_at(self.version):
+            await self._pulled()
+            with self._spans("evaluate"):
+                metrics |= await self._parts.evaluate()
+        with self._spans("checkpoint"):
+            await self._saver.after_step(self._state())
+        self._parts.observer.step(self.version, groups, metrics, self._spans)
+
+    # ---- weights
+
+    async def _begin(self) -> None:
+        """Gives the engines the restored weights before the first prompt is admitted."""
+        await self._pulled()
+        self._spans = Spans()
+        manifest, probe = await self._publish(self.version)
+        await self._pull(manifest, probe, [])
+        if self._config.eval.every_steps and self.version == 0:
+            self._parts.observer.evaluation(0, await self._parts.evaluate())
+
+    async def _publish(self, version: int) -> tuple[Manifest, Probe]:
+        """Hashes the trainer's weights, and writes them where the engines will need them."""
+        needed = self._algorithm.learns_from == "policy" or self._evaluates_at(version) or version == self._restored.step
+        tokens = self._parts.probe_tokens
+        manifest, logprobs = await self._parts.trainers.publish(version, self._parts.weights_location if needed else None, tokens)
+        return manifest, Probe(tokens, logprobs, self._config.weights.probe_limit)
+
+    async def _pull(self, manifest: Manifest, probe: Probe, seqs: Sequence[int]) -> None:
+        """All engines load and verify a version; only then are the slots free whose gradient it includes."""
+        if manifest.location:
+            difference = await self._parts.replicas.pull(manifest, probe)
+            self._parts.observer.published(manifest.version, difference)
+        await self._slots.free(seqs)
+
+    async def _pulled(self) -> None:
+        """Waits for the pull in progress, if there is one."""
+        if self._pulling is not None:
+            await within(asyncio.shield(self._pulling), 2 * self._config.weights.deadline_s + 10, f"engines to pull version {self.version}")
+            self._pulling = None
+
+    def _evaluates_at(self, version: int) -> bool:
+        every = self._config.eval.every_steps
+        return bool(every) and (version % every == 0 or version == self._config.run.steps)
+
+    # ---- resume
+
+    async def _replay(self) -> None:
+        """Trains again the journaled batches after the checkpoint; each must reach the weights that were committed."""
+        for batch in self._restored.batches:
+            if self._stop.is_set():
+                return
+            self._spans = Spans()
+            await self._step([self._parts.journal.group(seq) for seq in batch.groups], journaled=batch)
+
+    def _state(self) -> LoopState:
+        """What a checkpoint must hold beside the trainer's state: where the feed has to go on."""
+        return LoopState(self.version, self._cursors[min(self._cursors)] if self._cursors else self._next)
+
+
+def _first(errors: BaseExceptionGroup[VerstError]) -> VerstError:
+    """The first diagnosis in a tree of them."""
+    for error in errors.exceptions:
+        return _first(error) if isinstance(error, BaseExceptionGroup) else error
+    raise InvariantViolation("an empty exception group")

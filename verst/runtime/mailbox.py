@@ -1,0 +1,138 @@
+"""Many small calls to one actor as few messages.
+
+A call through Ray costs a millisecond or so whatever it carries, and a step makes one for each group. So calls made in the same turn of the
+event loop leave in one message, and one outstanding request collects whatever has finished since: a step then costs a handful of messages,
+and a group that takes long still holds up no other.
+
+    caller             takes a call             gives its answer      waits for
+    sender             calls made so far        one `submit`          the first call of a turn
+    collector          -                        answers by number     one `collect`, outstanding while calls are
+    Inbox (actor)      submitted calls          finished answers      the first answer to finish
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
+
+from verst.errors import VerstError
+
+
+class Call(NamedTuple):
+    """One call on its way to an actor."""
+
+    number: int
+    method: str
+    args: tuple[Any, ...]
+
+
+class Answer(NamedTuple):
+    """What became of it: a result, or the error it raised."""
+
+    number: int
+    result: Any
+    error: Exception | None
+
+
+class Inbox:
+    """The actor's side: runs submitted calls and keeps their answers until they are collected."""
+
+    def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
+        self._call = call
+        self._answers: list[Answer] = []
+        self._some = asyncio.Event()
+        self._running: set[asyncio.Task[None]] = set()  # the event loop keeps only weak references to tasks
+
+    def submit(self, calls: Sequence[Call]) -> None:
+        for call in calls:
+            task = asyncio.get_running_loop().create_task(self._run(call))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+
+    async def _run(self, call: Call) -> None:
+        try:
+            answer = Answer(call.number, await self._call(call.method, *call.args), None)
+        except VerstError as error:
+            answer = Answer(call.number, None, error)
+        except Exception as error:  # noqa: BLE001 - a defect is its caller's; its type may not exist there, so its traceback travels
+            answer = Answer(call.number, None, RuntimeError("".join(traceback.format_exception(error))))
+        self._answers.append(answer)
+        self._some.set()
+
+    async def collect(self, wait_s: float) -> list[Answer]:
+        """All answers that are ready; waits up to `wait_s` for the first. Those that finish in the same turn come together."""
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._some.wait()
+        except TimeoutError:
+            return []
+        await asyncio.sleep(0)
+        answers, self._answers = self._answers, []
+        self._some.clear()
+        return answers
+
+
+class Mailbox:
+    """The caller's side. `submit` and `collect` reach the actor's `Inbox`. One event loop."""
+
+    COLLECT_S = 5.0
+
+    def __init__(self, submit: Callable[[Sequence[Call]], Awaitable[None]], collect: Callable[[float], Awaitable[list[Answer]]]) -> None:
+        self._submit, self._collect = submit, collect
+        self._numbers = itertools.count()
+        self._outgoing: list[Call] = []
+        self._pending: dict[int, asyncio.Future[Any]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._collecting = False
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """The answer to one call. Raises what it raised, or what broke the connection."""
+        loop = asyncio.get_running_loop()
+        call = Call(next(self._numbers), method, args)
+        answer = self._pending[call.number] = loop.create_future()
+        self._outgoing.append(call)
+        if len(self._outgoing) == 1:
+            self._start(self._send())
+        if not self._collecting:
+            self._collecting = True
+            self._start(self._receive())
+        try:
+            return await answer
+        finally:
+            self._pending.pop(call.number, None)
+
+    async def _send(self) -> None:
+        await asyncio.sleep(0)  # let the calls of this turn come together
+        calls, self._outgoing = self._outgoing, []
+        await self._submit(calls)
+
+    async def _receive(self) -> None:
+        try:
+            while self._pending:
+                for number, result, error in await self._collect(self.COLLECT_S):
+                    answer = self._pending.get(number)
+                    if answer is None or answer.done():
+                        continue  # its caller has given up
+                    if error is None:
+                        answer.set_result(result)
+                    else:
+                        answer.set_exception(error)
+        finally:
+            self._collecting = False
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A sender or collector that failed takes every pending call with it: their answers would never come."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            for answer in self._pending.values():
+                if not answer.done():
+                    answer.set_exception(error)

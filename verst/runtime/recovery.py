@@ -1,0 +1,83 @@
+"""What a run knows when it starts: nothing, or what checkpoint and journal tell.
+
+The checkpoint restores the trainer and says where the feed has to go on. The journal then says which batches were made since (they are
+trained again, and must reach the weights that were committed), and which groups were finished but never trained (they are trained, not
+generated again). Everything else is rolled anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from verst.training.checkpoints import latest_checkpoint
+
+if TYPE_CHECKING:
+    from verst.runtime.parts import Parts
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """Where the feed goes on: the next admission number, and the prompt stream's state before that prompt is read."""
+
+    seq: int
+    stream: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LoopState:
+    """The loop's part of a checkpoint."""
+
+    step: int
+    cursor: Cursor  # of the oldest group that no batch has consumed
+
+
+@dataclass(frozen=True, slots=True)
+class JournaledBatch:
+    """A step to train again. `digest`: the weights hash it must reach; None if it was never committed."""
+
+    step: int
+    groups: tuple[int, ...]
+    digest: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """Where a run begins."""
+
+    step: int  # the policy version that the trainer holds
+    cursor: Cursor
+    batches: tuple[JournaledBatch, ...] = ()
+    finished: frozenset[int] = frozenset()  # in the journal and in no batch
+    consumed: frozenset[int] = frozenset()  # in a batch, or dropped by one
+
+
+async def recover(parts: Parts) -> Restored:
+    """Restores trainer and prompt stream, and says what remains to be done.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model.
+        JournalError: journal and checkpoint do not belong together.
+    """
+    note, journal = parts.observer.note, parts.journal
+    if journal.torn:
+        note(f"journal: {journal.torn}")
+    checkpoint, warnings = await asyncio.to_thread(latest_checkpoint, parts.run.checkpoints)
+    for warning in warnings:
+        note(f"warning: {warning}")
+    if checkpoint is None:
+        step, cursor = 0, Cursor(0, parts.stream.state())
+    else:
+        await parts.trainers.restore(str(parts.run.checkpoints), checkpoint.step)
+        step, cursor = checkpoint.step, Cursor(checkpoint.loop["seq"], checkpoint.loop["stream"])
+        parts.stream.restore(cursor.stream)
+    todo = journal.recovery(step)
+    batches = tuple(JournaledBatch(s, journal.batch(s).groups, digest) for s, digest in todo.retrain)
+    finished = frozenset(todo.pending)
+    if journal.index.groups:
+        note(
+            f"resumed at step {step} ({'checkpoint' if step else 'initial model'}): {len(batches)} journaled steps to train again, "
+            f"{len(finished)} finished groups to train"
+        )
+    return Restored(step, cursor, batches, finished, frozenset(journal.index.groups) - finished)

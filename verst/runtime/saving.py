@@ -1,0 +1,76 @@
+"""Checkpoints while training goes on, and the final model.
+
+The trainers copy their state between two steps and write it in the background; the directory appears under its name only when every rank's
+file is complete. A checkpoint that cannot be written is told and counted, the former ones stay, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from verst.config.schema import Config
+from verst.errors import CheckpointError
+from verst.runtime.parts import Parts
+from verst.runtime.recovery import LoopState
+from verst.training.checkpoints import commit_checkpoint, discard_partial
+
+
+class Saver:
+    """Writes a checkpoint every `checkpoint.every_steps` and one at the end."""
+
+    def __init__(self, config: Config, parts: Parts, saved: int) -> None:
+        self._config = config
+        self._parts = parts
+        self._writing: asyncio.Task[None] | None = None
+        self._saved = saved  # step of the newest checkpoint
+
+    async def after_step(self, state: LoopState) -> None:
+        """Begins a checkpoint if one is due. Waits for the one before it, which is the only cost beside the copy."""
+        if state.step % self._config.checkpoint.every_steps == 0:
+            await self._begin(state)
+
+    async def finish(self, state: LoopState) -> None:
+        """Saves the last state if that is not done yet, waits until it is on disk, and exports the model."""
+        await self._written()
+        if state.step > self._saved:
+            await self._begin(state)
+        await self._written()
+        if self._config.checkpoint.export_final and state.step >= self._config.run.steps:
+            await self._parts.trainers.export(str(self._parts.run.final))
+
+    async def abandon(self) -> None:
+        """Gives up what is still being written, when the run ends early: nothing may appear in its directory after it has let go of it."""
+        if self._writing is not None:
+            self._writing.cancel()
+            await asyncio.wait({self._writing})
+
+    async def _begin(self, state: LoopState) -> None:
+        await self._written()
+        directory = str(self._parts.run.checkpoints)
+        try:
+            fingerprint = await self._parts.trainers.snapshot(directory, state.step)
+        except CheckpointError as error:
+            self._tell(state.step, error)
+            return
+        self._writing = asyncio.create_task(self._write(state, fingerprint))
+
+    async def _write(self, state: LoopState, fingerprint: dict) -> None:
+        directory = self._parts.run.checkpoints
+        loop = {"seq": state.cursor.seq, "stream": state.cursor.stream, "config": self._config.model_dump(mode="json")}
+        try:
+            records = await self._parts.trainers.written()
+            keep = self._config.checkpoint.keep
+            await asyncio.to_thread(commit_checkpoint, directory, state.step, records, fingerprint=fingerprint, loop=loop, keep=keep)
+        except CheckpointError as error:
+            self._tell(state.step, error)
+            await asyncio.to_thread(discard_partial, directory, state.step)
+        else:
+            self._saved = state.step
+
+    async def _written(self) -> None:
+        if self._writing is not None:
+            await self._writing
+            self._writing = None
+
+    def _tell(self, step: int, error: CheckpointError) -> None:
+        self._parts.observer.note(f"warning: checkpoint of step {step} was not written ({error}); the former one stays, training goes on")

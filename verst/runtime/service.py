@@ -1,0 +1,153 @@
+"""One run as an object: builds its parts, recovers, runs the loop, and answers those who watch.
+
+Lives in an actor of its own (`verst.runtime.launch`), so that the command line can come and go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from verst.algorithms.table import algorithm_for
+from verst.data.sources import open_source
+from verst.data.stream import PromptStream, eval_prompts
+from verst.errors import VerstError
+from verst.journal.lock import RunLock
+from verst.journal.log import Journal
+from verst.runtime.actors import Worker, spawn
+from verst.runtime.extensions import Extensions
+from verst.runtime.loop import Loop
+from verst.runtime.observer import Observer
+from verst.runtime.parts import Parts
+from verst.runtime.placement import Placement, place
+from verst.runtime.pools import Replicas, Scoring, Trainers, gather_named
+from verst.runtime.recovery import recover
+from verst.runtime.rundir import RunDirectory
+from verst.runtime.workers import RolloutWorker, ScoreWorker, TrainerWorker
+from verst.types import Prompt
+from verst.weights.location import publish_directory, remove_directory
+
+Spawn = Callable[..., Worker]
+
+
+class RunService:
+    """Everything of one run that is not a model: lock, parts, loop."""
+
+    def __init__(self, root: str, spawn_worker: Spawn = spawn) -> None:
+        self._run, self._config = RunDirectory.open(root)
+        self._spawn = spawn_worker
+        self._observer = Observer(self._run, self._config.run.steps)
+        self._weights_location = publish_directory(self._run.run_id, self._config.weights.location)
+        self._stop = False
+        self._loop: Loop | None = None
+
+    async def run(self) -> None:
+        """Trains to the end, or to the next consistent point after `stop`."""
+        with RunLock(self._run.root):
+            async with contextlib.AsyncExitStack() as opened:
+                parts = await self._build(opened)
+                restored = await recover(parts)
+                self._loop = Loop(self._config, parts, restored)
+                if self._stop:
+                    self._loop.stop()
+                await self._loop.run()
+                await asyncio.to_thread(self._observer.finish)
+
+    async def lines(self, after: int, wait_s: float) -> list[str]:
+        """Lines for the watcher, beyond the first `after` of them."""
+        return await self._observer.lines(after, wait_s)
+
+    async def stop(self) -> None:
+        """Ends the run at the next consistent point."""
+        self._stop = True
+        if self._loop is not None:
+            self._loop.stop()
+
+    async def _build(self, opened: contextlib.AsyncExitStack) -> Parts:
+        """Starts every process of the run at the same time, and opens what the loop itself reads and writes."""
+        config, extensions = self._config, self._extensions()
+        opened.callback(self._observer.close)
+        opened.callback(remove_directory, self._weights_location)
+        journal = await asyncio.to_thread(Journal.open, self._run.journal, self._run.run_id)  # reads all of it
+        opened.callback(journal.close)
+        placement = place(config, int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0)
+        trainers = Trainers(self._spawn_trainers(placement), config, ray.put if ray.is_initialized() else _same)
+        replicas = Replicas(self._spawn_replicas(placement, extensions), config)
+        scoring = Scoring(self._spawn("scorer", ScoreWorker, config, extensions, self._run.reward_log, env=worker_env(1)), config)
+        for part in (trainers, scoring, replicas):
+            opened.push_async_callback(self._close, part)
+        source = open_source(config.data, extensions.rows)
+        stream = PromptStream(source, config.data, seed=config.run.seed, split="train")
+        held_out = await asyncio.to_thread(eval_prompts, source, config.data, config.eval.prompts) if config.eval.every_steps else []
+        starts = [trainers.start(), replicas.start()]
+        if held_out or algorithm_for(config.algorithm).learns_from == "policy":
+            starts.append(scoring.start())
+        await gather_named(starts)
+        return Parts(
+            config=config,
+            run=self._run,
+            stream=stream,
+            journal=journal,
+            trainers=trainers,
+            replicas=replicas,
+            scoring=scoring,
+            observer=self._observer,
+            probe_tokens=await replicas.probe_tokens(await asyncio.to_thread(_first, stream)),
+            weights_location=str(self._weights_location),
+            eval_prompts=held_out,
+        )
+
+    async def _close(self, part: Trainers | Replicas | Scoring) -> None:
+        """Ends a part in order. One that cannot be closed any more (it may be why the run ends) is told, not raised."""
+        try:
+            await part.close()
+        except VerstError as error:
+            self._observer.note(f"while closing: {error}")
+
+    def _extensions(self) -> Extensions:
+        path = self._run.extensions
+        return Extensions.unpack(path.read_bytes() if path.exists() else None)
+
+    def _spawn_trainers(self, placement: Placement) -> list[Worker]:
+        env = worker_env(self._config.train.threads)
+        return [
+            self._spawn(f"trainer rank {r}", TrainerWorker, self._config, r, placement.device, gpus=placement.trainer_gpus, env=env)
+            for r in range(self._config.train.ranks)
+        ]
+
+    def _spawn_replicas(self, placement: Placement, extensions: Extensions) -> list[Worker]:
+        env = worker_env(self._config.train.threads)
+        return [
+            self._spawn(f"replica {i}", RolloutWorker, self._config, extensions, placement.device, gpus=placement.replica_gpus, env=env)
+            for i in range(self._config.rollout.replicas)
+        ]
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _first(stream: PromptStream) -> Prompt:
+    """The prompt that comes next, without taking it."""
+    state = stream.state()
+    prompt = stream.next()
+    stream.restore(state)
+    return prompt
+
+
+def worker_env(threads: int) -> dict[str, str]:
+    """Environment of a worker process: its CPU threads (fixed, because they are part of what makes bits repeat), and the user's modules."""
+    path = os.pathsep.join(p for p in (os.getcwd(), os.environ.get("PYTHONPATH", "")) if p)
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0",  # some reasoning-gym tasks make their rows by iterating over sets of strings
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # makes cuBLAS repeat its sums; read once, when CUDA starts
+        "PYTHONPATH": path,
+    }

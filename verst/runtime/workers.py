@@ -1,0 +1,254 @@
+"""What runs inside the actors: plain classes that tests drive without Ray.
+
+A `RolloutWorker` is one replica: an engine and everything that turns a prompt into a group. A `TrainerWorker` is one trainer rank, a
+`ScoreWorker` the reward processes. Groups and batches cross the process boundary encoded (`verst.journal.codec`), never as Python objects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from verst.config.schema import Config
+from verst.observe.metrics import Tally
+from verst.types import Manifest, Prompt
+
+if TYPE_CHECKING:
+    from verst.runtime.extensions import Extensions
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The trainer's log-probabilities of a fixed token sequence under the weights just published."""
+
+    tokens_T: NDArray[np.int32]
+    logprobs_T: NDArray[np.float32]
+    limit: float  # largest |trainer - engine| that may serve
+
+
+class RolloutWorker:
+    """One engine replica with its chat renderer, environments and weight updates."""
+
+    def __init__(self, config: Config, extensions: Extensions, device: str) -> None:
+        self._config = config
+        self._extensions = extensions
+        self._device = device
+        self.engine: Any = None
+
+    async def start(self) -> None:
+        """Loads the model and the tokenizer. Raises `ModelError` or `ExtensionError`."""
+        from verst.data.chat import ChatRenderer, load_tokenizer
+        from verst.rollout.environments import environment_factory
+        from verst.rollout.hf import HFEngine
+
+        config, rollout = self._config, self._config.rollout
+        limit = config.max_trajectory_tokens
+        self._renderer = ChatRenderer(load_tokenizer(config.model.path))
+        self._environment = environment_factory(self._extensions.environment or rollout.environment, rollout.environment_options)
+        self.engine = HFEngine(
+            config.model.path,
+            dtype=config.model.dtype,
+            device=self._device,
+            max_running=rollout.max_running,
+            max_model_tokens=limit,
+            deterministic=config.run.deterministic,
+        )
+        await self.engine.start()
+        self._rollers = {False: self._roller(evaluate=False), True: self._roller(evaluate=True)}
+
+    def _roller(self, *, evaluate: bool) -> Any:
+        from verst.rollout.roll import GroupRoller
+        from verst.types import Sampling
+
+        config, rollout = self._config, self._config.rollout
+        filters: dict[str, Any] = {} if evaluate else {"top_p": rollout.top_p, "top_k": rollout.top_k, "min_p": rollout.min_p}
+        sampling = Sampling(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=config.eval.temperature if evaluate else rollout.temperature,
+            stop=tuple(rollout.stop),
+            **filters,
+        )
+        return GroupRoller(
+            self.engine,
+            self._renderer,
+            self._environment,
+            sampling=sampling,
+            group_size=1 if evaluate else rollout.group_size,
+            max_turns=rollout.max_turns,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_model_tokens=config.max_trajectory_tokens,
+            seed=config.run.seed,
+            environment_deadline_s=rollout.deadline_s,
+        )
+
+    async def roll(self, seq: int, prompt: Prompt, how: str) -> bytes:
+        """Makes one encoded group. `how`: "policy", "evaluation" (one trajectory, its own sampling) or "demonstrations" (no engine)."""
+        from verst.journal.codec import encode_group
+
+        if how == "demonstrations":
+            group = self._rollers[False].demonstrate(seq, prompt)
+        else:
+            group = await self._rollers[how == "evaluation"].roll(seq, prompt)
+        return encode_group(group)
+
+    async def pull(self, manifest: Manifest, probe: Probe | None) -> float:
+        """Loads and verifies one version; it serves only if every checksum matches and the probe is within its limit.
+
+        Returns the largest |trainer - engine| of the probe's log-probabilities (0 without a probe).
+        """
+        from verst.weights.files import FileUpdate
+        from verst.weights.push import check_probe, compare_probe, push
+
+        difference = 0.0
+
+        async def verdict() -> None:
+            nonlocal difference
+            if probe is not None:
+                difference = compare_probe(probe.logprobs_T, await self.engine.logprobs(probe.tokens_T))
+                check_probe(difference, probe.limit, manifest.version)
+
+        await push(self.engine, FileUpdate(manifest), deadline_s=self._config.weights.deadline_s, before_resume=verdict)
+        return difference
+
+    async def probe_tokens(self, prompt: Prompt) -> NDArray[np.int32]:
+        """The tokens both sides score at every publish: the start of a real prompt."""
+        return self._renderer.opening(prompt.messages)[:64]
+
+    async def close(self) -> None:
+        if self.engine is not None:  # None: it could not be started
+            await self.engine.close()
+
+
+class ScoreWorker:
+    """Scores groups in worker processes of its own."""
+
+    def __init__(self, config: Config, extensions: Extensions, log: Path) -> None:
+        from verst.rewards.scorer import Scorer
+        from verst.rewards.spec import RewardSpec
+
+        spec = RewardSpec.of(config.reward, extensions.reward)
+        self._scorer = Scorer(spec, workers=config.reward.workers, deadline_s=config.reward.deadline_s, log=log)
+
+    async def start(self) -> None:
+        """Starts the worker processes. Raises `ExtensionError` if the reward cannot be loaded."""
+        await self._scorer.start()
+
+    async def score(self, encoded: bytes) -> list[tuple[float | None, str | None]]:
+        """Reward or reason of failure of each trajectory of an encoded group."""
+        from verst.journal.codec import decode_group
+
+        group = await self._scorer.score(decode_group(encoded))
+        return [(t.reward, t.error) for t in group.trajectories]
+
+    async def close(self) -> None:
+        await self._scorer.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a rank learned from a batch before its first update (the picklable half of `BatchScores`)."""
+
+    tally: Tally
+    reference_kl: dict[int, float]
+
+
+class TrainerWorker:
+    """One trainer rank: backend, publishing and checkpoint files."""
+
+    def __init__(self, config: Config, rank: int, device: str) -> None:
+        self._config = config
+        self._rank = rank
+        self._device = device
+
+    def rendezvous(self) -> str:
+        """An address on this rank's machine where all ranks can meet."""
+        from verst.training.distributed import free_rendezvous
+
+        return free_rendezvous()
+
+    def start(self, rendezvous: str | None) -> int:
+        """Loads the model; joins the other ranks if there are any. Returns the number of updates each step makes."""
+        from verst.training.distributed import init_distributed
+        from verst.training.fsdp import FsdpBackend
+
+        world = self._config.train.ranks
+        if rendezvous is not None:
+            init_distributed(self._rank, world, rendezvous, timeout_s=self._config.train.deadline_s, device=self._device)
+        self.backend = FsdpBackend(self._config, rank=self._rank, world=world, device=self._device)
+        return self.backend.num_updates
+
+    def load_batch(self, encoded: bytes) -> Scores:
+        from verst.journal.codec import decode_batch
+
+        scores = self.backend.load_batch(decode_batch(encoded))
+        return Scores(scores.tally, dict(scores.reference_kl))
+
+    def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
+        return self.backend.forward_backward(update, advantages)
+
+    def optimizer_step(self, update: int) -> Tally:
+        return self.backend.optimizer_step(update)
+
+    def publish(self, version: int, location: str | None, probe_T: NDArray[np.int32] | None) -> tuple[Manifest, NDArray[np.float32]] | None:
+        """Hashes the weights and, given a location, writes them for the engines. Rank 0 returns manifest and probe log-probabilities.
+
+        A collective: every rank takes part in gathering the tensors.
+        """
+        from verst.weights.files import describe, publish
+        from verst.weights.location import remove_versions
+
+        weights = self.backend.weights()
+        logprobs = np.zeros(0, np.float32) if probe_T is None else self.backend.logprobs(probe_T)
+        if self._rank:
+            for _ in weights:
+                pass
+            return None
+        if not location:
+            return describe(version, weights), logprobs
+        manifest = publish(version, weights, location)
+        remove_versions(location, keep={version - 1, version})  # the one before may still be on its way into an engine
+        return manifest, logprobs
+
+    def snapshot(self, directory: str, step: int) -> dict[str, Any]:
+        """Copies this rank's state and begins to write it in the background. Returns the model's fingerprint."""
+        from verst.training.checkpoints import CheckpointWriter, fingerprint
+
+        state = self.backend.state()
+        self._writer = CheckpointWriter(Path(directory), step, rank=self._rank, world=self._config.train.ranks)
+        self._writer.begin(state)
+        return fingerprint(state)
+
+    async def written(self) -> Any:
+        """Waits for the file begun by `snapshot`, while training goes on. Returns its record for the manifest.
+
+        Raises `CheckpointError` if it could not be written.
+        """
+        return await asyncio.to_thread(self._writer.finish)
+
+    def restore(self, directory: str, step: int) -> None:
+        """Takes this rank's part of a verified checkpoint."""
+        from verst.training.checkpoints import load_state
+
+        self.backend.load_state(load_state(Path(directory), step, rank=self._rank, world=self._config.train.ranks))
+
+    def export(self, directory: str) -> None:
+        """Writes the current weights with config and tokenizer as a Hugging Face directory. A collective."""
+        from verst.training.export import export_model
+
+        weights = self.backend.weights()
+        if self._rank:
+            for _ in weights:
+                pass
+        else:
+            export_model(self._config.model.path, {n: t.cpu().clone() for n, t in weights}, Path(directory))
+
+    def close(self) -> None:
+        from verst.training.distributed import leave_distributed
+
+        leave_distributed()

@@ -1,0 +1,111 @@
+"""The trainer's process group, and the model's shards on it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from verst.errors import DeadlineExceeded, InvariantViolation
+from verst.training.model import Policy
+
+
+def free_rendezvous() -> str:
+    """An address on this machine, free at this moment, where the ranks of `init_distributed` can meet."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        try:
+            route.connect(("10.255.255.255", 1))  # sends nothing: asks the system which of its addresses faces the network
+            host = route.getsockname()[0]
+        except OSError:
+            host = "127.0.0.1"
+    with socket.socket() as listener:
+        listener.bind((host, 0))
+        return f"tcp://{host}:{listener.getsockname()[1]}"
+
+
+def init_distributed(rank: int, world: int, rendezvous: str, timeout_s: float, device: str = "cpu") -> None:
+    """Joins the trainer ranks; returns once all are there. One rank needs no group and gets none.
+
+    `rendezvous` is where they meet: `tcp://HOST:PORT` or `file:///PATH` (a path never used before). Gloo carries CPU tensors, NCCL the
+    tensors of a CUDA `device`. `timeout_s` holds for the meeting and for every collective after it.
+    Raises `DeadlineExceeded` if the others did not come.
+    """
+    if world == 1:
+        return
+    transport = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    try:
+        dist.init_process_group(transport, init_method=rendezvous, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:  # of several kinds, by store and transport
+        raise DeadlineExceeded(
+            f"trainer rank {rank} waited {timeout_s:g} s at {rendezvous} for the other {world - 1} of {world} ranks: {error}"
+        ) from error
+
+
+def leave_distributed() -> None:
+    """Leaves the group, whatever state its peers are in; `init_distributed` may be called again."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def require_group(rank: int, world: int) -> None:
+    """Raises `InvariantViolation` unless this process is that rank of a group of that size."""
+    if world > 1 and (not dist.is_initialized() or (dist.get_rank(), dist.get_world_size()) != (rank, world)):
+        raise InvariantViolation(f"trainer rank {rank} of {world} has no process group of that size: call init_distributed first")
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Sums in float64, the same bits on every rank. A collective."""
+    if not dist.is_initialized():
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def shard(policy: Policy, device: torch.device, world: int, *, master_dtype: torch.dtype) -> None:
+    """Splits every parameter over the ranks along dim 0 (FSDP2), one unit for each layer and one for the rest.
+
+    Shards are kept and reduced in `master_dtype`; the forward pass gathers and computes in the dtype the model was loaded in.
+    """
+    forward_dtype = next(policy.parameters()).dtype
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.to(master_dtype)
+    precision = MixedPrecisionPolicy(param_dtype=forward_dtype, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(device.type, (world,))
+    for unit in (*policy.layers, policy):
+        fully_shard(unit, mesh=mesh, mp_policy=precision)
+    for unit in policy.modules():
+        if isinstance(unit, FSDPModule):
+            # A token's weight is global already, so gradients are summed; FSDP2 would average them.
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+
+
+def release(policy: Policy) -> None:
+    """After a forward pass without a backward: the root's gathered parameters would otherwise survive, stale, past the next update."""
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of a sharded tensor, sharing memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The full tensor on this rank's device. A collective where the tensor is sharded."""
+    tensor = tensor.detach().to(dtype)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_rows(full: torch.Tensor, rank: int, world: int) -> torch.Tensor:
+    """The rows of a full tensor that FSDP2 gives this rank: equal pieces of ⌈rows / world⌉, the last ones shorter or empty."""
+    rows = full.shape[0]
+    piece = -(-rows // world)
+    return full[min(rank * piece, rows) : min((rank + 1) * piece, rows)]

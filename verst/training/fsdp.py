@@ -1,0 +1,223 @@
+"""The `fsdp` backend: any transformers causal language model, plain on one rank, sharded by FSDP2 from two on.
+
+One rank of it is one `FsdpBackend`, a plain object that its process drives; see `verst.protocols.TrainBackend` for who calls what when.
+
+Precision. With `model.dtype` bfloat16 the forward pass uses the very weights the engines hold: the float32 masters, rounded. Autocast
+over float32 weights would round elsewhere and disagree with the engines. One rank keeps masters beside the bfloat16 model; with several,
+the shards are the masters and FSDP2 rounds them as it gathers. Either way gradients are summed over microbatches in float32.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from verst.algorithms.kl import kl_per_sample
+from verst.algorithms.table import algorithm_for
+from verst.config.schema import Config, GrpoConfig
+from verst.errors import InvariantViolation, ModelError
+from verst.observe.metrics import Tally
+from verst.protocols import BackendState
+from verst.training.distributed import release, require_group, shard, whole
+from verst.training.microbatch import Microbatch, split
+from verst.training.model import Policy, load_model
+from verst.training.optimizer import MasterAdamW
+from verst.training.state import RankState, capture, restore
+from verst.training.step import LoadedStep, PerSample, StepScores, plan_batch
+from verst.types import Batch
+
+
+class FsdpBackend:
+    """One trainer rank. From two ranks on, `init_distributed` comes first; the constructor is a collective then.
+
+    `device` is `cpu`, `cuda` or `cuda:N`; None takes a GPU if there is one. Raises `ModelError` if the model cannot be loaded or followed.
+    """
+
+    def __init__(self, config: Config, *, rank: int, world: int, device: str | None) -> None:
+        require_group(rank, world)
+        self._config = config
+        self._rank = rank
+        self._world = world
+        self._device = _device(device, deterministic=config.run.deterministic)
+        self._dtype = getattr(torch, config.model.dtype)
+        # The distribution that was sampled. Greedy decoding samples a point, whose log-probabilities teach nothing: train the model's own.
+        self._temperature = config.rollout.temperature or 1.0
+        self._algorithm = algorithm_for(config.algorithm)
+        self._policy = self._load(trainable=True)
+        self._reference = self._load(trainable=False) if self._algorithm.needs_reference(config.algorithm) else None
+        # Taken while the model is sharded: during a forward pass the modules hold gathered parameters under the same names.
+        parameters = dict(self._policy.model.named_parameters())
+        self._parameters = parameters
+        trainable = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        self._optimizer = MasterAdamW(trainable, config.train, self.num_updates, config.run.steps)
+        self._step: LoadedStep | None = None
+        self._loss_is_finite = True
+
+    @property
+    def num_updates(self) -> int:
+        """Updates each step makes: minibatches times epochs."""
+        return self._config.train.minibatches * self._config.train.epochs
+
+    # ---- one step
+
+    def load_batch(self, batch: Batch) -> StepScores:
+        """Plans a decoded batch and computes the log-probabilities that the algorithm needs before its first update.
+
+        The mismatch is tallied here if the trainer's are among them, else by the first `forward_backward`.
+        Raises `ModelError` if a token is not in the model's vocabulary.
+        """
+        self._require_known_tokens(batch)
+        self._optimizer.zero_grad()
+        step = self._step = plan_batch(self._config, batch, self._rank, self._world, self._device)
+        tally, reference_kl = Tally(), {}
+        scored = self._algorithm.needs_old_logprobs(self._config.algorithm, self.num_updates)
+        for update in range(self._config.train.minibatches):  # every epoch has the same microbatches
+            for microbatch in step.microbatches(update):
+                old = self._score(self._policy, microbatch) if scored else None
+                reference = self._score(self._reference, microbatch) if self._reference is not None else None
+                if not microbatch.loss_tokens:
+                    continue
+                if old is not None:
+                    step.old |= split(old, microbatch)
+                    step.tally_fidelity(tally, microbatch, old)
+                if reference is not None:
+                    step.reference |= split(reference, microbatch)
+                    policy = step.behaviour(microbatch) if old is None else old
+                    reference_kl |= kl_per_sample(policy, reference, microbatch.sample_of_token(), self._kl_estimator)
+        return StepScores(tally, reference_kl)
+
+    def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
+        """Accumulates one update's gradients. `advantages` has one entry for each sample of the whole batch."""
+        step = self._loaded()
+        if len(advantages) != len(step.batch.samples):
+            raise InvariantViolation(f"step {step.batch.step}: {len(advantages)} advantages for {len(step.batch.samples)} samples")
+        self._optimizer.zero_grad()
+        self._loss_is_finite = True
+        weights = step.weights(update)
+        tally = Tally()
+        for microbatch in step.microbatches(update):
+            logprobs_N, entropy_N = self._forward(self._policy, microbatch, self._temperature)
+            if not microbatch.loss_tokens:
+                (logprobs_N.sum() * 0.0).backward()
+                continue
+            if update == 0 and not step.old:  # the weights are still those the step began with
+                step.tally_fidelity(tally, microbatch, logprobs_N.detach().cpu().numpy())
+            self._backward(step, microbatch, (logprobs_N, entropy_N), weights, advantages, tally)
+        return tally
+
+    def optimizer_step(self, update: int) -> Tally:
+        """Clips and steps, or skips: the same decision on every rank. Raises `TrainingDiverged` after too many skips in a row."""
+        if self._loaded().is_empty(update):
+            return self._optimizer.pass_over()
+        return self._optimizer.step(loss_is_finite=self._loss_is_finite)
+
+    # ---- weights and state
+
+    @torch.no_grad()
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full tensors by transformers' name, in the model's dtype, tied ones once; then the model's saved buffers, in their own."""
+        for name, parameter in self._parameters.items():
+            yield name, whole(parameter, self._dtype)
+        saved = self._policy.model.state_dict().keys()
+        for name, buffer in self._policy.model.named_buffers():
+            if name in saved:
+                yield name, buffer.detach()
+
+    def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Log-probability [T] of each token given those before it, at temperature 1; entry 0 is 0. A collective."""
+        logprobs_T = np.zeros(len(tokens_T), dtype=np.float32)
+        if len(tokens_T) > 1:
+            tokens = torch.tensor(tokens_T, dtype=torch.int64, device=self._device)
+            positions = torch.arange(len(tokens) - 1, device=self._device)
+            microbatch = Microbatch((0,), tokens[None, :-1], positions, tokens[1:], (len(positions),))
+            logprobs_T[1:] = self._score(self._policy, microbatch, temperature=1.0)
+        return logprobs_T
+
+    def state(self) -> RankState:
+        """A private CPU copy of this rank's shards of masters and moments, of the counters and of torch's random state."""
+        return capture(self._optimizer)
+
+    def load_state(self, state: BackendState) -> None:
+        """Restores `state()` bit for bit, from this rank's shards or from full tensors. Raises `CheckpointError` on another model's."""
+        restore(self._optimizer, state, self._rank, self._world)
+        self._step = None
+
+    # ---- inside
+
+    def _load(self, *, trainable: bool) -> Policy:
+        policy = Policy(load_model(self._config.model.path, self._dtype), self._config.model.path)
+        train = self._config.train
+        policy.prepare_layers(recompute=trainable and train.gradient_checkpointing, compiled=train.compile)
+        if not trainable:
+            policy.requires_grad_(False)
+        if self._world > 1:
+            shard(policy, self._device, self._world, master_dtype=torch.float32 if trainable else self._dtype)
+        return policy.to(self._device)
+
+    def _require_known_tokens(self, batch: Batch) -> None:
+        """On a GPU an unknown token would end the process, far from its cause."""
+        known = self._policy.vocabulary
+        for sample in batch.samples:
+            if not 0 <= sample.tokens_T.min() <= sample.tokens_T.max() < known:
+                raise ModelError(
+                    f"sample {sample.id}: token {int(sample.tokens_T.max())} is not among the model's {known}; "
+                    f"the tokenizer in {self._config.model.path} has more tokens than the model's embedding"
+                )
+
+    def _loaded(self) -> LoadedStep:
+        if self._step is None:
+            raise InvariantViolation("no batch is loaded: load_batch comes before forward_backward and optimizer_step")
+        return self._step
+
+    @property
+    def _kl_estimator(self) -> Any:
+        options = self._config.algorithm
+        return options.kl_estimator if isinstance(options, GrpoConfig) else "k1"
+
+    def _forward(self, policy: Policy, microbatch: Microbatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return policy(microbatch.tokens_BT, microbatch.positions_N, microbatch.targets_N, temperature)
+
+    @torch.no_grad()
+    def _score(self, policy: Policy, microbatch: Microbatch, temperature: float | None = None) -> NDArray[np.float32]:
+        logprobs_N, _ = self._forward(policy, microbatch, temperature or self._temperature)
+        release(policy)
+        return logprobs_N.cpu().numpy()
+
+    def _backward(
+        self,
+        step: LoadedStep,
+        microbatch: Microbatch,
+        outputs: tuple[torch.Tensor, torch.Tensor],
+        weights: PerSample,
+        advantages: Sequence[float],
+        tally: Tally,
+    ) -> None:
+        logprobs_N, entropy_N = outputs
+        output = self._algorithm.loss(step.inputs(microbatch, logprobs_N, advantages), self._config.algorithm)
+        weights_N = torch.from_numpy(np.concatenate([weights[i] for i in microbatch.indices])).to(self._device)
+        loss = (weights_N * output.per_token).sum()
+        loss.backward()
+        means = {"entropy": entropy_N} | output.metrics
+        # One copy from the device for all of them.
+        total, share, *sums = torch.stack([loss.detach(), weights_N.sum(), *(m.sum() for m in means.values())]).double().tolist()
+        tally.mean("loss/total", total, share)
+        for name, value in zip(means, sums, strict=True):
+            tally.mean(f"policy/{name}", value, microbatch.loss_tokens)
+        self._loss_is_finite &= math.isfinite(total)
+
+
+def _device(name: str | None, *, deterministic: bool) -> torch.device:
+    """The device, with what its kernels need to repeat their bits. CPU kernels do so for a given number of threads."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        torch.cuda.set_device(device.index or 0)
+    return device

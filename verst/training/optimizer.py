@@ -1,0 +1,183 @@
+"""AdamW on float32 master parameters, with the schedule, the clip and the decision to skip an update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from verst.config.schema import TrainConfig
+from verst.errors import TrainingDiverged
+from verst.observe.metrics import Tally
+from verst.training.distributed import local_part, sum_over_ranks
+
+_CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
+
+
+def learning_rate(update: int, *, peak: float, schedule: Literal["constant", "linear", "cosine"], warmup: int, total: int) -> float:
+    """Rate of one update, counted from 0 over the whole run.
+
+    Rises in `warmup` equal parts to `peak` (the first update already has one part), then stays, or falls to reach 0 after update
+    `total` − 1, on a line or on half a cosine (SGDR, arXiv 1608.03983, eq. 5, without restarts).
+    """
+    if update < warmup:
+        return peak * (update + 1) / warmup
+    progress = min((update - warmup) / max(total - warmup, 1), 1.0)
+    if schedule == "linear":
+        return peak * (1 - progress)
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak
+
+
+class MasterAdamW:
+    """AdamW (arXiv 1711.05101) over this rank's part of each trainable parameter, by Hugging Face name.
+
+    Master parameters are float32. Where the model's own parameters (or their shards) are float32 they are the same memory; where the
+    model is bfloat16 they are copies: an update of relative size below 2⁻⁸ would vanish in the model's dtype, and gradients of
+    microbatches would be rounded as they are summed. The model's parameters are then the masters, rounded.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], train: TrainConfig, updates_per_step: int, steps: int) -> None:
+        self._train = train
+        self._total = steps * updates_per_step
+        self._warmup = train.warmup_steps * updates_per_step
+        self.parameters = dict(parameters)
+        self.masters = {name: _master(parameter) for name, parameter in parameters.items()}
+        self._copied = [n for n, p in parameters.items() if local_part(p).dtype != torch.float32]
+        for name in self._copied:
+            _accumulate_in(self.masters[name], parameters[name])
+        groups = [{"params": [m for n, m in self.masters.items() if _decays(n, parameters[n]) == d], "decays": d} for d in (True, False)]
+        for group in groups:
+            group["weight_decay"] = train.weight_decay if group["decays"] else 0.0
+        on_gpu = any(m.is_cuda for m in self.masters.values())
+        self._adamw = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, fused=on_gpu)
+        self.update = 0  # updates decided so far, skipped ones included: the place in the schedule
+        self.stepped = 0  # updates applied: what Adam's bias correction counts
+        self.skipped_in_row = 0
+        for master in self.masters.values():
+            self._adamw.state[master] = {
+                "step": torch.zeros((), device=master.device if on_gpu else "cpu"),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+
+    def moments(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Running means of the gradient and of its square, of this rank's part."""
+        state = self._adamw.state[self.masters[name]]
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def zero_grad(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.grad = None
+            self.masters[name].grad = None
+
+    def step(self, *, loss_is_finite: bool) -> Tally:
+        """Clips and applies the gradients, or drops them if their norm or any rank's loss is not finite. A collective.
+
+        Raises `TrainingDiverged` once `train.max_skipped_updates` updates in a row were dropped.
+        """
+        self._collect_gradients()
+        square, broken = sum_over_ranks([self._square_norm(), 0.0 if loss_is_finite else 1.0])
+        norm = math.sqrt(square) if square >= 0 else math.nan
+        healthy = math.isfinite(norm) and not broken
+        tally = Tally()
+        tally.mean("update/skipped", 0.0 if healthy else 1.0)
+        if healthy:
+            rate = self._rate()
+            self._apply(rate, norm)
+            tally.mean("update/grad_norm", norm)
+            tally.mean("update/lr", rate)
+        self.zero_grad()
+        self.update += 1
+        self.skipped_in_row = 0 if healthy else self.skipped_in_row + 1
+        if self.skipped_in_row >= self._train.max_skipped_updates:
+            raise TrainingDiverged(
+                f"{self.skipped_in_row} updates in a row were not finite (last gradient norm {norm}, bad loss on {int(broken)} ranks); "
+                "the weights are those before them. Lower train.lr, look at the last batches, or raise train.max_skipped_updates"
+            )
+        return tally
+
+    def pass_over(self) -> Tally:
+        """An update that has no token to learn from: the schedule moves on, weights and moments stay."""
+        self.zero_grad()
+        self.update += 1
+        tally = Tally()
+        tally.mean("update/skipped", 1.0)
+        return tally
+
+    def counters(self) -> dict[str, int]:
+        return {"update": self.update, "stepped": self.stepped, "skipped_in_row": self.skipped_in_row}
+
+    @torch.no_grad()
+    def restored(self, counters: Mapping[str, Any]) -> None:
+        """Takes up the counters of a state whose masters and moments were copied in, and gives the model its parameters."""
+        self.update, self.stepped, self.skipped_in_row = (int(counters[k]) for k in ("update", "stepped", "skipped_in_row"))
+        for state in self._adamw.state.values():
+            state["step"].fill_(self.stepped)
+        self._round_into_model()
+        self.zero_grad()
+
+    def _rate(self) -> float:
+        train = self._train
+        return learning_rate(self.update, peak=train.lr, schedule=train.schedule, warmup=self._warmup, total=self._total)
+
+    def _collect_gradients(self) -> None:
+        """A parameter that met no token counts as gradient 0, so that all parameters have taken the same number of steps."""
+        for name, master in self.masters.items():
+            gradient = self.parameters[name].grad
+            if gradient is not None:
+                master.grad = local_part(gradient)
+            elif master.grad is None:
+                master.grad = torch.zeros_like(master)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [m.grad for m in self.masters.values() if m.grad is not None]
+
+    def _square_norm(self) -> float:
+        norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in self._gradients()])
+        return float(norms.double().square().sum())
+
+    @torch.no_grad()
+    def _apply(self, rate: float, norm: float) -> None:
+        factor = min(1.0, self._train.clip_norm / (norm + _CLIP_EPS))
+        if factor < 1.0:
+            for gradient in self._gradients():
+                gradient.mul_(factor)
+        for group in self._adamw.param_groups:
+            group["lr"] = rate
+        self._adamw.step()
+        self.stepped += 1
+        self._round_into_model()
+
+    @torch.no_grad()
+    def _round_into_model(self) -> None:
+        for name in self._copied:
+            self.parameters[name].copy_(self.masters[name])
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(local_part(parameter.detach()).to(torch.float32))
+
+
+def _accumulate_in(master: nn.Parameter, parameter: nn.Parameter) -> None:
+    """Moves each microbatch's gradient to the master's float32 sum as soon as it is complete."""
+
+    def move(parameter: torch.Tensor) -> None:
+        if parameter.grad is None:
+            return
+        if master.grad is None:
+            master.grad = parameter.grad.to(torch.float32)
+        else:
+            master.grad += parameter.grad
+        parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(move)
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices decay; norms and biases do not (experts' biases are matrices too)."""
+    return parameter.ndim >= 2 and not name.endswith("bias")

@@ -1,0 +1,101 @@
+"""A rank's training state: what is copied out, and how a state of any number of ranks is taken in."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from verst.errors import CheckpointError
+from verst.protocols import BackendState
+from verst.training.distributed import own_rows
+from verst.training.model import named
+from verst.training.optimizer import MasterAdamW
+
+
+@dataclass(slots=True)
+class RankState:
+    """See `verst.protocols.BackendState`. Names are `model/NAME` (float32 master), `exp_avg/NAME` and `exp_avg_sq/NAME`."""
+
+    tensors: Mapping[str, torch.Tensor]
+    values: Mapping[str, Any]
+    full_shapes: Mapping[str, tuple[int, ...]]
+
+
+def capture(optimizer: MasterAdamW) -> RankState:
+    """Copies this rank's state to the CPU. Random numbers are the process's own: torch's on the CPU and, if used, on the GPU."""
+    tensors = {name: part.detach().to("cpu", copy=True) for name, part in _parts(optimizer).items()}
+    return RankState(tensors, {**optimizer.counters(), "rng": _random_state()}, _full_shapes(optimizer))
+
+
+def restore(optimizer: MasterAdamW, state: BackendState, rank: int, world: int) -> None:
+    """Takes a state in, whole tensors or this rank's shards, bit for bit.
+
+    Raises `CheckpointError`, before anything is changed, if names or shapes are not those of this model.
+    """
+    parts, full_shapes = _parts(optimizer), _full_shapes(optimizer)
+    _require_names(set(parts), set(state.tensors))
+    _require_shapes(full_shapes, state.full_shapes)
+    fitting = {}
+    for name, part in parts.items():
+        tensor = state.tensors[name]
+        if tuple(tensor.shape) == full_shapes[name]:
+            tensor = own_rows(tensor, rank, world)
+        if tensor.shape != part.shape:
+            raise CheckpointError(
+                f"checkpoint: {name} has shape {tuple(tensor.shape)}, but rank {rank} of {world} holds {tuple(part.shape)} of "
+                f"{full_shapes[name]}; join the shards of a checkpoint from another number of ranks before loading it"
+            )
+        fitting[name] = tensor
+    with torch.no_grad():
+        for name, part in parts.items():
+            part.copy_(fitting[name])
+    optimizer.restored(state.values)
+    _set_random_state(state.values["rng"])
+
+
+def _parts(optimizer: MasterAdamW) -> dict[str, torch.Tensor]:
+    parts: dict[str, torch.Tensor] = {}
+    for name, master in optimizer.masters.items():
+        parts[f"model/{name}"] = master
+        parts[f"exp_avg/{name}"], parts[f"exp_avg_sq/{name}"] = optimizer.moments(name)
+    return parts
+
+
+def _full_shapes(optimizer: MasterAdamW) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{kind}/{name}": tuple(parameter.shape)
+        for name, parameter in optimizer.parameters.items()
+        for kind in ("model", "exp_avg", "exp_avg_sq")
+    }
+
+
+def _require_names(needed: set[str], given: set[str]) -> None:
+    if needed == given:
+        return
+    lacking, foreign = sorted(needed - given), sorted(given - needed)
+    parts = [f"it lacks {named(lacking)}"] * bool(lacking) + [f"it has {named(foreign)}, unknown to the model"] * bool(foreign)
+    raise CheckpointError(f"checkpoint of another model: {' and '.join(parts)}; set model.path to the model the checkpoint was made of")
+
+
+def _require_shapes(needed: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
+    wrong = [f"{n} {tuple(given.get(n, ()))} instead of {s}" for n, s in needed.items() if tuple(given.get(n, ())) != s]
+    if wrong:
+        raise CheckpointError(f"checkpoint of another model: {named(wrong)}; set model.path to the model the checkpoint was made of")
+
+
+def _random_state() -> dict[str, str]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {kind: base64.b64encode(state.numpy().tobytes()).decode("ascii") for kind, state in states.items()}
+
+
+def _set_random_state(packed: Mapping[str, str]) -> None:
+    states = {kind: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for kind, text in packed.items()}
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,106 @@
+"""What one step works through on one rank: its plan, its microbatches, and the log-probabilities known before the first update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from verst.algorithms.aggregate import token_weights
+from verst.algorithms.fidelity import tally_mismatch
+from verst.algorithms.losses import LossInputs
+from verst.config.schema import Config
+from verst.data.packing import StepPlan, plan_step
+from verst.observe.metrics import Tally
+from verst.training.microbatch import Microbatch, collate, flat
+from verst.types import NO_VERSION, Batch
+
+PerSample = dict[int, NDArray[np.float32]]
+"""Values of the loss tokens of each sample, by its index in the batch."""
+
+
+@dataclass(slots=True)
+class StepScores:
+    """See `verst.protocols.BatchScores`."""
+
+    tally: Tally
+    reference_kl: Mapping[int, float]
+
+
+@dataclass
+class LoadedStep:
+    """One batch on one rank. `old` and `reference` hold log-probabilities of this rank's samples, where they were computed."""
+
+    config: Config
+    batch: Batch
+    rank: int
+    device: torch.device
+    plan: StepPlan
+    old: PerSample = field(default_factory=dict)
+    reference: PerSample = field(default_factory=dict)
+
+    @property
+    def version(self) -> int:
+        """Policy version at consumption: step n is made of version n − 1."""
+        return self.batch.step - 1
+
+    def microbatches(self, update: int) -> list[Microbatch]:
+        return [collate(self.batch.samples, indices, self.device) for indices in self.plan.updates[update].ranks[self.rank]]
+
+    def is_empty(self, update: int) -> bool:
+        """Whether no rank has a loss token in this update."""
+        return not any(self.batch.samples[i].loss_mask_T.any() for i in self.plan.updates[update].samples)
+
+    def weights(self, update: int) -> PerSample:
+        """Share of each loss token in the update's loss. Every rank sees the whole batch, so all know the same denominators."""
+        indices = self.plan.updates[update].samples
+        masks = [self.batch.samples[i].loss_mask_T for i in indices]
+        shares = token_weights(masks, self.config.algorithm.aggregate)
+        return {i: share_T[mask_T] for i, share_T, mask_T in zip(indices, shares, masks, strict=True)}
+
+    def behaviour(self, microbatch: Microbatch) -> NDArray[np.float32]:
+        samples = self.batch.samples
+        return flat({i: samples[i].behaviour_logprobs_T[samples[i].loss_mask_T] for i in microbatch.indices}, microbatch)
+
+    def inputs(self, microbatch: Microbatch, logprobs_N: torch.Tensor, advantages: Sequence[float]) -> LossInputs:
+        """Everything a loss may look at, on the device."""
+
+        def tensor(values_N: NDArray[np.float32]) -> torch.Tensor:
+            return torch.from_numpy(values_N).to(logprobs_N.device)
+
+        samples_N = microbatch.sample_of_token()
+        return LossInputs(
+            logprobs=logprobs_N,
+            old_logprobs=tensor(flat(self.old, microbatch)) if self.old else logprobs_N.detach(),
+            behaviour_logprobs=tensor(self.behaviour(microbatch)),
+            reference_logprobs=tensor(flat(self.reference, microbatch)) if self.reference else None,
+            advantages=tensor(np.asarray(advantages, dtype=np.float32)[samples_N]),
+            samples=torch.from_numpy(samples_N).to(logprobs_N.device),
+        )
+
+    def tally_fidelity(self, tally: Tally, microbatch: Microbatch, trainer_N: NDArray[np.float32]) -> None:
+        """Trainer minus behaviour: `mismatch` over tokens sampled at the present version, `stale_mismatch` over older ones."""
+        samples = self.batch.samples
+        versions_N = np.concatenate([samples[i].versions_T[samples[i].loss_mask_T] for i in microbatch.indices])
+        behaviour_N = self.behaviour(microbatch)
+        present_N = versions_N == self.version
+        stale_N = (versions_N != NO_VERSION) & ~present_N
+        tally_mismatch(tally, trainer_N[present_N], behaviour_N[present_N])
+        tally_mismatch(tally, trainer_N[stale_N], behaviour_N[stale_N], name="stale_mismatch")
+
+
+def plan_batch(config: Config, batch: Batch, rank: int, world: int, device: torch.device) -> LoadedStep:
+    """Plans a batch. Every rank makes the same plan and keeps the whole batch, of which it computes its own microbatches."""
+    train = config.train
+    plan = plan_step(
+        [len(s.tokens_T) for s in batch.samples],
+        [s.group for s in batch.samples],
+        minibatches=train.minibatches,
+        epochs=train.epochs,
+        ranks=world,
+        microbatch_tokens=train.microbatch_tokens,
+    )
+    return LoadedStep(config, batch, rank, device, plan)

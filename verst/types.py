@@ -1,0 +1,226 @@
+"""The carriers that travel between the parts of Verst. Frozen, NumPy at the boundary, no torch.
+
+Array suffixes: `_T` tokens, `_G` group members. Policy versions count committed steps; version 0 is the initial model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NO_VERSION = -1
+"""The version of a token that no policy produced: prompt tokens, environment replies, demonstrations."""
+
+
+class Status(StrEnum):
+    """How a trajectory ended."""
+
+    FINISHED = "finished"  # the model or the environment ended it
+    TRUNCATED = "truncated"  # a token or turn limit ended it; it is scored and trained like a finished one
+    FAILED = "failed"  # engine, environment or reward broke; never trained; `error` says why
+
+
+class FinishReason(StrEnum):
+    """How one generation ended."""
+
+    STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
+    LENGTH = "length"  # max_new_tokens or the context limit
+    ABORT = "abort"  # cut from outside; the tokens so far are valid and can be continued
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A task: what opens the conversation, and the fields its environment and reward need."""
+
+    id: str  # unique in the source: "file:row", "task:index"
+    messages: tuple[Message, ...]
+    fields: Mapping[str, Any] = field(default_factory=dict)  # JSON values; e.g. {"answer": "42"}
+    demonstration: tuple[Message, ...] = ()  # the assistant's turns to imitate, for supervised fine-tuning
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The distribution sampled from, and when to stop. `top_k` 0, `top_p` 1 and `min_p` 0 switch those filters off."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0 is greedy: the distribution is then a point and its log-probabilities are 0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # beside the tokenizer's end-of-sequence tokens
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """Token ids in. `seed` fixes the random numbers of this request, whatever its neighbours are."""
+
+    id: str
+    tokens_T: NDArray[np.int32]
+    sampling: Sampling
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Token ids out: new tokens only, the one that stopped generation included.
+
+    `logprobs_T` are of the distribution sampled (after temperature and filters), from the very logits sampled;
+    `versions_T` is the policy version that produced each token.
+    """
+
+    id: str
+    tokens_T: NDArray[np.int32]
+    logprobs_T: NDArray[np.float32]
+    versions_T: NDArray[np.int32]
+    finish: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an environment sees of one generation."""
+
+    text: str  # decoded, without end-of-sequence and stop tokens; a stop string that matched is kept
+    tokens: tuple[int, ...]
+    finish: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What an environment answers to a completion."""
+
+    messages: tuple[Message, ...] = ()  # appended to the conversation when not done
+    done: bool = True
+    info: Mapping[str, Any] = field(default_factory=dict)  # JSON values, handed to the reward as `trajectory.info`
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a trajectory, as a span of its tokens: `[start, generated)` was given, `[generated, end)` was generated."""
+
+    start: int
+    generated: int
+    end: int
+    finish: FinishReason
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One rollout, exact to the token. Arrays have one entry for each token of the whole conversation.
+
+    Where `loss_mask_T` is False the token was given: its log-probability is 0 and its version `NO_VERSION`.
+    """
+
+    id: str  # "GROUP/MEMBER"
+    tokens_T: NDArray[np.int32]
+    loss_mask_T: NDArray[np.bool_]
+    logprobs_T: NDArray[np.float32]
+    versions_T: NDArray[np.int32]
+    turns: tuple[Turn, ...]
+    messages: tuple[Message, ...]
+    status: Status
+    seed: int
+    error: str | None = None
+    reward: float | None = None  # None until scored, and for failed trajectories
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.tokens_T), len(self.loss_mask_T), len(self.logprobs_T), len(self.versions_T)}
+        if len(lengths) != 1:
+            raise ValueError(f"trajectory {self.id}: token arrays of different lengths {sorted(lengths)}")
+
+    @property
+    def completion(self) -> str:
+        """Text of the last generated turn."""
+        return self.turns[-1].text if self.turns else ""
+
+    @property
+    def generated_tokens(self) -> int:
+        return int(self.loss_mask_T.sum())
+
+    def failed(self, error: str) -> Trajectory:
+        """The same trajectory, marked failed: it keeps its tokens for inspection and is never trained."""
+        return replace(self, status=Status.FAILED, error=error, reward=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The trajectories of one prompt. `seq` is the admission number, unique in a run and the order of everything."""
+
+    seq: int
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+    admitted_version: int
+    timings: Mapping[str, float] = field(default_factory=dict)  # seconds: roll_s, score_s
+
+    @property
+    def trainable(self) -> tuple[Trajectory, ...]:
+        return tuple(t for t in self.trajectories if t.status is not Status.FAILED)
+
+    @property
+    def oldest_version(self) -> int:
+        """Oldest policy version in any generated token; `admitted_version` if nothing was generated."""
+        found = [int(t.versions_T[t.loss_mask_T].min()) for t in self.trainable if t.loss_mask_T.any()]
+        versions = [v for v in found if v != NO_VERSION]
+        return min(versions, default=self.admitted_version)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One trainable token sequence with its reward. `group` numbers the samples of one prompt."""
+
+    id: str
+    group: int
+    tokens_T: NDArray[np.int32]
+    loss_mask_T: NDArray[np.bool_]
+    behaviour_logprobs_T: NDArray[np.float32]
+    versions_T: NDArray[np.int32]
+    reward: float
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The groups one step consumes, as samples in the order of their group's `seq`, then member. Step s trains policy version s - 1."""
+
+    step: int
+    groups: tuple[int, ...]  # the `seq` of each group
+    samples: tuple[Sample, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(s.tokens_T) for s in self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """What must be true of one published tensor, by its Hugging Face name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # "float32", "bfloat16"
+    checksum: str  # 16 hexadecimal digits; see verst.weights.checksum
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One published policy version: where its tensors lie and what each must hash to."""
+
+    version: int
+    location: str  # a path the engines can read
+    entries: tuple[TensorEntry, ...]
+    digest: str  # the weights hash: of all names and checksums, sorted

@@ -1,0 +1,110 @@
+"""Bringing a published version into an engine: it serves again only when it provably holds what was published."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from verst.errors import DeadlineExceeded, TrainingDiverged, WeightMismatch
+from verst.protocols import Engine, WeightUpdate
+from verst.types import Manifest
+
+ATTEMPTS = 2
+"""SGLang cannot roll an update back, so a failed one is pushed again whole; after that the replica must be replaced."""
+
+_T = TypeVar("_T")
+_NAMED = 5  # tensors a message names
+
+
+def verify(manifest: Manifest, checksums: Mapping[str, str]) -> None:
+    """Compares what an engine says it holds with what was published. Raises `WeightMismatch` that names the tensors."""
+    expected = {entry.name: entry.checksum for entry in manifest.entries}
+    differing = [
+        f"{name} (published {checksum}, engine {checksums[name]})"
+        for name, checksum in expected.items()
+        if name in checksums and checksums[name] != checksum
+    ]
+    problems = [
+        _list("different", differing),
+        _list("missing in the engine", [name for name in expected if name not in checksums]),
+        _list("unknown to the trainer", [name for name in checksums if name not in expected]),
+    ]
+    if any(problems):
+        raise WeightMismatch(f"weights of version {manifest.version}: " + "; ".join(problem for problem in problems if problem))
+
+
+async def push(
+    engine: Engine,
+    update: WeightUpdate,
+    *,
+    deadline_s: float,
+    before_resume: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Pauses the engine, loads and verifies the update, and resumes it. `deadline_s` limits the whole.
+
+    `before_resume` is awaited once the weights are verified: the probe. Whatever is raised, the engine is left paused: `WeightMismatch`
+    after `ATTEMPTS` whole pushes, `DeadlineExceeded` naming what was awaited, or what the engine or `before_resume` raised.
+    """
+    version = update.manifest.version
+    wait = _Budget(deadline_s)
+    await wait.until(engine.pause(), f"the engine to pause for version {version}")
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            held = await wait.until(engine.update_weights(update), f"the engine to load version {version} (attempt {attempt})")
+            verify(update.manifest, held)
+            break
+        except WeightMismatch as error:
+            if attempt == ATTEMPTS:
+                raise WeightMismatch(f"after {ATTEMPTS} pushes the engine is left paused: {error}") from error
+    if before_resume is not None:
+        await wait.until(before_resume(), f"the probe of version {version}")
+    await wait.until(engine.resume(), f"the engine to resume with version {version}")
+
+
+def compare_probe(trainer_logprobs_T: NDArray[np.float32], engine_logprobs_T: NDArray[np.float32]) -> float:
+    """max |trainer − engine| over the probe's tokens; NaN if any of them is not finite. Raises `ValueError` if the lengths differ."""
+    if trainer_logprobs_T.shape != engine_logprobs_T.shape:
+        raise ValueError(f"probe: {trainer_logprobs_T.shape} trainer against {engine_logprobs_T.shape} engine log-probabilities")
+    if not (np.isfinite(trainer_logprobs_T).all() and np.isfinite(engine_logprobs_T).all()):
+        return float("nan")
+    return float(np.abs(trainer_logprobs_T.astype(np.float64) - engine_logprobs_T).max(initial=0.0))
+
+
+def check_probe(difference: float, limit: float, version: int) -> None:
+    """Raises `TrainingDiverged` if `compare_probe` found more than `limit` (weights.probe_limit), or something not finite."""
+    if not difference <= limit:  # written so that NaN fails
+        raise TrainingDiverged(
+            f"version {version}: trainer and engine disagree by {difference:.4g} on the probe's log-probabilities, the limit is {limit:g} "
+            "(weights.probe_limit). They hold the same weights, so one of them computes something else: compare dtype and attention"
+        )
+
+
+@dataclass
+class _Budget:
+    """One deadline over several waits."""
+
+    deadline_s: float
+    _start_s: float = field(default_factory=time.monotonic)
+
+    async def until(self, awaitable: Awaitable[_T], what: str) -> _T:
+        limit = asyncio.timeout(self.deadline_s - (time.monotonic() - self._start_s))
+        try:
+            async with limit:
+                return await awaitable
+        except TimeoutError as error:
+            if not limit.expired():  # a timeout of the awaited thing itself is its own error
+                raise
+            raise DeadlineExceeded(f"waited for {what}: not done within the {self.deadline_s:g} s of the push") from error
+
+
+def _list(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{len(names)} {what}: {', '.join(names[:_NAMED])}{more}"

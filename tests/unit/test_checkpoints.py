@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -237,34 +239,45 @@ def test_a_commit_needs_every_rank(tmp_path: Path):
     assert latest_checkpoint(tmp_path) == (None, [])
 
 
-@pytest.fixture
-def file_limit() -> Iterator[None]:
+def limit_files() -> None:
     """Files cannot grow beyond 8 KiB: the writes fail as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
 
-def test_a_full_disk_is_told_and_former_checkpoints_stay(tmp_path: Path, file_limit: None):
-    save(tmp_path, 5)
-    writer = CheckpointWriter(tmp_path, 10, rank=0, world=1)
+@pytest.fixture
+def small_disk() -> Iterator[Executor]:
+    """Runs functions in a process of their own under :func:`limit_files`: pytest's own output may be a file, too."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), limit_files) as executor:
+        yield executor
+
+
+def save_until_full(directory: Path) -> None:
+    save(directory, 5)
+    writer = CheckpointWriter(directory, 10, rank=0, world=1)
     writer.begin(state_of({"big": torch.zeros(10_000)}))
     with pytest.raises(CheckpointError, match=r"could not be written \(File too large; at least 40\d+ bytes are needed, \d+ are free\)"):
         writer.finish()
-    assert list((tmp_path / "step-00000010.partial").iterdir()) == []
-    discard_partial(tmp_path, 10)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
-    save(tmp_path, 15, keep=1)  # the run goes on, and the next one is written
+    assert list((directory / "step-00000010.partial").iterdir()) == []
+    discard_partial(directory, 10)
+    assert [path.name for path in directory.iterdir()] == ["step-00000005"]
+    save(directory, 15, keep=1)  # the run goes on, and the next one is written
+
+
+def test_a_full_disk_is_told_and_former_checkpoints_stay(tmp_path: Path, small_disk: Executor):
+    small_disk.submit(save_until_full, tmp_path).result(60)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000015"]
 
 
-def test_a_full_disk_while_committing_leaves_former_checkpoints(tmp_path: Path, file_limit: None):
-    save(tmp_path, 5)
-    writer = CheckpointWriter(tmp_path, 10, rank=0, world=1)
+def commit_until_full(directory: Path) -> None:
+    save(directory, 5)
+    writer = CheckpointWriter(directory, 10, rank=0, world=1)
     writer.begin(shard(0, 1))
     with pytest.raises(CheckpointError, match=r"loop.json could not be written"):
-        commit_checkpoint(tmp_path, 10, [writer.finish()], fingerprint={}, loop={"x": "y" * 10_000}, keep=1)
+        commit_checkpoint(directory, 10, [writer.finish()], fingerprint={}, loop={"x": "y" * 10_000}, keep=1)
+
+
+def test_a_full_disk_while_committing_leaves_former_checkpoints(tmp_path: Path, small_disk: Executor):
+    small_disk.submit(commit_until_full, tmp_path).result(60)
     found, skipped = latest_checkpoint(tmp_path)
     assert found is not None
     assert (found.step, skipped) == (5, [])

@@ -32,7 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from verst.config.load import load_config
+from verst.config.load import load_config, resolved
 from verst.config.schema import Config
 from verst.data.chat import ChatRenderer, load_tokenizer
 from verst.journal.log import JournalReader
@@ -282,7 +282,7 @@ def smollm2(directory: Path, model: Path, steps: int) -> Config:
     """The same task in a small batch of longer answers; a learning rate that leaves a trained model whole."""
     sizes = ["train.groups_per_step=4", "rollout.group_size=4", "rollout.max_new_tokens=32", "rollout.max_running=16"]
     other = ["run.name=smollm2", "data.max_prompt_tokens=128", "train.lr=1e-6"]
-    return load_config(quickstart(directory, model, steps).model_dump(mode="json"), sizes + other)
+    return load_config(resolved(quickstart(directory, model, steps)), sizes + other)
 
 
 def main() -> None:

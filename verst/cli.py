@@ -14,7 +14,7 @@ _EPILOG = """examples:
   verst train run.yaml train.lr=1e-5     train; any option can be overridden
   verst resume runs/NAME                 continue after a stop, a crash or a power cut
 
-exit codes: 0 done, 1 failed (the reason is on standard error), 2 wrong usage, 130 stopped by a signal at a consistent point
+exit codes: 0 done, 1 failed (the reason is on standard error), 2 wrong usage, 130 stopped by a signal
 """
 
 
@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VerstError as error:
         print(f"verst: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("verst: ended at once by a second signal; `verst resume` continues from the last commit", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"verst: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
         return 130
 
 
@@ -73,9 +73,11 @@ def _check(options: argparse.Namespace) -> int:
 
     config = load_config(options.file, options.overrides)
     print(dump_config(config))
-    preflight(config, Extensions())
+    found = preflight(config, Extensions())
     for line in plan_lines(config):
         print(line)
+    for warning in found.warnings:
+        print(f"warning: {warning}")
     return 0
 
 

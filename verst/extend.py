@@ -33,13 +33,7 @@ def load(reference: Any, *, shipped: Mapping[str, Any], kind: str) -> Any:
         return reference
     if reference in shipped:
         return shipped[reference]
-    module_name, colon, path = reference.partition(":")
-    if not (colon and module_name and path):
-        known = ", ".join(sorted(shipped)) or "none"
-        raise ExtensionError(
-            f"{kind} {reference!r} is not shipped with Verst{_nearest(reference, shipped)} (shipped: {known}). "
-            f"For your own write `module:name`, for example `my_{kind.replace(' ', '_')}s:{reference}`"
-        )
+    module_name, path = split_reference(reference, shipped=shipped, kind=kind)
     found: Any = _import(module_name, f"{kind} {reference!r}")
     for part in path.split("."):
         if not hasattr(found, part):
@@ -47,6 +41,23 @@ def load(reference: Any, *, shipped: Mapping[str, Any], kind: str) -> Any:
             raise ExtensionError(f"{kind} {reference!r}: {owner} has no {part!r}{_nearest(part, vars(found))}")
         found = getattr(found, part)
     return found
+
+
+def split_reference(reference: str, *, shipped: Mapping[str, Any], kind: str) -> tuple[str, str]:
+    """Module and dotted name of `module:name`. Raises `ExtensionError` if it is not written like that; `shipped` serves the message."""
+    module_name, colon, path = reference.partition(":")
+    if not colon:
+        known = ", ".join(sorted(shipped)) or "none"
+        raise ExtensionError(
+            f"{kind} {reference!r} is not shipped with Verst{_nearest(reference, shipped)} (shipped: {known}). "
+            f"For your own write `module:name`, for example `my_{kind.replace(' ', '_')}s:{reference}`"
+        )
+    if not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
+        raise ExtensionError(
+            f"{kind} {reference!r} is not of the form `module:name`: one colon, and on both sides Python names, with dots between them "
+            "where needed, such as `package.module:Class.method` (no path, no .py)"
+        )
+    return module_name, path
 
 
 def check_callable(function: Any, kind: str, parameters: Sequence[str], options: Mapping[str, Any] | None = None) -> None:

@@ -150,7 +150,8 @@ class Trajectory:
 
     @property
     def generated_tokens(self) -> int:
-        return int(self.loss_mask_T.sum())
+        """Tokens that a policy sampled; none of a demonstration."""
+        return int((self.versions_T != NO_VERSION).sum())
 
     def failed(self, error: str) -> Trajectory:
         """The same trajectory, marked failed: it keeps its tokens for inspection and is never trained."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -54,20 +55,19 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
-def _hf(path: str, *, max_running: int, deterministic: bool, dtype: str) -> Engine:
-    return HFEngine(
-        path,
-        dtype=dtype,
-        device="cpu",
-        max_running=max_running,
-        max_model_tokens=MAX_TOKENS,
-        deterministic=deterministic,
-        threads=1,
-        version=3,
-    )
+def hf_engine(path: str | Path, **options: Any) -> HFEngine:
+    settings = {"dtype": "float32", "device": "cpu", "max_running": 6, "max_model_tokens": MAX_TOKENS, "deterministic": True, "threads": 1}
+    return HFEngine(str(path), **(settings | options))
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {"hf": _hf}
+ENGINES: dict[str, Callable[..., Engine]] = {"hf": partial(hf_engine, version=3)}
+
+
+def save_model(path: Path, config: PreTrainedConfig) -> Path:
+    """A random model, without a tokenizer."""
+    torch.manual_seed(5)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def make(name: str) -> Path:
         if name not in made:
-            path = tmp_path_factory.mktemp(name)
-            torch.manual_seed(5)
-            AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(path)
+            path = save_model(tmp_path_factory.mktemp(name), CONFIGS[name])
             words = Tokenizer(WordLevel({f"w{n}": n for n in range(VOCAB)}, unk_token="w0"))
             PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
             made[name] = path
@@ -88,16 +86,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
+E = TypeVar("E", bound=Engine)
 Opened = Callable[..., Awaitable[Engine]]
 
 
-@pytest.fixture(params=list(ENGINES))
-async def opened(request: pytest.FixtureRequest, models: Callable[[str], Path]) -> AsyncIterator[Opened]:
-    """Starts engines and closes them after the test."""
-    engines: list[Engine] = []
+@asynccontextmanager
+async def opening(make: Callable[..., E], models: Callable[[str], Path]) -> AsyncIterator[Callable[..., Awaitable[E]]]:
+    """A function that starts an engine on a model; all of them are closed at the end."""
+    engines: list[E] = []
 
-    async def start(model: str = "llama", max_running: int = 6, deterministic: bool = True, dtype: str = "float32") -> Engine:
-        engine = ENGINES[request.param](str(models(model)), max_running=max_running, deterministic=deterministic, dtype=dtype)
+    async def start(model: str = "llama", **options: Any) -> E:
+        engine = make(models(model), **options)
         engines.append(engine)
         await engine.start()
         return engine
@@ -105,6 +104,12 @@ async def opened(request: pytest.FixtureRequest, models: Callable[[str], Path]) 
     yield start
     for engine in engines:
         await engine.close()
+
+
+@pytest.fixture(params=list(ENGINES))
+async def opened(request: pytest.FixtureRequest, models: Callable[[str], Path]) -> AsyncIterator[Opened]:
+    async with opening(ENGINES[request.param], models) as start:
+        yield start
 
 
 def prompt(*seed: int, length: int = 9) -> NDArray[np.int32]:
@@ -116,16 +121,16 @@ def ask(id: str, tokens: NDArray[np.int32], seed: int = 0, **sampling: object) -
     return GenerateRequest(id, tokens, Sampling(**settings), seed)  # type: ignore[arg-type]
 
 
-def load(path: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="eager").eval()
+def load(path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager", **options).eval()
 
 
 @torch.no_grad()
 def reference_logprobs(model: torch.nn.Module, tokens: NDArray[np.int32], temperature: float = 1.0) -> NDArray[np.float32]:
     """By transformers' own full forward pass: log-probability of tokens 1, 2, …"""
-    ids = torch.from_numpy(tokens.astype(np.int64))[None]
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1] / temperature
-    return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].numpy()
+    ids = torch.from_numpy(tokens.astype(np.int64))[None].to(next(model.parameters()).device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float() / temperature
+    return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].cpu().numpy()
 
 
 def same(one: Generation, other: Generation) -> bool:

@@ -9,19 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.fsdp_cases import make_backend, make_batch, make_config, same_bits, save_model
+from tests.unit.fsdp_cases import make_backend, make_batch, make_config, path, same_bits
 from verst.config.schema import Config
 from verst.errors import TrainingDiverged
 from verst.observe.metrics import Tally
 from verst.protocols import TrainBackend
 
 BACKENDS: Mapping[str, Callable[[Config], TrainBackend]] = {"fsdp": make_backend}
+__all__ = ["path"]  # a fixture
+
 ADVANTAGES = [1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.0, 1.5]
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(params=BACKENDS)

@@ -11,11 +11,12 @@ import torch
 from torch.multiprocessing.spawn import spawn
 
 from tests.unit.fsdp_cases import (
-    advantages_of,
+    BATCHES,
     largest_difference,
     make_backend,
     make_batch,
     make_config,
+    path,
     same_bits,
     save_model,
     train,
@@ -24,17 +25,12 @@ from tests.unit.fsdp_cases import (
 from verst.config.schema import Config
 from verst.training.distributed import free_rendezvous, init_distributed, leave_distributed
 
-BATCHES = [make_batch(step) for step in (1, 2, 3)]
+__all__ = ["path"]  # a fixture
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),  # of drivers, NCCL and the compiler
 ]
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma2"])
@@ -70,11 +66,7 @@ def run_rank(rank: int, rendezvous: str, config: Config, directory: str) -> None
     device = f"cuda:{rank}"
     init_distributed(rank, 2, rendezvous, timeout_s=60, device=device)
     backend = make_backend(config, rank, 2, device)
-    for batch in BATCHES:
-        backend.load_batch(batch)
-        for update in range(backend.num_updates):
-            backend.forward_backward(update, advantages_of(config, batch, {}))
-            backend.optimizer_step(update)
+    train(backend, config, BATCHES)
     torch.save(weights_of(backend), f"{directory}/rank{rank}.pt")
     leave_distributed()
 

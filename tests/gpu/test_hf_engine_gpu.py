@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +13,18 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from tests.contracts.engine_cases import MAX_TOKENS, ask, models, paused, perturbed, prompt, same
+from tests.contracts.engine_cases import (
+    ask,
+    hf_engine,
+    load,
+    models,
+    opening,
+    paused,
+    perturbed,
+    prompt,
+    reference_logprobs,
+    same,
+)
 from verst.rollout.hf import HFEngine
 from verst.rollout.hf.graphs import ForwardGraphs
 from verst.types import Generation
@@ -34,30 +45,12 @@ Opened = Callable[..., Awaitable[HFEngine]]
 
 @pytest.fixture
 async def opened(models: Callable[[str], Path]) -> AsyncIterator[Opened]:
-    """Starts engines on the GPU and closes them after the test."""
-    engines: list[HFEngine] = []
-
-    async def start(model: str = "llama", **options: Any) -> HFEngine:
-        settings = {"max_running": 16, "deterministic": True, "dtype": "float32"} | options
-        engine = HFEngine(str(models(model)), device="cuda", max_model_tokens=MAX_TOKENS, **settings)
-        engines.append(engine)
-        await engine.start()
-        return engine
-
-    yield start
-    for engine in engines:
-        await engine.close()
+    async with opening(partial(hf_engine, device="cuda", max_running=16, threads=None), models) as start:
+        yield start
 
 
-@torch.no_grad()
-def reference(path: Path, tokens: NDArray[np.int32], dtype: str, device: str = "cuda") -> NDArray[np.float32]:
-    """By transformers' own attention, all tokens in one pass: log-probability of tokens 1, 2, …"""
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=DTYPES[dtype], attn_implementation="eager", experts_implementation="eager"
-    )
-    ids = torch.from_numpy(tokens.astype(np.int64))[None].to(device)
-    logits = model.to(device)(input_ids=ids, use_cache=False).logits[0, :-1].float()
-    return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].cpu().numpy()
+def reference(path: Path, dtype: str = "float32") -> torch.nn.Module:
+    return load(path, DTYPES[dtype], attn_implementation="eager").to("cuda")
 
 
 async def crowd(engine: HFEngine) -> list[Generation]:
@@ -81,9 +74,10 @@ async def test_logprobs_are_those_of_transformers(
     opened: Opened, models: Callable[[str], Path], model: str, dtype: str, deterministic: bool
 ) -> None:
     engine = await opened(model, dtype=dtype, deterministic=deterministic)
+    plain = reference(models(model), dtype)
     for generation in await crowd(engine):
         tokens, given = whole(generation)
-        expected = reference(models(model), tokens, dtype)
+        expected = reference_logprobs(plain, tokens)
         np.testing.assert_allclose(generation.logprobs_T, expected[given - 1 :], rtol=0, atol=LIMITS[dtype])
         np.testing.assert_allclose((await engine.logprobs(tokens))[1:], expected, rtol=0, atol=LIMITS[dtype])
 
@@ -132,4 +126,5 @@ async def test_an_update_is_verified_and_takes_effect_in_recorded_passes(
     after = await crowd(engine)
     assert not any(same(one, other) for one, other in zip(before, after, strict=True))
     tokens, given = whole(after[0])
-    np.testing.assert_allclose(after[0].logprobs_T, reference(tmp_path / "updated", tokens, "float32")[given - 1 :], rtol=0, atol=1e-4)
+    expected = reference_logprobs(reference(tmp_path / "updated"), tokens)[given - 1 :]
+    np.testing.assert_allclose(after[0].logprobs_T, expected, rtol=0, atol=1e-4)

@@ -14,6 +14,7 @@ import numpy as np
 
 from verst.config.schema import Config
 from verst.errors import CheckpointError
+from verst.journal.codec import encode_group
 from verst.journal.log import Journal
 from verst.observe.metrics import Tally
 from verst.runtime.workers import Scores
@@ -143,20 +144,20 @@ class FakeParts:
         self._roll = roll or group
         self._random = random.Random(seed)
 
-    # rollout and scoring
-    async def rollout(self, seq: int, prompt: Prompt, how: str) -> Group:
+    # replicas
+    async def roll(self, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:
         assert prompt.id == f"p{seq}", "the feed must read one prompt for each admission number"
         version = self.serving
         self.rolled.append((seq, version))
         await asyncio.sleep(self._random.random() * 0.003)
         result = self._roll(seq, version)
-        return await result if asyncio.iscoroutine(result) else result
+        finished = await result if asyncio.iscoroutine(result) else result
+        return encode_group(finished), finished
 
     async def evaluate(self) -> dict[str, float]:
         self.events.append(f"evaluate {self.serving}")
         return {"eval/reward": 0.5}
 
-    # replicas
     async def pull(self, manifest: Manifest, probe: Any) -> float:
         self.events.append(f"pull {manifest.version}")
         await asyncio.sleep(self.pull_s)
@@ -177,6 +178,11 @@ class FakeParts:
         """Waits until a step was reported."""
         await asyncio.wait_for(self._reported.setdefault(step, asyncio.Event()).wait(), 10)
 
+    def generated(self, group: Group) -> None: ...
+
     def published(self, version: int, probe: float) -> None: ...
+
+    def checkpoint_failed(self, step: int, error: CheckpointError) -> None:
+        self.note(f"checkpoint of step {step}: {error}")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None: ...

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import cloudpickle
 
 from verst.config.load import load_config
 from verst.observe.sinks import read_rows
@@ -37,12 +40,19 @@ class LocalRun:
         try:
             await service.run()
         finally:
-            self.lines = await service.lines(0, 0)
+            _, self.lines = await service.lines(0, 0)
         return self
 
 
 def local_run(directory: Path, model: Path, values: dict[str, Any], **extensions: Any) -> LocalRun:
-    """Makes a run of a small configuration; `values` are merged over it section by section."""
+    """Makes a run of a small configuration; `values` are merged over it section by section.
+
+    A test's own functions travel by value, as those of a user's script do: else each reward process would import the test, and PyTorch
+    with it.
+    """
+    for extension in extensions.values():
+        if getattr(extension, "__module__", "").startswith("tests."):
+            cloudpickle.register_pickle_by_value(sys.modules[extension.__module__])
     base: dict[str, dict[str, Any]] = {
         "run": {"name": "run", "dir": str(directory), "steps": 3, "seed": 1},
         "model": {"path": str(model)},
@@ -50,7 +60,8 @@ def local_run(directory: Path, model: Path, values: dict[str, Any], **extensions
         "rollout": {"group_size": 4, "max_new_tokens": 6, "max_running": 16},
         "train": {"groups_per_step": 4, "threads": 1, "lr": 1e-3},
     }
+    if values.get("algorithm", {}).get("name") == "sft":
+        del base["rollout"]["group_size"]  # which does not apply
     given = Extensions(**extensions)
     config = load_config({k: base.get(k, {}) | values.get(k, {}) for k in base | values})
-    preflight(config, given)
-    return LocalRun(RunDirectory.create(config, given.pack()))
+    return LocalRun(RunDirectory.create(config, given.pack(), preflight(config, given).stream))

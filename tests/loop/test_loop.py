@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -276,3 +277,20 @@ async def test_evaluation_sees_the_weights_of_its_step(tmp_path: Path):
     parts = FakeParts(cfg, tmp_path)
     await run(cfg, parts)
     assert [e for e in parts.events if e.startswith("evaluate")] == ["evaluate 0", "evaluate 2", "evaluate 3"]
+
+
+async def test_a_run_that_ends_early_lets_no_checkpoint_appear_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    events: list[str] = []
+
+    def slow_commit(*args: Any, **kwargs: Any) -> None:
+        time.sleep(0.3)
+        events.append("committed")
+
+    monkeypatch.setattr("verst.runtime.saving.commit_checkpoint", slow_commit)
+    cfg = config(checkpoint={"every_steps": 1, "export_final": False})
+    parts = FakeParts(cfg, tmp_path, roll=lambda seq, v: _fail_at(2, seq, v))
+    with pytest.raises(EngineFailure, match="killed"):
+        await run(cfg, parts)
+    events.append("ended")
+    await asyncio.sleep(0.5)
+    assert events == ["committed", "ended"]

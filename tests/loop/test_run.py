@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from verst.errors import CheckpointError, ConfigError, DataError, ExtensionError
 from verst.journal.log import Journal, JournalReader
 from verst.testing import tiny_model
 from verst.types import NO_VERSION, Completion, Message, Prompt, Reply, Status
+from verst.weights.location import publish_directory
 
 ROWS = [{"prompt": f"count {i}", "answer": str(i % 5)} for i in range(64)]
 
@@ -284,10 +286,19 @@ async def test_a_function_that_makes_the_prompts_is_called_anew_on_resume(tmp_pa
     assert [reader.group(seq).prompt.messages[0].content for seq in range(12)] == [f"count {i}" for i in range(12)]
 
 
-async def test_an_environment_that_is_not_there_is_named(tmp_path: Path, model: Path):
-    values = {"rollout": {"environment": "no_such_env", "group_size": 4, "max_new_tokens": 6}}
-    with pytest.raises(ExtensionError, match="no_such_env"):
-        await local_run(tmp_path, model, values, reward=vowels, prompts=ROWS).go()
+async def test_changed_data_is_refused_before_the_first_checkpoint_too(tmp_path: Path, model: Path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    run = local_run(tmp_path, model, {"data": {"path": str(data), "max_prompt_tokens": 64}}, reward=vowels)
+    await stopped_after(run, 1)
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS[1:]))
+    with pytest.raises(DataError, match=r"the saved position in data\.jsonl does not fit: source was .*bytes"):
+        await run.go()
+
+
+async def test_published_weights_are_gone_after_the_run(tmp_path: Path, model: Path):
+    run = await local_run(tmp_path, model, {}, reward=vowels, prompts=ROWS).go()
+    assert not publish_directory(run.run.run_id, None).exists()
 
 
 def test_an_iterator_cannot_be_given_as_prompts(tmp_path: Path, model: Path):

@@ -1,4 +1,4 @@
-"""What the tests of the `fsdp` backend share: tiny models on disk, run files, batches, and steps over them."""
+"""What the tests of trainer backends share: tiny models on disk, run files, batches, and steps over them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer
@@ -71,6 +72,8 @@ def make_config(path: str, **sections: Mapping[str, Any]) -> Config:
     }
     for name, section in sections.items():
         base[name] = base.get(name, {}) | dict(section)
+    if base.get("algorithm", {}).get("name") == "sft":
+        del base["rollout"]["group_size"], base["rollout"]["temperature"]  # which do not apply: nothing is sampled
     return Config.model_validate(base)
 
 
@@ -96,6 +99,15 @@ def make_batch(step: int, groups: int = 4, longest: int = 11) -> Batch:
     return Batch(step, tuple(range(groups)), tuple(samples))
 
 
+BATCHES = [make_batch(step) for step in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A llama model; a test module takes this fixture by importing it."""
+    return save_model(tmp_path_factory.mktemp("llama"))
+
+
 def make_backend(config: Config, rank: int = 0, world: int = 1, device: str = "cpu") -> FsdpBackend:
     return FsdpBackend(config, rank=rank, world=world, device=device)
 
@@ -106,12 +118,18 @@ def advantages_of(config: Config, batch: Batch, reference_kl: Mapping[int, float
     return algorithm.advantages(rewards, np.array([s.group for s in batch.samples]), config.algorithm).tolist()
 
 
-def train(backend: FsdpBackend, config: Config, batches: Iterable[Batch], advantages: list[float] | None = None) -> list[Tally]:
-    """Runs whole steps as the loop does on one rank, and returns the tally of each."""
+def train(
+    backend: FsdpBackend,
+    config: Config,
+    batches: Iterable[Batch],
+    advantages: list[float] | None = None,
+    all_ranks: Callable[[Mapping[int, float]], Mapping[int, float]] = dict,
+) -> list[Tally]:
+    """Runs whole steps as the loop does, and returns this rank's tallies. `all_ranks` adds the reference KL of the others to its own."""
     tallies = []
     for batch in batches:
         scores = backend.load_batch(batch)
-        own = advantages or advantages_of(config, batch, scores.reference_kl)
+        own = advantages or advantages_of(config, batch, all_ranks(scores.reference_kl))
         tally = Tally().merge(scores.tally)
         for update in range(backend.num_updates):
             tally.merge(backend.forward_backward(update, own))

@@ -208,7 +208,7 @@ def numpy_grpo(logprobs, old, reference, advantages, options):
     st.lists(st.tuples(*[st.floats(-6, 0)] * 3, st.floats(-3, 3)), min_size=1, max_size=20),
     st.builds(
         grpo,
-        clip_low=st.floats(0.05, 1.5),
+        clip_low=st.floats(0.05, 1.0),
         clip_high=st.floats(0.05, 1.5),
         kl_coefficient=st.floats(0.01, 1),
         kl_in=st.sampled_from(["loss", "reward"]),

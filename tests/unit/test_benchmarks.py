@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,11 +16,6 @@ from verst.testing import tiny_model
 ROWS = [{"prompt": f"count {i}", "answer": str(i % 5)} for i in range(16)]
 STEP = {"replica": 0.5, "rollout": 0.6, "load": 0.05, "forward_backward": 0.2, "optimizer": 0.05, "commit": 0.1}
 BARE = {"engine": 0.35, "reward": 0.05, "load": 0.02, "forward_backward": 0.15, "optimizer": 0.03}
-
-
-def spread(trajectory: Any, fields: Any) -> float:
-    """A reward that varies between the members of a group, so that the weights change."""
-    return float(sum(map(ord, trajectory.completion)) % 5)
 
 
 @pytest.fixture
@@ -37,7 +31,7 @@ async def run(tmp_path: Path, _one_thread: None) -> LocalRun:
     values = {
         "run": {"steps": 2},
         "rollout": {"group_size": 4, "max_new_tokens": 6},
-        "reward": {"function": f"{__name__}:spread"},
+        "reward": {"function": "tests.loop.rewards:spread"},
         "train": {"groups_per_step": 2, "minibatches": 2},
         "checkpoint": {"export_final": False},
     }
@@ -54,7 +48,7 @@ async def test_the_bare_side_repeats_a_run(run: LocalRun, monkeypatch: pytest.Mo
     assert measured.step_s == pytest.approx(sum(row["time/step_s"] - row["time/checkpoint_s"] for row in rows) / 2)
     assert any(line.startswith("publish") for line in table(measured))
 
-    monkeypatch.setattr(f"{__name__}.spread", lambda trajectory, fields: -1.0)
+    monkeypatch.setattr("tests.loop.rewards.spread", lambda trajectory, fields: -1.0)
     with pytest.raises(SystemExit, match=r"reward of 0/0 is -1\.0 on the bare side .* did not do the same work"):
         await BareRun(run.run.root).steps()
 

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 
 from verst.errors import CheckpointError
+from verst.training import checkpoints
 from verst.training.checkpoints import (
     CheckpointWriter,
     FileRecord,
@@ -191,9 +192,29 @@ def test_every_flipped_byte_of_a_manifest_is_seen(tmp_path: Path):
 def test_a_damaged_or_missing_file_is_never_loaded(tmp_path: Path):
     with pytest.raises(CheckpointError, match="step-00000010 has no readable manifest"):
         load_state(tmp_path, 10, rank=0, world=1)
-    damage(save(tmp_path, 10) / "rank-00000-of-00001.safetensors", "flipped")
-    with pytest.raises(CheckpointError, match="is corrupt: its SHA-256"):
-        load_state(tmp_path, 10, rank=0, world=1)
+    for step, how, told in ((20, "shortened", "bytes instead of"), (30, "missing", "cannot be read")):
+        damage(save(tmp_path, step) / "rank-00000-of-00001.safetensors", how)
+        with pytest.raises(CheckpointError, match=rf"step-000000{step}/rank-00000-of-00001.safetensors .*{told}"):
+            load_state(tmp_path, step, rank=0, world=1)
+    damage(save(tmp_path, 40) / "rank-00000-of-00001.safetensors", "flipped")
+    assert latest_checkpoint(tmp_path)[0] is None, "what the run restores is only what this found whole"
+
+
+def test_each_file_is_hashed_once_for_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file that another number of ranks has written is read by all of them: hashing it in each would cost more than loading."""
+    save(tmp_path, 10, world=2)
+    hashed: list[str] = []
+    check = checkpoints._check_file
+
+    def counted(path: Path, record: FileRecord) -> None:
+        hashed.append(record.name)
+        check(path, record)
+
+    monkeypatch.setattr(checkpoints, "_check_file", counted)
+    assert latest_checkpoint(tmp_path)[0] is not None
+    for rank in range(4):
+        load_state(tmp_path, 10, rank=rank, world=4)
+    assert sorted(hashed) == ["loop.json", "rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors"]
 
 
 def test_a_checkpoint_of_another_model_names_the_tensors(tmp_path: Path):
@@ -244,7 +265,7 @@ def limit_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small_disk() -> Iterator[Executor]:
     """Runs functions in a process of their own under :func:`limit_files`: pytest's own output may be a file, too."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), limit_files) as executor:

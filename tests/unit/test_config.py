@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from verst.config.checks import warnings
 from verst.config.load import dump_config, load_config, option_names
 from verst.config.schema import Config
 from verst.errors import ConfigError
@@ -130,3 +132,135 @@ def test_every_option_is_described():
 
 def test_yaml_of_the_resolved_config_is_plain():
     assert yaml.safe_load(dump_config(load_config(MINIMAL)))["algorithm"]["name"] == "grpo"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            f"{key}={value}"
+            for key in ("train.lr", "train.clip_norm", "rollout.temperature", "eval.temperature")
+            for value in (".inf", ".nan")
+        ),
+        *("train.lr=-1e-5", "train.lr=2", "train.betas=[0.9, 1.0]", "train.betas=[.nan, 0.9]", "train.betas=[-0.1, 0.9]"),
+        *("train.betas=[0.9]", "train.weight_decay=.inf", "train.weight_decay=1e9", "train.deadline_s=.inf", "train.deadline_s=1e300"),
+        *("rollout.temperature=1e-9", "rollout.temperature=1e6", "rollout.top_p=0", "rollout.top_p=.nan", "rollout.min_p=1"),
+        *("algorithm.clip_low=2", "algorithm.clip_high=.inf", "algorithm.kl_coefficient=.inf", "weights.probe_limit=.inf"),
+        *("data.holdout=.nan", "run.seed=4294967296", "run.steps=true", "train.lr=yes", "run.steps=1e30", "run.steps=2.5"),
+        *("reward.options.weight=.inf", "reward.options.day=2026-01-01", "model.path=", "model.path=''", "rollout.stop=['']"),
+        "run.name=x.partial",
+    ],
+)
+def test_numbers_out_of_range_and_values_a_file_cannot_hold_are_refused(override: str):
+    key = override.split("=")[0]
+    algorithm = ["algorithm.name=grpo"] if key.startswith("algorithm.") else []
+    option = "reward.options" if key.startswith("reward.options") else key
+    with pytest.raises(ConfigError, match=rf"^config: {option.replace('.', '[.]')}\b[^\n]*$"):
+        load_config(MINIMAL, [*algorithm, override])
+
+
+def test_a_wrong_number_is_told_with_its_line(tmp_path: Path):
+    text = "run: {steps: 3}\nmodel: {path: m}\ntrain:\n  lr: 1\n  betas: [0.9, 1.5]\nreward:\n  options: {weight: .nan}\n"
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    lines = str(caught.value).splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [
+        [f"{tmp_path}/run.yaml:7", "reward.options.weight"],
+        [f"{tmp_path}/run.yaml:5", "train.betas"],
+    ]
+
+
+SFT = ["algorithm.name=sft"]
+HELD_OUT = ["data.holdout=0.1", "eval.every_steps=5"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "reason"),
+    [
+        *(
+            (SFT, f"rollout.{option}", "samples nothing")
+            for option in ("group_size=4", "temperature=0.5", "top_p=0.9", "top_k=5", "min_p=0.1")
+        ),
+        ([*SFT, *HELD_OUT], "rollout.temperature=0.5", "samples nothing"),
+        (SFT, "rollout.environment=second_try", "only for evaluation"),
+        (SFT, "rollout.environment_options={tries: 3}", "only for evaluation"),
+        (SFT, "rollout.max_turns=2", "only for evaluation"),
+        (SFT, "rollout.stop=[x]", "only for evaluation"),
+        (SFT, "reward.function=regex", "only for evaluation"),
+        (SFT, "reward.workers=2", "only for evaluation"),
+        ([], "data.demonstration_column=answer", "imitates nothing"),
+        ([], "data.options={min_terms: 2}", r"data\.task, which is not set"),
+        ([], "eval.prompts=5", r"without eval\.every_steps"),
+        ([], "eval.temperature=0.5", r"without eval\.every_steps"),
+        (["algorithm.name=grpo"], "algorithm.kl_in=reward", "no KL term"),
+        (["algorithm.name=grpo"], "algorithm.kl_estimator=k2", "no KL term"),
+    ],
+)
+def test_an_option_that_does_not_apply_is_refused_with_the_reason(tmp_path: Path, overrides: list[str], key: str, reason: str):
+    name = key.split("=")[0]
+    expected = rf"^config: {name} does not apply: .*{reason}.*Remove it, or set {name}=null on the command line$"
+    with pytest.raises(ConfigError, match=expected):
+        load_config(MINIMAL, [*overrides, key])
+    resolved = yaml.safe_load(dump_config(load_config(MINIMAL, overrides)))
+    section, option = name.split(".")
+    assert option not in resolved.get(section, {})
+
+
+def test_what_does_not_apply_is_told_with_its_line_and_can_be_unset_by_an_override(tmp_path: Path):
+    path = write(tmp_path, "run: {steps: 3}\nmodel: {path: m}\nrollout:\n  top_p: 0.9\nalgorithm:\n  name: sft\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml:4: rollout\.top_p does not apply"):
+        load_config(path)
+    assert load_config(path, ["rollout.top_p=null"]).rollout.top_p == 1.0
+
+
+def test_options_apply_again_with_what_they_belong_to():
+    load_config(MINIMAL, [*SFT, *HELD_OUT, "rollout.max_turns=2", "reward.function=regex", "eval.prompts=3", "data.demonstration_column=a"])
+    load_config(
+        MINIMAL, ["algorithm={name: grpo, kl_coefficient: 0.1, kl_in: reward, kl_estimator: k2}", "data.task=aiw", "data.options={size: 3}"]
+    )
+
+
+def test_options_of_what_is_switched_off_by_name_may_stay():
+    """`eval.every_steps=0` on the command line must not ask for a change of the file."""
+    given = {"algorithm": {"name": "grpo", "kl_coefficient": 0.1, "kl_in": "loss"}, "eval": {"every_steps": 5, "prompts": 8}}
+    config = load_config(MINIMAL | given | {"data": {"holdout": 0.1}}, ["eval.every_steps=0", "algorithm.kl_coefficient=0"])
+    assert (config.eval.every_steps, config.eval.prompts) == (0, 8)
+
+
+@pytest.mark.parametrize("override", ["rollout.temperature=0", "rollout.top_k=1"])
+def test_greedy_sampling_has_nothing_to_compare(override: str):
+    with pytest.raises(ConfigError, match=r"\(greedy\), so the trajectories of a group would all be the same"):
+        load_config(MINIMAL, [override])
+
+
+def test_problems_between_options_are_told_together():
+    with pytest.raises(ConfigError) as caught:
+        load_config(MINIMAL, ["rollout.temperature=0", "rollout.capacity_groups=3", "eval.every_steps=3", "train.minibatches=20"])
+    assert [line.split()[1] for line in str(caught.value).splitlines()] == [
+        "eval.every_steps",
+        "rollout.temperature",
+        "rollout.capacity_groups",
+        "train.minibatches",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.top_p=0.9", "rollout.top_p: log-probabilities"),
+        ("rollout.top_k=50", "rollout.top_k: log-probabilities"),
+        ("rollout.min_p=0.1", "rollout.min_p: log-probabilities"),
+        ("train.warmup_steps=3", r"all steps are warm-up"),
+    ],
+)
+def test_what_a_run_may_do_but_should_know(override: str, message: str):
+    (warning,) = warnings(load_config(MINIMAL, [override]))
+    assert re.search(message, warning)
+    assert warnings(load_config(MINIMAL)) == []
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda f: f.stem)
+def test_the_shipped_examples_are_valid_and_read_back(tmp_path: Path, file: Path):
+    config = load_config(file)
+    assert load_config(write(tmp_path, dump_config(config))) == config
+    assert warnings(config) == []

@@ -12,11 +12,13 @@ import torch
 import transformers
 
 from tests.unit.fsdp_cases import (
+    BATCHES,
     advantages_of,
     largest_difference,
     make_backend,
     make_batch,
     make_config,
+    path,
     same_bits,
     save_model,
     train,
@@ -27,12 +29,7 @@ from verst.errors import CheckpointError, InvariantViolation, ModelError, Traini
 from verst.training.state import RankState
 from verst.types import Batch, Sample
 
-BATCHES = [make_batch(step) for step in (1, 2, 3)]
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(tmp_path_factory.mktemp("llama"))
+__all__ = ["path"]  # a fixture
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +114,7 @@ def test_supervised_fine_tuning_equals_a_plain_pytorch_loop(path: str) -> None:
     backend = make_backend(config)
     tallies = train(backend, config, BATCHES[:1])
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    loss = torch.stack([-plain_logprobs(model, s, 0.8).mean() for s in BATCHES[0].samples]).mean()
+    loss = torch.stack([-plain_logprobs(model, s, 1.0).mean() for s in BATCHES[0].samples]).mean()
     loss.backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
     report = tallies[0].report()
@@ -237,14 +234,6 @@ def test_a_repeated_forward_backward_starts_afresh(path: str) -> None:
     assert same_bits(weights_of(once), weights_of(twice))
 
 
-def test_greedy_rollout_trains_at_temperature_one(path: str) -> None:
-    reports = []
-    for temperature in (0.0, 1.0):
-        config = make_config(path, rollout={"temperature": temperature})
-        reports.append(train(make_backend(config), config, BATCHES[:1])[0].report())
-    assert reports[0] == reports[1]
-
-
 # ---- skipping
 
 
@@ -275,7 +264,9 @@ def test_too_many_skipped_updates_in_a_row_stop_the_run(path: str) -> None:
     config = make_config(path, train={"max_skipped_updates": 2})
     backend = make_backend(config)
     train(backend, config, BATCHES[:1], advantages=[float("inf")] * 8)
-    with pytest.raises(TrainingDiverged, match="2 updates in a row were not finite"):
+    with pytest.raises(
+        TrainingDiverged, match=r"2 updates in a row were not finite.*Resuming trains the same journaled batches again.*start a new run"
+    ):
         train(backend, config, BATCHES[1:2], advantages=[float("inf")] * 8)
 
 

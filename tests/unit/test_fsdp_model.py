@@ -11,18 +11,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.unit.fsdp_cases import FAMILIES, make_backend, make_batch, make_config, save_model
+from tests.unit.fsdp_cases import FAMILIES, make_backend, make_batch, make_config, path, save_model
 from verst.errors import ModelError
 from verst.training.microbatch import collate, flat, split
 from verst.training.model import Head, Policy, load_model
 
+__all__ = ["path"]  # a fixture
+
 TEMPERATURE = 0.7
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,7 +51,7 @@ def test_padding_changes_neither_logprobs_nor_gradients(tmp_path: Path, family: 
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_prompt_and_padding_never_reach_the_vocabulary_matrix(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_and_padding_never_reach_the_vocabulary_matrix(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
 
     def counting(hidden_NH: torch.Tensor, *args: object, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,7 +59,7 @@ def test_prompt_and_padding_never_reach_the_vocabulary_matrix(llama: str, monkey
         return hidden_NH.sum(1), hidden_NH.sum(1)
 
     samples = make_batch(1).samples
-    policy = Policy(load_model(llama, torch.float32), llama)
+    policy = Policy(load_model(path, torch.float32), path)
     monkeypatch.setattr("verst.training.model.token_logprobs", counting)
     microbatch = collate(samples, (0, 3, 1), CPU)
     policy(microbatch.tokens_BT, microbatch.positions_N, microbatch.targets_N, 1.0)
@@ -101,8 +98,8 @@ def test_a_family_with_other_names_and_with_dropout(tmp_path: Path) -> None:
         (["tokenizer.json"], "no tokenizer"),
     ],
 )
-def test_an_incomplete_directory_is_an_error(llama: str, tmp_path: Path, remove: list[str], message: str) -> None:
-    shutil.copytree(llama, tmp_path / "copy")
+def test_an_incomplete_directory_is_an_error(path: str, tmp_path: Path, remove: list[str], message: str) -> None:
+    shutil.copytree(path, tmp_path / "copy")
     for name in remove:
         (tmp_path / "copy" / name).unlink()
     with pytest.raises(ModelError, match=rf"model.path .*copy: {message}"):
@@ -115,8 +112,8 @@ def test_a_missing_directory_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["missing", "misshapen"])
-def test_a_parameter_without_a_fitting_tensor_is_never_drawn_at_random(llama: str, tmp_path: Path, damage: str) -> None:
-    shutil.copytree(llama, tmp_path / "copy")
+def test_a_parameter_without_a_fitting_tensor_is_never_drawn_at_random(path: str, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(path, tmp_path / "copy")
     tensors = load_file(tmp_path / "copy" / "model.safetensors")
     removed = tensors.pop("model.layers.1.mlp.up_proj.weight")
     if damage == "misshapen":
@@ -126,8 +123,8 @@ def test_a_parameter_without_a_fitting_tensor_is_never_drawn_at_random(llama: st
         load_model(str(tmp_path / "copy"), torch.float32)
 
 
-def test_an_unknown_architecture_is_an_error(llama: str, tmp_path: Path) -> None:
-    shutil.copytree(llama, tmp_path / "copy")
+def test_an_unknown_architecture_is_an_error(path: str, tmp_path: Path) -> None:
+    shutil.copytree(path, tmp_path / "copy")
     (tmp_path / "copy" / "config.json").write_text(json.dumps({"model_type": "no_such_model"}))
     with pytest.raises(ModelError, match="transformers cannot load it as a causal language model"):
         load_model(str(tmp_path / "copy"), torch.float32)

@@ -1,9 +1,11 @@
-"""Two sharded ranks over gloo against one plain rank. All scenarios run in one pair of processes, since starting it is what takes time."""
+"""Two sharded ranks over gloo against one plain rank. All scenarios run in one pair of processes, since starting it is what takes time:
+these tests are `slow`.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from tests.unit.fsdp_cases import (
+    BATCHES,
     advantages_of,
     largest_difference,
     make_backend,
@@ -30,8 +33,6 @@ from verst.training.distributed import free_rendezvous, init_distributed, leave_
 from verst.training.fsdp import FsdpBackend
 from verst.training.state import RankState
 from verst.types import Batch
-
-BATCHES = [make_batch(step) for step in (1, 2, 3)]
 
 
 def uneven_batch(step: int) -> Batch:
@@ -64,25 +65,18 @@ def batches_of(name: str) -> list[Batch]:
 
 def run_scenario(name: str, config: Config, rank: int) -> dict[str, Any]:
     backend = make_backend(config, rank, 2)
-    tallies, kl = [], []
-    for batch in batches_of(name):
-        scores = backend.load_batch(batch)
-        kl.append(scores.reference_kl)
-        # Advantages need every rank's KL; for this test each rank computes all of them from the shared KL of both.
-        advantages = advantages_of(config, batch, exchanged(dict(scores.reference_kl)))
-        tally = scores.tally
-        for update in range(backend.num_updates):
-            tally.merge(backend.forward_backward(update, advantages))
-            tally.merge(backend.optimizer_step(update))
-        tallies.append(tally)
+    kl: list[Mapping[int, float]] = []
+
+    def exchanged(own: Mapping[int, float]) -> dict[int, float]:
+        """Advantages need every rank's KL; for this test each rank computes all of them from the shared KL of both."""
+        kl.append(own)
+        found: list[dict[int, float] | None] = [None, None]
+        torch.distributed.all_gather_object(found, dict(own))
+        return {k: v for part in found if part for k, v in part.items()}
+
+    tallies = train(backend, config, batches_of(name), all_ranks=exchanged)
     probe = backend.logprobs(BATCHES[0].samples[0].tokens_T)
     return {"tallies": tallies, "kl": kl, "weights": weights_of(backend), "state": backend.state(), "probe": probe}
-
-
-def exchanged(values: dict[int, float]) -> dict[int, float]:
-    found: list[dict[int, float] | None] = [None, None]
-    torch.distributed.all_gather_object(found, values)
-    return {k: v for part in found if part for k, v in part.items()}
 
 
 def run_skips(config: Config, rank: int) -> dict[str, Any]:
@@ -173,6 +167,7 @@ def single_rank(config: Config, batches: list[Batch]) -> tuple[FsdpBackend, list
     return backend, train(backend, config, batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "updates", "tied", "uneven"])
 def test_two_ranks_equal_one(results: Results, name: str) -> None:
     config = results.config(name)
@@ -193,12 +188,14 @@ def test_two_ranks_equal_one(results: Results, name: str) -> None:
             assert together[metric] == pytest.approx(value, rel=2e-3, abs=2e-4), (step, metric)
 
 
+@pytest.mark.slow
 def test_the_uneven_scenario_has_a_dummy_microbatch(results: Results) -> None:
     samples, config = UNEVEN[0].samples, results.config("uneven")
     plan = plan_step([len(s.tokens_T) for s in samples], [s.group for s in samples], **_plan_options(config))
     assert () in {microbatch for rank in plan.updates[0].ranks for microbatch in rank}
 
 
+@pytest.mark.slow
 def test_reference_kl_of_the_ranks_covers_every_sample_once(results: Results) -> None:
     for step in range(3):
         first, second = (rank["tied"]["kl"][step] for rank in results.ranks)
@@ -206,6 +203,7 @@ def test_reference_kl_of_the_ranks_covers_every_sample_once(results: Results) ->
         assert first.keys() | second.keys() == set(range(8))
 
 
+@pytest.mark.slow
 def test_bfloat16_shards_publish_rounded_masters_close_to_one_rank(results: Results) -> None:
     backend, _ = single_rank(results.config("bfloat16"), BATCHES)
     expected, found = weights_of(backend), results.ranks[0]["bfloat16"]["weights"]
@@ -223,6 +221,7 @@ def joined_state(shards: list[RankState]) -> RankState:
     return RankState(tensors, shards[0].values, shards[0].full_shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "tied"])
 def test_shards_joined_along_dim_0_are_the_state_of_one_rank(results: Results, name: str) -> None:
     """`tied` has 65 vocabulary rows, so that its shards differ in size."""
@@ -238,16 +237,19 @@ def test_shards_joined_along_dim_0_are_the_state_of_one_rank(results: Results, n
     assert same_bits(weights_of(backend), results.ranks[0][name]["weights"])
 
 
+@pytest.mark.slow
 def test_a_lone_shard_is_refused_by_one_rank(results: Results) -> None:
     backend = make_backend(results.config("plain"))
     with pytest.raises(CheckpointError, match="join the shards"):
         backend.load_state(results.ranks[0]["plain"]["state"])
 
 
+@pytest.mark.slow
 def test_a_loss_broken_on_one_rank_is_skipped_on_both(results: Results) -> None:
     assert [rank["skips"] for rank in results.ranks] == [{"skipped": 1.0, "unchanged": True}] * 2
 
 
+@pytest.mark.slow
 def test_shards_resume_bit_for_bit_and_take_a_checkpoint_of_one_rank(results: Results) -> None:
     backend, _ = single_rank(results.config("plain"), BATCHES)
     for rank in results.ranks:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MambaConfig, PreTrainedConfig
+from transformers import Gemma2Config, GptOssConfig, LlamaConfig, MambaConfig, PreTrainedConfig
 
+from tests.contracts.engine_cases import TINY, ask, hf_engine, opening, prompt, save_model
 from verst.errors import EngineFailure, ModelError
 from verst.rollout.hf import HFEngine
 from verst.rollout.hf.attention import DecodePlan, attended_lengths
@@ -21,52 +22,24 @@ from verst.rollout.hf.model import SlotModel
 from verst.rollout.hf.prompts import HeldPrompts
 from verst.types import GenerateRequest, Sampling
 
-TINY: dict[str, Any] = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+ENDLESS: dict[str, Any] = TINY | {"eos_token_id": None}  # a generation ends at its limit
 CPU = torch.device("cpu")
 
 
-def saved(path: Path, config: PreTrainedConfig) -> str:
-    torch.manual_seed(2)
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> str:
-    return saved(tmp_path / "llama", LlamaConfig(**TINY, initializer_range=0.3))
-
-
-def make(path: str, **options: Any) -> HFEngine:
-    settings = {"max_running": 4, "max_model_tokens": 80, "deterministic": True, "threads": 1, **options}
-    return HFEngine(path, dtype="float32", device="cpu", **settings)
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_model(tmp_path_factory.mktemp("llama"), LlamaConfig(**ENDLESS)))
 
 
 @pytest.fixture
 async def engine(llama: str) -> AsyncIterator[HFEngine]:
-    engine = make(llama)
-    await engine.start()
-    yield engine
-    await engine.close()
+    async with opening(hf_engine, Path) as start:
+        yield await start(llama, max_running=4)
 
 
-def ask(id: str, *tokens: int, max_new_tokens: int = 40) -> GenerateRequest:
-    return GenerateRequest(id, np.array(tokens or (1, 2, 3), np.int32), Sampling(max_new_tokens), seed=1)
-
-
-async def refusal(path: str, **options: Any) -> str:
+async def refusal(path: str | Path, **options: Any) -> str:
     with pytest.raises((EngineFailure, ModelError)) as caught:
-        await make(path, **options).start()
+        await hf_engine(path, **options).start()
     return str(caught.value)
 
 
@@ -74,21 +47,21 @@ async def refusal(path: str, **options: Any) -> str:
     ("config", "reason"),
     [
         (MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, state_size=4), "layers of kind mamba"),
-        (Gemma2Config(**TINY, head_dim=8), "soft-capped"),
-        (GptOssConfig(**TINY, head_dim=8, num_local_experts=4, num_experts_per_tok=2), "sinks"),
+        (Gemma2Config(**ENDLESS, head_dim=8), "soft-capped"),
+        (GptOssConfig(**ENDLESS, head_dim=8, num_local_experts=4, num_experts_per_tok=2), "sinks"),
     ],
 )
 async def test_models_that_cannot_work_are_refused_by_their_type(tmp_path: Path, config: PreTrainedConfig, reason: str):
-    message = await refusal(saved(tmp_path, config))
+    message = await refusal(save_model(tmp_path, config))
     assert repr(config.model_type) in message
     assert reason in message
 
 
 async def test_a_start_that_cannot_succeed_says_why(tmp_path: Path, llama: str):
-    assert str(tmp_path / "nothing") in await refusal(str(tmp_path / "nothing"))
+    assert str(tmp_path / "nothing") in await refusal(tmp_path / "nothing")
     assert "256" in await refusal(llama, max_model_tokens=257)
     with pytest.raises(EngineFailure, match=r"before start\(\)"):
-        await make(llama).pause()
+        await hf_engine(llama).pause()
 
 
 async def test_an_exception_while_decoding_fails_everything_with_its_cause(engine: HFEngine, monkeypatch: pytest.MonkeyPatch):
@@ -104,13 +77,13 @@ async def test_an_exception_while_decoding_fails_everything_with_its_cause(engin
         return step(decoder)
 
     monkeypatch.setattr(Decoder, "step", failing)
-    answers = await asyncio.gather(*(engine.generate(ask(str(n))) for n in range(6)), return_exceptions=True)
+    answers = await asyncio.gather(*(engine.generate(ask(str(n), prompt(1), max_new_tokens=40)) for n in range(6)), return_exceptions=True)
     for answer in answers:
         assert isinstance(answer, EngineFailure)
         assert "a defect in the third step" in str(answer)
         assert answer.__cause__ is defect
     with pytest.raises(EngineFailure, match="a defect in the third step") as caught:
-        await engine.generate(ask("later"))
+        await engine.generate(ask("later", prompt(1), max_new_tokens=40))
     assert caught.value.__cause__ is defect
 
 
@@ -118,13 +91,13 @@ async def test_logits_that_are_not_finite_are_never_sampled(engine: HFEngine):
     assert engine._decoder is not None
     engine._decoder._model.model.get_parameter("lm_head.weight").data[7, 0] = torch.nan
     with pytest.raises(EngineFailure, match="version 0 are not finite"):
-        await engine.generate(ask("a"))
+        await engine.generate(ask("a", prompt(1), max_new_tokens=40))
 
 
 async def test_a_cancelled_call_ends_its_request(engine: HFEngine):
     await engine.pause()
-    call = asyncio.ensure_future(engine.generate(ask("a")))
-    other = asyncio.ensure_future(engine.generate(ask("b")))
+    call = asyncio.ensure_future(engine.generate(ask("a", prompt(1), max_new_tokens=40)))
+    other = asyncio.ensure_future(engine.generate(ask("b", prompt(1), max_new_tokens=40)))
     await asyncio.sleep(0.05)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -136,10 +109,10 @@ async def test_a_cancelled_call_ends_its_request(engine: HFEngine):
 
 async def test_ids_in_flight_are_unique(engine: HFEngine):
     await engine.pause()
-    first = asyncio.ensure_future(engine.generate(ask("a")))
+    first = asyncio.ensure_future(engine.generate(ask("a", prompt(1), max_new_tokens=40)))
     await asyncio.sleep(0.05)
     with pytest.raises(EngineFailure, match="'a' is already in flight"):
-        await engine.generate(ask("a"))
+        await engine.generate(ask("a", prompt(1), max_new_tokens=40))
     await engine.resume()
     await first
 
@@ -147,7 +120,7 @@ async def test_ids_in_flight_are_unique(engine: HFEngine):
 async def test_stop_strings_without_a_tokenizer_fail_the_request_alone(engine: HFEngine):
     with pytest.raises(ModelError, match="tokenizer"):
         await engine.generate(GenerateRequest("a", np.array([1], np.int32), Sampling(4, stop=("x",)), seed=0))
-    assert len((await engine.generate(ask("b"))).tokens_T) == 40
+    assert len((await engine.generate(ask("b", prompt(1), max_new_tokens=40))).tokens_T) == 40
 
 
 def test_without_determinism_a_step_computes_only_the_rows_in_use(llama: str, monkeypatch: pytest.MonkeyPatch):
@@ -155,7 +128,7 @@ def test_without_determinism_a_step_computes_only_the_rows_in_use(llama: str, mo
     decoder = Decoder(model, llama, version=0)
     lengths = [4, 40, 4, 4, 40, 20]
     for n, length in enumerate(lengths):
-        decoder.submit(ask(str(n), 5, n, max_new_tokens=length))
+        decoder.submit(ask(str(n), np.array([5, n], np.int32), max_new_tokens=length))
     computed: list[int] = []
     decode = SlotModel.decode
 

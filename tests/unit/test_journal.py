@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -204,11 +205,24 @@ def test_a_tail_cut_at_any_byte_is_dropped_and_told(tmp_path: Path):
         else:
             assert reopened.torn is not None
             assert (reopened.torn.offset, reopened.torn.bytes_cut) == (whole, cut - whole)
-            assert f"cut {cut - whole} bytes at byte {whole}" in str(reopened.torn)
-        assert (target / FIRST).stat().st_size == whole
+            assert f"{cut - whole} bytes at byte {whole} are left out" in str(reopened.torn)
+        assert (target / FIRST).stat().st_size == cut  # it is cut off by what follows: until then it may turn out to be damage
         reopened.append_group(9, b"nine")
         reopened.close()
         assert JournalReader(target).group_payload(9) == b"nine"
+
+
+def test_a_torn_tail_of_a_full_segment_is_cut_before_the_next_one_begins(tmp_path: Path):
+    journal = Journal.create(tmp_path, "r")
+    journal.append_group(0, b"zero")
+    journal.close()
+    with (tmp_path / FIRST).open("ab") as file:
+        file.write(b"VsJ1 half a header")
+    again = Journal.open(tmp_path, segment_bytes=100)
+    again.append_batch(BatchRecord(1, (0,)))
+    again.close()
+    assert len(list(tmp_path.glob("*.journal"))) == 2
+    assert JournalReader(tmp_path).batch(1).groups == (0,)
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +291,76 @@ def test_a_corrupt_last_commit_is_a_torn_tail(tmp_path: Path, sample_journal: tu
     assert journal.recovery(1).retrain == ((2, None),)
 
 
+def test_a_corrupt_last_commit_that_a_checkpoint_knows_of_is_damage(tmp_path: Path, sample_journal: tuple[Path, bytes, int, int]):
+    _, content, commit_offset, groups_offset = sample_journal
+    damaged = bytearray(content[:groups_offset])
+    damaged[commit_offset + 45] ^= 1
+    (tmp_path / FIRST).write_bytes(damaged)
+    journal = Journal.open(tmp_path)
+    message = rf"{FIRST}: corrupt payload at byte {commit_offset}, though a checkpoint of step 2 was made after it.* restore the file"
+    with pytest.raises(JournalError, match=message):
+        journal.recovery(2)
+    journal.close()
+    assert (tmp_path / FIRST).read_bytes() == damaged  # nothing is changed on disk: what is left may help
+
+
+def test_groups_are_taken_while_a_batch_reaches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The event loop appends groups: it must not wait for an fsync, which may take seconds."""
+    journal = Journal.create(tmp_path, "r", segment_bytes=200)  # the batch fills it: the group must not begin another under the fsync
+    journal.append_group(0, b"zero")
+    assert (tmp_path / FIRST).stat().st_size < 200
+    fsync, syncing, go_on = os.fsync, threading.Event(), threading.Event()
+
+    def slow(file: int) -> None:
+        syncing.set()
+        assert go_on.wait(20)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    with ThreadPoolExecutor(1) as pool:
+        batch = pool.submit(journal.append_batch, BatchRecord(1, (0,)))
+        assert syncing.wait(20)
+        try:
+            journal.append_group(1, b"one")
+            assert journal.index.last_batch == 0, "a batch counts once it is durable"
+            assert (tmp_path / FIRST).stat().st_size > 200
+            with pytest.raises(InvariantViolation, match="group 1 is in the journal already"):
+                journal.append_group(1, b"one")
+        finally:
+            go_on.set()
+        batch.result(20)
+    monkeypatch.undo()
+    journal.append_commit(CommitRecord(1, "d"))
+    journal.append_group(2, b"two")
+    journal.close()
+    assert len(list(tmp_path.glob("*.journal"))) == 2
+    reader = JournalReader(tmp_path, "r")
+    assert contents(reader) == [[(0, b"zero"), (1, b"one"), (2, b"two")], [BatchRecord(1, (0,))], [CommitRecord(1, "d")]]
+
+
+def test_bytes_written_during_an_fsync_are_not_called_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    journal = Journal.create(tmp_path, "r")
+    journal.append_group(0, b"zero")
+    fsync = os.fsync
+
+    def during(file: int) -> None:
+        fsync(file)
+        monkeypatch.setattr(os, "fsync", fsync)
+        journal.append_group(1, b"one")
+
+    monkeypatch.setattr(os, "fsync", during)
+    journal.append_batch(BatchRecord(1, (0,)))
+    journal.append_group(2, b"two")
+    journal.close()
+    where = journal.index.groups[1].offset
+    damaged = bytearray((tmp_path / FIRST).read_bytes())
+    damaged[where + 41] ^= 1
+    (tmp_path / FIRST).write_bytes(damaged)
+    reader = JournalReader(tmp_path)
+    assert reader.torn is not None, "its fsync never returned: a crash may have left it so"
+    assert reader.torn.offset == where
+
+
 def test_a_payload_that_goes_bad_after_opening_is_noticed(tmp_path: Path):
     journal = Journal.create(tmp_path, "r")
     journal.append_group(0, b"a" * 100)
@@ -332,7 +416,9 @@ def test_a_segment_that_cannot_be_made_is_told_and_retried(tmp_path: Path, monke
         patch.setattr(log, "_sync_directory", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(JournalError, match=r"00000002.journal: could not write"):
             fill(journal, 2, first=2)
-    fill(journal, 2, first=2)
+    journal.append_batch(BatchRecord(2, (2, 3)))  # the groups were taken: only batches and commits begin segments
+    journal.append_commit(CommitRecord(2, "d"))
+    fill(journal, 1, first=3)
     written = contents(journal)
     journal.close()
     assert contents(JournalReader(tmp_path)) == written

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from verst.errors import EngineFailure
+from verst.errors import DeadlineExceeded, EngineFailure
 from verst.runtime.mailbox import Answer, Call, Inbox, Mailbox
 
 
@@ -20,7 +20,7 @@ class Wire:
         self.submitted: list[int] = []
         self.collected: list[int] = []
         self.broken: Exception | None = None
-        self.mailbox = Mailbox(self.submit, self.collect)
+        self.mailbox = Mailbox("actor", self.submit, self.collect)
 
     async def submit(self, calls: Sequence[Call]) -> None:
         self.submitted.append(len(calls))
@@ -105,3 +105,16 @@ async def test_a_caller_that_gave_up_is_not_missed():
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(wire.mailbox.call("echo", 0.05), 0.01)
     assert await asyncio.wait_for(wire.mailbox.call("echo", 0.1), 1) == 0.1
+
+
+async def test_an_actor_that_answers_nothing_at_all_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    async def never(wait_s: float) -> list[Answer]:
+        await asyncio.sleep(60)
+        return []
+
+    monkeypatch.setattr(Mailbox, "COLLECT_S", 0.01)
+    monkeypatch.setattr(Mailbox, "SILENCE_S", 0.04)
+    wire = Wire(never)
+    mailbox = Mailbox("replica 3", wire.submit, never)
+    with pytest.raises(DeadlineExceeded, match=r"waited 0\.05 s for replica 3 to answer at all"):
+        await asyncio.wait_for(mailbox.call("never"), 5)

@@ -6,13 +6,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from verst.config.schema import RewardConfig
 from verst.errors import ExtensionError, RewardFailure
-from verst.rewards.process import worker_environment
+from verst.rewards.process import RewardProcess, worker_environment
 from verst.rewards.scorer import Scorer
 from verst.rewards.spec import RewardSpec
 from verst.types import FinishReason, Group, Message, Prompt, Status, Trajectory, Turn
@@ -163,7 +164,8 @@ def test_worker_environment():
     }
     kept = worker_environment(given)
     assert {name: kept[name] for name in ("PATH", "HOME", "LANG")} == {"PATH": "/bin", "HOME": "/h", "LANG": "C"}
-    assert kept.keys() == {"PATH", "HOME", "LANG", "PYTHONPATH", "PYTHONUNBUFFERED"}
+    assert kept.keys() == {"PATH", "HOME", "LANG", "PYTHONPATH", "PYTHONUNBUFFERED", "CUDA_VISIBLE_DEVICES"}
+    assert kept["CUDA_VISIBLE_DEVICES"] == ""
 
 
 async def test_async_rewards_wait_together_and_are_blamed_alone(rewards):
@@ -276,3 +278,20 @@ async def test_workers_die_with_their_parent_while_stuck_in_user_code(rewards):
         assert not any(gone(pid) for pid in pids)
         parent.send_signal(signal.SIGKILL)
     assert [await ends(pid) for pid in pids] == [True, True]
+
+
+async def test_a_worker_that_dies_before_it_begins_is_nobodys_fault(scorer, monkeypatch: pytest.MonkeyPatch):
+    """The kernel may end a process between our look at it and the request (out of memory, an operator)."""
+    send, deaths = RewardProcess.request, []
+
+    async def die_first(self: RewardProcess, *args: Any) -> None:
+        if not deaths:
+            deaths.append(self.pid)
+            os.kill(self.pid, signal.SIGKILL)
+            await ends(self.pid)
+        await send(self, *args)
+
+    monkeypatch.setattr(RewardProcess, "request", die_first)
+    scored = await scorer.score(group("ok", "true"))
+    assert [t.reward for t in scored.trajectories] == [0.5, 1.0]
+    assert scorer.stats()["workers_lost"] == 1

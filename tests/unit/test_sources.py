@@ -147,8 +147,6 @@ def test_exactly_one_source():
         open_source(DATA)
     with pytest.raises(ConfigError, match=r"data.path and rows given: set exactly one"):
         open_source(config(path="a.jsonl"), ["x"])
-    with pytest.raises(ConfigError, match=r"data.options are the options of data.task"):
-        open_source(config(path="a.jsonl", options={"size": 3}))
 
 
 def test_rows_from_python():

@@ -6,6 +6,7 @@ Nothing is ignored: unknown and repeated keys are errors that name the line and 
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from verst.config.checks import inapplicable
 from verst.config.schema import Config, GrpoConfig, SftConfig
 from verst.errors import ConfigError
 
@@ -41,8 +43,17 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, every option with its value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    """The resolved configuration as YAML; it can be read back as a run file."""
+    return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """Every option that applies, with its value, section by section: what `load_config` accepts again."""
+    values = config.model_dump(mode="json")
+    for key in inapplicable(config):
+        section, name = key.split(".")
+        values[section].pop(name, None)
+    return {section: options for section, options in values.items() if options}
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +92,7 @@ def _keys(node: yaml.Node, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str,
 
 
 def _apply(values: dict[str, Any], override: str) -> tuple[str, ...]:
-    """Sets one `a.b=c` in place and returns its key. The value is read as YAML, so numbers, lists and `null` work."""
+    """Sets one `a.b=c` in place and returns its key. The value is read as YAML, so numbers and lists work; `null` unsets what was set."""
     dotted, sign, text = override.partition("=")
     key = tuple(dotted.strip().split("."))
     if not sign or not all(key):
@@ -95,19 +106,36 @@ def _apply(values: dict[str, Any], override: str) -> tuple[str, ...]:
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
             raise ConfigError(f"override {override!r}: {part} is not a section")
-    section[key[-1]] = value
+    if value is None and key[-1] in section:
+        del section[key[-1]]
+    else:
+        section[key[-1]] = value
     return key
 
 
 def _explain(invalid: ValidationError, name: str, lines: Mapping[tuple[str, ...], int]) -> str:
-    problems = []
+    problems: list[str] = []
     for error in invalid.errors():
-        # pydantic puts the discriminator's value into the path of a union ("algorithm", "grpo", "clip"): not a key of the file
-        key = tuple(str(p) for i, p in enumerate(error["loc"]) if not (i == 1 and error["loc"][0] == "algorithm" and p in _ALGORITHMS))
-        line = lines.get(key)
-        where = f"{name}:{line}" if line else name
-        problems.append(f"{where}: {_problem(error, key)}")
+        if error["loc"]:
+            key = _key(error["loc"])
+            problems.append(_placed(_problem(error, key), key, name, lines))
+        else:  # rules between options: several, each of which begins with the option it is about
+            rules = error["msg"].removeprefix("Value error, ").splitlines()
+            problems += [_placed(rule, tuple(rule.split(" ", 1)[0].split(".")), name, lines) for rule in rules]
     return "\n".join(problems)
+
+
+def _key(loc: tuple[int | str, ...]) -> tuple[str, ...]:
+    """The option's key in the file. pydantic adds the algorithm's name ("algorithm", "grpo", "clip"), and what lies below an option."""
+    parts = [str(p) for p in itertools.takewhile(lambda p: isinstance(p, str), loc)]
+    if parts[0] == "algorithm" and parts[1:] and parts[1] in _ALGORITHMS:
+        del parts[1]
+    return tuple(parts[:3] if parts[1:2] in (["options"], ["environment_options"]) else parts)
+
+
+def _placed(problem: str, key: tuple[str, ...], name: str, lines: Mapping[tuple[str, ...], int]) -> str:
+    line = lines.get(key)
+    return f"{name}:{line}: {problem}" if line else f"{name}: {problem}"
 
 
 def _problem(error: ErrorDetails, key: tuple[str, ...]) -> str:
@@ -120,8 +148,7 @@ def _problem(error: ErrorDetails, key: tuple[str, ...]) -> str:
         return f"{dotted}.name: {error['input'].get('name')!r} is not an algorithm; there are: {', '.join(_ALGORITHMS)}"
     if error["type"] == "union_tag_not_found":
         return f"{dotted}.name is required: {' or '.join(_ALGORITHMS)}"
-    message = error["msg"].removeprefix("Value error, ")
-    return message if not key else f"{dotted}: {message} (got {error['input']!r})"
+    return f"{dotted}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
 
 
 def _suggestion(error: ErrorDetails, key: tuple[str, ...]) -> str:

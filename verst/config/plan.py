@@ -24,6 +24,7 @@ class ModelFacts:
     kv_heads: int
     head_dim: int
     vocabulary: int
+    max_positions: int | None  # longest sequence the model is made for; None: it does not say
 
     @property
     def kv_elements_per_token(self) -> int:
@@ -56,6 +57,7 @@ def read_model(path: str | Path) -> ModelFacts:
             kv_heads=text.get("num_key_value_heads") or heads,
             head_dim=text.get("head_dim") or text["hidden_size"] // heads,
             vocabulary=text["vocab_size"],
+            max_positions=text.get("max_position_embeddings"),
         )
     except KeyError as missing:
         raise ModelError(f"{root / 'config.json'} has no {missing}: it is not the config of a causal language model") from missing

@@ -7,20 +7,57 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+
+from verst.config import checks
+
+
+def _not_a_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):  # YAML's yes and on; Python would take them for 1
+        raise ValueError("expected a number, not true or false")
+    return value
+
+
+def _greedy_or_warm(temperature: float) -> float:
+    if 0 < temperature < _COLDEST:
+        raise ValueError(f"a temperature between 0 and {_COLDEST} is greedy in all but name: use 0, or {_COLDEST} or more")
+    return temperature
+
+
+def _not_partial(name: str) -> str:
+    if name.endswith(".partial"):
+        raise ValueError("names that end in .partial are those of directories still being made")
+    return name
+
+
+_COLDEST = 0.01
+
+Whole = Annotated[int, BeforeValidator(_not_a_truth_value), Field(ge=0, le=2**31 - 1)]
+"""A whole number, 0 included."""
+Count = Annotated[Whole, Field(gt=0)]
+Real = Annotated[float, BeforeValidator(_not_a_truth_value), Field(ge=0, allow_inf_nan=False)]
+"""A finite number, not below 0: what every float of the run file is."""
+Positive = Annotated[Real, Field(gt=0)]
+Seconds = Annotated[Positive, Field(le=30 * 86400)]
+Temperature = Annotated[Real, Field(le=100), AfterValidator(_greedy_or_warm)]
+Text = Annotated[str, Field(min_length=1)]
+Options = dict[str, JsonValue]
+"""Keyword arguments for code that is not the core's: what a run file can hold, and a resumed run reads back unchanged."""
 
 
 class Section(BaseModel):
     """A part of the run file: unknown keys are errors, values are never changed after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's directory.")
-    dir: str = Field(default="runs", description="Where run directories are made.")
-    seed: int = Field(default=0, ge=0, description="Seeds data order, sampling and initialisation.")
-    steps: PositiveInt = Field(description="Steps to train; a step consumes one batch and makes one or more optimizer updates.")
+    name: Annotated[str, AfterValidator(_not_partial)] = Field(
+        default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's directory."
+    )
+    dir: Text = Field(default="runs", description="Where run directories are made.")
+    seed: Whole = Field(default=0, description="Seeds the order of the data and the sampling of tokens.")
+    steps: Count = Field(description="Steps to train; a step consumes one batch and makes one or more optimizer updates.")
     deterministic: bool = Field(
         default=True,
         description="A sequence's bits depend only on weights, tokens and seed. Costs some speed; needed for bit-exact resume.",
@@ -28,53 +65,63 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str = Field(description="Hugging Face model directory.")
+    path: Text = Field(description="Hugging Face model directory.")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of the weights in engine and forward pass.")
 
 
 class DataConfig(Section):
     """Where prompts come from. Exactly one of `path` and `task`, unless prompts are given from Python."""
 
-    path: str | None = Field(default=None, description="A .jsonl or .parquet file.")
-    task: str | None = Field(default=None, description="A reasoning-gym task by name.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Options of the reasoning-gym task.")
-    prompt_column: str = Field(default="prompt", description="Column with the prompt: text, or a list of {role, content}.")
-    demonstration_column: str | None = Field(default=None, description="Column with the answer to imitate (sft).")
+    path: Text | None = Field(default=None, description="A .jsonl or .parquet file.")
+    task: Text | None = Field(default=None, description="A reasoning-gym task by name.")
+    options: Options = Field(default_factory=dict, description="Options of the reasoning-gym task.")
+    prompt_column: Text = Field(default="prompt", description="Column with the prompt: text, or a list of {role, content}.")
+    demonstration_column: Text | None = Field(default=None, description="Column with the answer to imitate (sft).")
     system: str | None = Field(default=None, description="System message put before every prompt.")
-    shuffle: bool = Field(default=True, description="Seeded shuffling, another order in each epoch.")
-    holdout: float = Field(
-        default=0.0, ge=0, lt=1, description="Share of prompts (by hash of their text) kept for evaluation and never trained on."
+    shuffle: bool = Field(
+        default=True, description="Seeded shuffling, another order in each epoch. Iterators given from Python keep their own order."
     )
-    max_prompt_tokens: PositiveInt = Field(default=1024, description="A longer prompt is an error that names the row.")
+    holdout: Real = Field(
+        default=0.0, lt=1, description="Share of prompts (by hash of their text) kept for evaluation and never trained on."
+    )
+    max_prompt_tokens: Count = Field(default=1024, description="A longer prompt is an error that names the row.")
 
 
 class RolloutConfig(Section):
     engine: Literal["hf"] = Field(default="hf", description="What generates.")
-    replicas: PositiveInt = Field(default=1, description="Engine replicas.")
-    environment: str = Field(default="single_turn", description="A shipped environment or `module:Class`.")
-    environment_options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the environment.")
-    group_size: PositiveInt = Field(default=8, description="Trajectories of each prompt.")
-    capacity_groups: PositiveInt | None = Field(
+    replicas: Count = Field(default=1, description="Engine replicas.")
+    environment: Text = Field(default="single_turn", description="A shipped environment or `module:Class`.")
+    environment_options: Options = Field(default_factory=dict, description="Keyword arguments of the environment.")
+    group_size: Count = Field(default=8, description="Trajectories of each prompt; those of one group share its baseline.")
+    capacity_groups: Count | None = Field(
         default=None, description="Group slots. Default: one batch, which is synchronous training. More lets rollout run ahead."
     )
-    max_new_tokens: PositiveInt = Field(default=256, description="Limit of one generation.")
-    max_turns: PositiveInt = Field(default=1, description="Limit of a trajectory's turns.")
-    temperature: float = Field(default=1.0, ge=0, description="0: greedy.")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Sample from the smallest set of tokens with this probability. 1: off.")
-    top_k: int = Field(default=0, ge=0, description="Sample from this many most likely tokens. 0: off.")
-    min_p: float = Field(
-        default=0.0, ge=0, lt=1, description="Leave out tokens below this share of the likeliest one's probability. 0: off."
+    max_new_tokens: Count = Field(
+        default=256, description="Limit of one generation; for sft, of a demonstration whose prompt is at its limit."
     )
-    stop: list[str] = Field(default_factory=list, description="Stop strings; the one that matched stays in the tokens.")
-    max_running: PositiveInt = Field(default=64, description="Sequences decoded at once by one hf replica.")
-    deadline_s: PositiveFloat = Field(default=600.0, description="Limit of rolling one group.")
+    max_turns: Count = Field(default=1, description="Limit of a trajectory's turns.")
+    temperature: Temperature = Field(
+        default=1.0, description="Divides the logits, in sampling and in the trainer's log-probabilities alike. Training only."
+    )
+    top_p: Positive = Field(
+        default=1.0, le=1, description="Sample from the smallest set of tokens with this probability. 1: off. Training only."
+    )
+    top_k: Whole = Field(default=0, description="Sample from this many most likely tokens. 0: off. Training only.")
+    min_p: Real = Field(
+        default=0.0, lt=1, description="Leave out tokens below this share of the likeliest one's probability. 0: off. Training only."
+    )
+    stop: list[Text] = Field(default_factory=list, description="Stop strings; the one that matched stays in the tokens.")
+    max_running: Count = Field(default=64, description="Sequences decoded at once by one hf replica.")
+    deadline_s: Seconds = Field(
+        default=600.0, description="Limit of rolling one group once the engine has room for it, and of each call of an environment."
+    )
 
 
 class RewardConfig(Section):
-    function: str = Field(default="exact_match", description="A shipped reward or `module:function`.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the reward.")
-    workers: PositiveInt = Field(default=1, description="Worker processes that score.")
-    deadline_s: PositiveFloat = Field(default=30.0, description="Limit of scoring one trajectory; past it the worker is replaced.")
+    function: Text = Field(default="exact_match", description="A shipped reward or `module:function`.")
+    options: Options = Field(default_factory=dict, description="Keyword arguments of the reward.")
+    workers: Count = Field(default=1, description="Worker processes that score, for each replica.")
+    deadline_s: Seconds = Field(default=30.0, description="Limit of scoring one trajectory; past it the worker is replaced.")
 
 
 class GrpoConfig(Section):
@@ -84,16 +131,12 @@ class GrpoConfig(Section):
     normalize_std: bool = Field(
         default=True, description="Divide advantages by the group's standard deviation (off: Dr. GRPO, arXiv 2503.20783)."
     )
-    clip_low: PositiveFloat = Field(default=0.2, description="The ratio is clipped below 1 - clip_low.")
-    clip_high: PositiveFloat = Field(
-        default=0.2, description="The ratio is clipped above 1 + clip_high (DAPO, arXiv 2503.14476, uses 0.28)."
-    )
+    clip_low: Positive = Field(default=0.2, le=1, description="The ratio is clipped below 1 - clip_low.")
+    clip_high: Positive = Field(default=0.2, description="The ratio is clipped above 1 + clip_high (DAPO, arXiv 2503.14476, uses 0.28).")
     aggregate: Literal["token_mean", "sequence_mean"] = Field(
         default="token_mean", description="Every token counts the same, or every sequence does."
     )
-    kl_coefficient: float = Field(
-        default=0.0, ge=0, description="Weight of the KL divergence to the reference model. 0: no reference is kept."
-    )
+    kl_coefficient: Real = Field(default=0.0, description="Weight of the KL divergence to the reference model. 0: no reference is kept.")
     kl_in: Literal["loss", "reward"] = Field(default="loss", description="Add the KL term to the loss, or subtract it from the reward.")
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         default="k3", description="Estimator (Schulman 2020); in the loss k1 has no gradient in expectation."
@@ -117,48 +160,54 @@ AlgorithmConfig = Annotated[GrpoConfig | SftConfig, Field(discriminator="name")]
 
 class TrainConfig(Section):
     backend: Literal["fsdp"] = Field(default="fsdp", description="What trains.")
-    ranks: PositiveInt = Field(default=1, description="Trainer processes.")
-    threads: PositiveInt = Field(
+    ranks: Count = Field(default=1, description="Trainer processes.")
+    threads: Count = Field(
         default=1, description="CPU threads of each engine and trainer process. Their number is part of what makes bits repeat."
     )
-    groups_per_step: PositiveInt = Field(default=16, description="Groups one step consumes.")
-    minibatches: PositiveInt = Field(default=1, description="Optimizer updates each pass over the batch makes.")
-    epochs: PositiveInt = Field(default=1, description="Passes over the batch in each step.")
-    microbatch_tokens: PositiveInt = Field(default=16384, description="Limit of tokens, padding included, in one forward pass.")
-    lr: PositiveFloat = Field(default=1e-6, description="Learning rate after warm-up.")
+    groups_per_step: Count = Field(default=16, description="Groups one step consumes.")
+    minibatches: Count = Field(default=1, description="Optimizer updates each pass over the batch makes.")
+    epochs: Count = Field(default=1, description="Passes over the batch in each step.")
+    microbatch_tokens: Count = Field(default=16384, description="Limit of tokens, padding included, in one forward pass.")
+    lr: Positive = Field(default=1e-6, le=1, description="Learning rate after warm-up.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="Course of the learning rate, down to 0 at run.steps."
     )
-    warmup_steps: int = Field(default=0, ge=0, description="Steps over which the learning rate rises from 0.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's decay of its two moments.")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled decay; matrices only, not norms and biases.")
-    clip_norm: PositiveFloat = Field(default=1.0, description="Limit of the gradient's global 2-norm.")
+    warmup_steps: Whole = Field(default=0, description="Steps over which the learning rate rises, in equal parts, to train.lr.")
+    betas: tuple[Annotated[Real, Field(lt=1)], Annotated[Real, Field(lt=1)]] = Field(
+        default=(0.9, 0.95), description="AdamW's decay of its two moments."
+    )
+    weight_decay: Real = Field(default=0.0, le=100, description="AdamW's decoupled decay; matrices only, not norms and biases.")
+    clip_norm: Positive = Field(default=1.0, description="Limit of the gradient's global 2-norm.")
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, a third more time."
     )
     compile: bool = Field(default=False, description="torch.compile each layer.")
-    max_skipped_updates: PositiveInt = Field(default=5, description="Non-finite updates in a row that stop the run.")
-    deadline_s: PositiveFloat = Field(default=1800.0, description="Limit of one call to a trainer rank.")
+    max_skipped_updates: Count = Field(default=5, description="Non-finite updates in a row that stop the run.")
+    deadline_s: Seconds = Field(
+        default=1800.0, description="Limit of one call to a trainer rank, of its collectives, and of the start of any process."
+    )
 
 
 class WeightsConfig(Section):
-    location: str | None = Field(
-        default=None, description="Directory for published weights. Default: shared memory; with several nodes a shared disk."
+    location: Text | None = Field(
+        default=None, description="Directory for published weights. Default: shared memory. Several nodes need one on a shared disk."
     )
-    probe_limit: PositiveFloat = Field(default=0.1, description="Largest |trainer - engine| probe log-probability; past it the run stops.")
-    deadline_s: PositiveFloat = Field(default=600.0, description="Limit of one publish.")
+    probe_limit: Positive = Field(default=0.1, description="Largest |trainer - engine| probe log-probability; past it the run stops.")
+    deadline_s: Seconds = Field(
+        default=600.0, description="Limit of bringing a published version into an engine, its repetition and probe included."
+    )
 
 
 class CheckpointConfig(Section):
-    every_steps: PositiveInt = Field(default=50, description="A checkpoint after each of so many steps, and at the end.")
-    keep: PositiveInt = Field(default=2, description="Checkpoints kept.")
+    every_steps: Count = Field(default=50, description="A checkpoint after each of so many steps, and at the end.")
+    keep: Count = Field(default=2, description="Checkpoints kept.")
     export_final: bool = Field(default=True, description="Write the final model as a Hugging Face directory, RUN/final.")
 
 
 class EvalConfig(Section):
-    every_steps: int = Field(default=0, ge=0, description="0: no evaluation. Otherwise also before the first and after the last step.")
-    prompts: PositiveInt = Field(default=64, description="Prompts of the held-out share (`data.holdout`).")
-    temperature: float = Field(default=0.0, ge=0, description="0: greedy.")
+    every_steps: Whole = Field(default=0, description="0: no evaluation. Otherwise also before the first and after the last step.")
+    prompts: Count = Field(default=64, description="Prompts of the held-out share (`data.holdout`), one trajectory each.")
+    temperature: Temperature = Field(default=0.0, description="0: greedy. Evaluation samples without filters.")
 
 
 class Config(Section):
@@ -187,27 +236,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        self._check_groups()
-        if self.data.path and self.data.task:
-            raise ValueError("data.path and data.task are both set: keep one")
-        if self.eval.every_steps and not self.data.holdout:
-            raise ValueError("eval.every_steps needs data.holdout > 0: the prompts kept for evaluation")
+        found = checks.problems(self)
+        if found:
+            raise ValueError("\n".join(found))
         return self
-
-    def _check_groups(self) -> None:
-        if self.algorithm.name == "grpo" and self.rollout.group_size < 2:
-            raise ValueError(
-                "rollout.group_size is 1, but grpo's baseline is the mean of the group: every advantage would be 0. Use 2 or more"
-            )
-        if self.capacity_groups < self.train.groups_per_step:
-            raise ValueError(
-                f"rollout.capacity_groups ({self.rollout.capacity_groups}) is below train.groups_per_step ({self.train.groups_per_step}): "
-                "a batch could never be filled"
-            )
-        if self.train.microbatch_tokens < self.max_trajectory_tokens:
-            raise ValueError(
-                f"train.microbatch_tokens ({self.train.microbatch_tokens}) is below the longest trajectory ({self.max_trajectory_tokens} = "
-                "data.max_prompt_tokens + rollout.max_turns x rollout.max_new_tokens): one that long could not be trained"
-            )
-        if self.train.minibatches > self.train.groups_per_step:
-            raise ValueError(f"train.minibatches ({self.train.minibatches}) is above train.groups_per_step ({self.train.groups_per_step})")

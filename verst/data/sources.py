@@ -244,8 +244,6 @@ def open_source(data: DataConfig, rows: Any = None) -> Source:
     given = [name for name, value in (("data.path", data.path), ("data.task", data.task), ("rows", rows)) if value is not None]
     if len(given) != 1:
         raise ConfigError(f"{' and '.join(given) or 'no source of prompts'} given: set exactly one of data.path, data.task and rows")
-    if data.options and data.task is None:
-        raise ConfigError("data.options are the options of data.task, which is not set: remove them")
     if data.path is not None:
         return _open_file(Path(data.path))
     if data.task is not None:

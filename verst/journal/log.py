@@ -4,8 +4,9 @@
 Groups are written at once and reach the disk with the next batch or commit; those two are fsynced before `append_*` returns. So after a
 loss of power the groups since the last batch may be gone (they are generated again), after a mere crash of processes nothing is.
 
-A crash may leave a torn tail: bytes that were never said to be durable. Opening for writing cuts it off and says so. Damage anywhere else
-is a `JournalError` that names the place; then nothing is changed on disk.
+A crash may leave a torn tail: bytes that were never said to be durable. It is left out and told, and the next record takes its place.
+Damage anywhere else is a `JournalError` that names the place, and so is a torn tail that held the commit of a step of which there is a
+checkpoint; then nothing is changed on disk.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class TornTail:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.path}: cut {self.bytes_cut} bytes at byte {self.offset} that a crash left unfinished ({self.reason})"
+        return f"{self.path}: {self.bytes_cut} bytes at byte {self.offset} are left out: a crash left them unfinished ({self.reason})"
 
 
 class JournalReader:
@@ -71,7 +72,16 @@ class JournalReader:
                 self._read_segment(number)
 
     def recovery(self, after_step: int) -> Recovery:
-        """What remains to be done after the state of `after_step` was restored (0: the initial model); see `Index.recovery`."""
+        """What remains to be done after the state of `after_step` was restored (0: the initial model); see `Index.recovery`.
+
+        Raises `JournalError` as that does, and if what seemed a torn tail had the commit of that step: a commit precedes its checkpoint.
+        """
+        if self.torn is not None and after_step > self.index.last_commit:
+            raise JournalError(
+                f"{self.torn.path}: {self.torn.reason} at byte {self.torn.offset}, though a checkpoint of step {after_step} was made after "
+                f"it and the last commit before it is of step {self.index.last_commit}: restore the file from a copy, or resume from an "
+                "older checkpoint by moving newer ones away"
+            )
         return self.index.recovery(after_step)
 
     def group_payload(self, seq: int) -> bytes:
@@ -155,7 +165,10 @@ class JournalReader:
 
 
 class Journal(JournalReader):
-    """The one writer of a journal; guard its directory with a `RunLock`. Methods may be called from several threads."""
+    """The one writer of a journal; guard its directory with a `RunLock`. Methods may be called from several threads.
+
+    `append_group` waits for no fsync: batches and commits take turns for theirs, and hold `_lock` only while they write.
+    """
 
     @classmethod
     def create(cls, directory: str | Path, run_id: str, *, segment_bytes: int = SEGMENT_BYTES) -> Journal:
@@ -170,20 +183,21 @@ class Journal(JournalReader):
 
     @classmethod
     def open(cls, directory: str | Path, run_id: str | None = None, *, segment_bytes: int = SEGMENT_BYTES) -> Journal:
-        """An existing journal, to go on writing. A torn tail is cut off and told in `torn`. Raises as `JournalReader` does."""
+        """An existing journal, to go on writing. A torn tail is told in `torn`; the first append cuts it off. Raises as `JournalReader`."""
         return cls(directory, run_id, segment_bytes=segment_bytes)
 
     def __init__(self, directory: str | Path, run_id: str | None = None, *, segment_bytes: int = SEGMENT_BYTES) -> None:
         super().__init__(directory, run_id)
         self._segment_bytes = segment_bytes
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of everything below
+        self._syncing = threading.Lock()  # held through an fsync, and taken before `_lock`
         self._broken: str | None = None
         for leftover in self.directory.glob("*.partial"):
             leftover.unlink()
         self._file = os.open(self._path(self._segment), os.O_RDWR | os.O_CLOEXEC)
-        os.ftruncate(self._file, self._end)  # the torn tail, if there is one
         os.fsync(self._file)
         self._durable = self._end
+        self._uncut = self.torn is not None
 
     def append_group(self, seq: int, payload: bytes | memoryview) -> None:
         """Writes a group encoded by `encode_group`; durable with the next batch or commit.
@@ -193,39 +207,49 @@ class Journal(JournalReader):
         """
         with self._lock:
             self.index.check_group(seq)
-            self.index.add_group(seq, self._append(Kind.GROUP, seq, payload, sync=False))
+            self.index.add_group(seq, self._append(Kind.GROUP, seq, payload))
 
     def append_batch(self, record: BatchRecord) -> None:
         """Writes which groups a step trains. Durable on return, and with it all groups before it."""
-        with self._lock:
-            self.index.check_batch(record)
-            self.index.add_batch(record, self._append(Kind.BATCH, record.step, record.to_json(), sync=True))
+        with self._syncing:
+            with self._lock:
+                self.index.check_batch(record)
+                self._roll_if_full()
+                where = self._append(Kind.BATCH, record.step, record.to_json())
+            self._sync()
+            with self._lock:
+                self.index.add_batch(record, where)
 
     def append_commit(self, record: CommitRecord) -> None:
         """Writes that a step is done. Durable on return."""
-        with self._lock:
-            self.index.check_commit(record)
-            self.index.add_commit(record, self._append(Kind.COMMIT, record.step, record.to_json(), sync=True))
+        with self._syncing:
+            with self._lock:
+                self.index.check_commit(record)
+                self._roll_if_full()
+                where = self._append(Kind.COMMIT, record.step, record.to_json())
+            self._sync()
+            with self._lock:
+                self.index.add_commit(record, where)
 
     def sync(self) -> None:
         """Makes everything appended so far durable."""
-        with self._lock:
+        with self._syncing:
             self._sync()
 
     def close(self) -> None:
         """Makes everything durable and closes the file. Nothing can be appended afterwards."""
-        with self._lock:
+        with self._syncing:
             if self._broken is None:
                 self._sync()
-                self._broken = "it is closed"
-                os.close(self._file)
+                with self._lock:
+                    self._broken = "it is closed"
+                    os.close(self._file)
 
-    def _append(self, kind: Kind, key: int, payload: bytes | memoryview, *, sync: bool) -> Location:
+    def _append(self, kind: Kind, key: int, payload: bytes | memoryview) -> Location:
         if self._broken is not None:
             raise JournalError(f"{self.directory} takes no more records: {self._broken}")
         length = HEADER_BYTES + memoryview(payload).nbytes
-        if self._end >= self._segment_bytes:
-            self._roll()
+        self._cut()
         header = pack_header(kind, key, payload, durable_bytes=self._durable)
         where = Location(self._segment, self._end)
         try:
@@ -234,20 +258,34 @@ class Journal(JournalReader):
             self._discard_partial(error)
             raise _write_error(self._path(self._segment), length, error) from error
         self._end += length
-        if sync:
-            self._sync()
         return where
 
+    def _cut(self) -> None:
+        """Removes the torn tail if there is one, so that no part of it can follow the records to come."""
+        if not self._uncut:
+            return
+        try:
+            os.ftruncate(self._file, self._end)
+            os.fsync(self._file)
+        except OSError as error:
+            raise _write_error(self._path(self._segment), 0, error) from error
+        self._uncut = False
+
     def _sync(self) -> None:
+        end = self._end  # what is written while the disk works may not be part of it
         try:
             os.fsync(self._file)
         except OSError as error:
             # What reached the disk is unknown from here on, and a second fsync may wrongly succeed: only a fresh scan can tell.
             self._broken = f"fsync failed ({error.strerror}); check the disk and resume the run"
             raise JournalError(f"{self._path(self._segment)}: {self._broken}") from error
-        self._durable = self._end
+        self._durable = end
 
-    def _roll(self) -> None:
+    def _roll_if_full(self) -> None:
+        """Begins another segment, once for many steps. Only before a batch or commit: no other thread is inside an fsync then."""
+        if self._broken is not None or self._end < self._segment_bytes:
+            return
+        self._cut()
         self._sync()
         _create_segment(self.directory, self._segment + 1, self.run_id, previous_bytes=self._end)
         os.close(self._file)

@@ -26,8 +26,9 @@ def summary(rows: Rows) -> list[str]:
     lines.append(f"{fidelity}, staleness at most {stale:.0f}, {failed:.2%} of trajectories failed")
     seconds = sum(_column(steps, "time/step_s"))
     tokens = sum(r["tokens_per_s"] * r["time/step_s"] for r in steps if r.get("tokens_per_s") is not None)
+    speed = f", {tokens / seconds:,.0f} tokens/s" if tokens else ""  # none if nothing was generated, as in supervised fine-tuning
     which = f"steps {steps[0]['step']} to {steps[-1]['step']}"
-    lines.append(f"{seconds:.1f} s in steps, {seconds / len(steps):.2f} s each, {tokens / seconds:,.0f} tokens/s ({which})")
+    lines.append(f"{seconds:.1f} s in steps, {seconds / len(steps):.2f} s each{speed} ({which})")
     return lines
 
 
@@ -45,9 +46,9 @@ def draw(rows: Rows, path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     steps = [r for r in rows if r["kind"] == "step"]
-    figure = Figure(figsize=(9, 9), layout="constrained")
+    figure = Figure(figsize=(9, 9))
     FigureCanvasAgg(figure)
-    reward, mismatch, timing = figure.subplots(3, 1)
+    reward, mismatch, timing = figure.subplots(3, 1, gridspec_kw={"left": 0.1, "right": 0.98, "bottom": 0.06, "top": 0.94, "hspace": 0.15})
     figure.suptitle(title)
     _plot(reward, steps, "reward", "training reward")
     _plot(reward, rows, "eval/reward", "held-out reward", marker="o")

@@ -10,6 +10,9 @@ from typing import Any
 
 from verst.errors import VerstError
 
+_GENERATED = "tokens_per_s"
+"""Stands in the rows of those steps during which tokens were generated."""
+
 
 class JsonlSink:
     """`metrics.jsonl`: one JSON object a row, appended and flushed, so that a crash loses nothing reported.
@@ -38,12 +41,27 @@ class JsonlSink:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, in order of step. Of steps trained again after a restart the last row counts; a torn line is skipped."""
+    """The rows of a metrics file, in order of step; a torn line is skipped.
+
+    Of steps trained again after a restart the last row counts. If nothing was generated for it again, speed and times stay those of the
+    first time: training journaled groups says nothing about the pace of the run.
+    """
     rows: dict[tuple[int, str], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue  # a line that a crash cut short
-        rows[(row["step"], row["kind"])] = row
+        key = (row["step"], row["kind"])
+        rows[key] = _with_speed_of(rows[key], row) if key in rows else row
     return [rows[key] for key in sorted(rows)]
+
+
+def _with_speed_of(first: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
+    if _GENERATED not in first or _GENERATED in again:
+        return again
+    return {k: v for k, v in again.items() if not _is_speed(k)} | {k: v for k, v in first.items() if _is_speed(k)}
+
+
+def _is_speed(name: str) -> bool:
+    return name == _GENERATED or name.startswith("time/")

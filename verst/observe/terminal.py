@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _PHASES = ("rollout", "load", "forward_backward", "optimizer", "publish", "commit", "pull_wait", "evaluate", "checkpoint")
+_SHOWN_IF_ANY = ("rollout/failed", "update/skipped", "checkpoint/failed")
 _SHORT = {"forward_backward": "fwd+bwd", "pull_wait": "pull"}
 
 
@@ -20,10 +21,11 @@ def step_line(step: int, steps: int, row: Mapping[str, float]) -> str:
         ("stale", "staleness/max", "{:.0f}"),
         ("failed", "rollout/failed", "{:.1%}"),
         ("skipped", "update/skipped", "{:.0%}"),
+        ("checkpoints failed", "checkpoint/failed", "{:.0f}"),
         ("tok/s", "tokens_per_s", "{:,.0f}"),
     ):
         value = row.get(name)
-        if value is not None and not (value == 0 and name in ("rollout/failed", "update/skipped")):
+        if value is not None and not (value == 0 and name in _SHOWN_IF_ANY):
             parts.append(f"{label} {form.format(value)}")
     return "  ".join([*parts, _times(row)])
 

@@ -122,19 +122,15 @@ class RewardProcess:
             return  # it died: the next `receive` says so
 
     async def _read(self, limit_s: float) -> bytes:
-        read = asyncio.ensure_future(self._reader.read(2**16))
-        try:
-            done, _ = await asyncio.wait({read}, timeout=limit_s)
-            if not done:
-                # Where this event loop itself was held up past the limit, the reply may lie in the socket: look before judging.
-                done, _ = await asyncio.wait({read}, timeout=_GRACE_S)
-            if not done:
-                raise TimeoutError
-            return read.result()
-        except ConnectionError:
-            return b""
-        finally:
-            read.cancel()
+        # Where this event loop itself was held up past the limit, the reply may lie in the socket: look once more before judging.
+        for wait_s in (limit_s, _GRACE_S):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    try:
+                        return await self._reader.read(2**16)
+                    except ConnectionError:
+                        return b""
+        raise TimeoutError
 
 
 def _launch(fd: int, log: Path | None) -> subprocess.Popen[bytes]:
@@ -155,7 +151,8 @@ def _launch(fd: int, log: Path | None) -> subprocess.Popen[bytes]:
 
 
 def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a worker may see: everything but variables whose name speaks of a secret; modules are found where this process finds them."""
+    """What a worker may see: all but GPUs and variables whose name speaks of a secret. Modules are found where this process finds them."""
     kept = {name: value for name, value in environment.items() if not any(word in name.upper() for word in _SECRET_WORDS)}
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return kept | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    # the GPU that this process may have is the engine's, memory and all
+    return kept | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -2,10 +2,10 @@
 
 A failure is attributed to the trajectory it hit and is never a silent 0.
 
-Who waits for whom: a group is cut into one request for each worker, and a request waits for a free worker. The worker acknowledges each
-trajectory when it is scored, so the deadline runs for one trajectory at a time, and when a worker dies the first one without
-acknowledgement did it; the rest of the request goes to its replacement. Async rewards run together: after a death each is tried again
-alone, to find who did it.
+Who waits for whom: a group is cut into one request for each worker, and a request waits for a free worker. The worker says when it begins
+and when each trajectory is scored, so the deadline runs for one trajectory at a time, and when a worker dies the first one that is not
+scored did it; the rest of the request goes to its replacement. Async rewards run together: after a death each is tried again alone, to
+find who did it. A worker that dies before it begins was not ended by a trajectory, and the request goes to its replacement.
 """
 
 from __future__ import annotations
@@ -16,15 +16,26 @@ from collections import Counter, deque
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from verst.errors import RewardFailure, VerstError
 from verst.rewards.process import RewardProcess
 from verst.rewards.spec import RewardSpec
 from verst.types import Group, Status, Trajectory
 
+_BEGIN_ATTEMPTS = 3
+"""Workers that may die one after another before they begin with a request; then something ends them all."""
+
 _ASYNC_GRACE_S = 1.0
 """An async reward's deadline is kept inside the worker; this much later the worker itself is judged to be stuck."""
+
+
+class Death(NamedTuple):
+    """Why a worker cannot be used any more. `began`: its request was under way."""
+
+    reason: str
+    words: str
+    began: bool = True
 
 
 class Scorer:
@@ -103,6 +114,7 @@ class Scorer:
 
     async def _score(self, fields: Mapping[str, Any], request: Sequence[Trajectory], scored: dict[str, Trajectory]) -> None:
         requests = deque([request])
+        unbegun = 0
         while requests:
             request = requests.popleft()
             place = await self._free.get()
@@ -119,32 +131,37 @@ class Scorer:
                 self._free.put_nowait(worker if idle else None)
             if self._closed:
                 raise self._was_closed()  # that ended the worker: no trajectory did
-            if death is not None:
+            unbegun = unbegun + 1 if death and not death.began else 0
+            if 0 < unbegun < _BEGIN_ATTEMPTS:
+                requests.append(request)
+            elif death is not None:
                 requests.extend(self._after(death, together, [t for t in request if t.id not in scored], scored))
 
     def _after(
-        self, death: tuple[str, str], together: bool, left: Sequence[Trajectory], scored: dict[str, Trajectory]
+        self, death: Death, together: bool, left: Sequence[Trajectory], scored: dict[str, Trajectory]
     ) -> Sequence[Sequence[Trajectory]]:
-        """Blames a worker's death (reason, words) on one trajectory where it can be known; returns what must be tried again."""
+        """Blames a worker's death on one trajectory where it can be known; returns what must be tried again."""
         if together and len(left) > 1:
             return [[trajectory] for trajectory in left]
         if left:
-            self._fail(left[0], *death, scored)
+            self._fail(left[0], death.reason, death.words, scored)
         return [left[1:]] if left[1:] else []
 
     async def _exchange(
         self, worker: RewardProcess, fields: Mapping[str, Any], request: Sequence[Trajectory], scored: dict[str, Trajectory]
-    ) -> tuple[str, str] | None:
-        """Scores one request on one worker. Returns None, or reason and words for why the worker cannot be used any more."""
+    ) -> Death | None:
+        """Scores one request on one worker. Returns None, or why the worker cannot be used any more."""
         await worker.request(fields, request)
         limit_s = self._deadline_s + (_ASYNC_GRACE_S if worker.concurrent else 0)
-        for _ in request:
+        for count in range(1 + len(request)):
             try:
                 reply = await worker.receive(limit_s)
             except TimeoutError:
-                return "deadline", f"exceeded {self._deadline_s:g} s"
+                return Death("deadline", f"exceeded {self._deadline_s:g} s", began=count > 0)
             if reply is None:
-                return "crash", f"broke: its process {await worker.ended()}"
+                return Death("crash", f"broke: its process {await worker.ended()}", began=count > 0)
+            if count == 0:
+                continue  # it has begun
             trajectory = request[reply["index"]]
             if "error" in reply:
                 self._fail(trajectory, reply["reason"], reply["error"], scored)

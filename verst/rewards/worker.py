@@ -2,8 +2,8 @@
 
 User code has the main thread (signals work there), its own standard output, and nothing of the protocol: that goes over the inherited
 socket. In: frames of 8 bytes of length (big endian) and a pickle; first (`RewardSpec`, deadline), then (fields, trajectories). Out: lines
-of JSON; first whether the reward loaded, then one for each trajectory as soon as it is scored, so that whoever waits knows which one it
-waits for.
+of JSON; first whether the reward loaded, then for each request one when it begins and one for each trajectory as soon as it is scored, so
+that whoever waits knows what it waits for.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Worker:
         self._send(concurrent=concurrent)
         with self._runner:
             while (request := self._receive()) is not None:
+                self._send(begun=True)
                 if concurrent:
                     self._runner.run(self._score_together(*request))
                 else:

@@ -36,6 +36,10 @@ class Worker(Protocol):
         """The same for many small calls at a time, which share messages (`verst.runtime.mailbox`)."""
         ...
 
+    def kill(self) -> None:
+        """Ends the process, also one that does not answer any more."""
+        ...
+
 
 class WorkerDied(VerstError):
     """A process that Verst depends on ended. The message names its role."""
@@ -84,7 +88,7 @@ class RayWorker:
     def __init__(self, name: str, handle: Any) -> None:
         self.name = name
         self.handle = handle
-        self._mailbox = Mailbox(self._submit, self._collect)
+        self._mailbox = Mailbox(name, self._submit, self._collect)
 
     async def call(self, method: str, /, *args: Any) -> Any:
         with unwrapped(self.name, method):
@@ -92,6 +96,9 @@ class RayWorker:
 
     async def post(self, method: str, /, *args: Any) -> Any:
         return await self._mailbox.call(method, *args)
+
+    def kill(self) -> None:
+        ray.kill(self.handle)
 
     async def _submit(self, calls: Sequence[Call]) -> None:
         with unwrapped(self.name, calls[0].method):
@@ -114,6 +121,9 @@ class LocalWorker:
         return await result if inspect.isawaitable(result) else result
 
     post = call
+
+    def kill(self) -> None:
+        """There is no process to end: whatever holds this call would hold its caller too."""
 
 
 def spawn(name: str, factory: Callable[..., Any], *args: Any, gpus: float = 0, env: Mapping[str, str] | None = None) -> RayWorker:

@@ -57,8 +57,15 @@ class Extensions:
 
     @classmethod
     def unpack(cls, packed: bytes | None) -> Extensions:
+        """What `pack` made. Raises `ExtensionError` if a module that it refers to is not there (any more)."""
         if packed is None:
             return cls()
         import cloudpickle
 
-        return cls(*cloudpickle.loads(packed))
+        try:
+            return cls(*cloudpickle.loads(packed))
+        except (ImportError, AttributeError) as error:
+            raise ExtensionError(
+                f"a function or object given to verst.train cannot be loaded: {error}. What a script defines travels with the run; "
+                "a module is looked for in the directory where the run began and on PYTHONPATH: put it back there"
+            ) from error

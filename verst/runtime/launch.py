@@ -67,9 +67,12 @@ def train(
     packed = extensions.pack()
     from verst.runtime.preflight import preflight
 
-    preflight(resolved, extensions)
-    run = RunDirectory.create(resolved, packed)
-    return _supervise(run, resolved.run.steps, echo or _to_stderr)
+    echo = echo or _to_stderr
+    found = preflight(resolved, extensions)
+    for warning in found.warnings:
+        echo(f"warning: {warning}")
+    run = RunDirectory.create(resolved, packed, found.stream)
+    return _supervise(run, resolved.run.steps, echo)
 
 
 def resume(path: str | Path, *, echo: Echo | None = None) -> RunResult:
@@ -92,12 +95,12 @@ def _supervise(run: RunDirectory, steps: int, echo: Echo) -> RunResult:
         pass  # fails at once, before Ray is started, if the run is alive
     from verst.observe.sinks import read_rows
 
-    with _ray(), _signals(echo) as stopping:
+    with _ray(run, echo), _signals(run, echo) as stopping:
         from verst.runtime.actors import spawn
         from verst.runtime.service import RunService, worker_env
 
         echo(f"run {run.root}")
-        service = spawn("loop", RunService, str(run.root), env=worker_env(1))
+        service = spawn("loop", RunService, str(run.root), env=worker_env(1, run.module_path))
         _watch(service.handle, stopping, echo)
     rows = read_rows(run.metrics)
     done = any(row["kind"] == "step" and row["step"] == steps for row in rows)
@@ -117,10 +120,9 @@ def _watch(handle: Any, stopping: threading.Event, echo: Echo) -> None:
         ended = bool(ray.wait([running], timeout=0)[0])
         with unwrapped("loop", "watching"):
             try:
-                lines = ray.get(handle.call.remote("lines", seen, 0.0 if ended else 0.5), timeout=60)
+                seen, lines = ray.get(handle.call.remote("lines", seen, 0.0 if ended else 0.5), timeout=60)
             except GetTimeoutError:
                 continue  # busy, not dead: a dead one raises at once
-        seen += len(lines)
         for line in lines:
             echo(line)
         if ended and not lines:
@@ -133,8 +135,23 @@ def _watch(handle: Any, stopping: threading.Event, echo: Echo) -> None:
 
 
 @contextlib.contextmanager
-def _ray() -> Iterator[None]:
+def _ray(run: RunDirectory, echo: Echo) -> Iterator[None]:
     """Ray, started here unless the caller has started it; then it is also ended here."""
+    try:
+        started = _start_ray(run, echo)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted before the run began; start it with: verst resume {run.root}") from None
+    try:
+        yield
+    finally:
+        if started:
+            import ray
+
+            ray.shutdown()
+
+
+def _start_ray(run: RunDirectory, echo: Echo) -> bool:
+    """Whether Ray was started here. Its processes live in the directory the run began in, where its modules are found."""
     # Ray's usage statistics would reach for the network, and its banners would drown the run's own lines
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -143,29 +160,33 @@ def _ray() -> Iterator[None]:
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
 
     if ray.is_initialized():
-        yield
-        return
+        return False
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    ray.init(
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        object_store_memory=min(2 << 30, memory // 4),
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with _began_in(run, echo):
+        ray.init(
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            object_store_memory=min(2 << 30, memory // 4),
+        )
+    return True
+
+
+def _began_in(run: RunDirectory, echo: Echo) -> contextlib.AbstractContextManager[None]:
+    if run.cwd.is_dir():
+        return contextlib.chdir(run.cwd)
+    echo(f"warning: the run began in {run.cwd}, which is gone: its modules are looked for in {Path.cwd()} and on PYTHONPATH")
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def _signals(echo: Echo) -> Iterator[threading.Event]:
+def _signals(run: RunDirectory, echo: Echo) -> Iterator[threading.Event]:
     """The event is set by the first Ctrl-C or SIGTERM: the run ends at a consistent point. The second one ends it at once."""
     stopping = threading.Event()
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
         if stopping.is_set():
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"ended at once by a second signal; continue from the last commit with: verst resume {run.root}")
         stopping.set()
         echo(f"{signal.Signals(number).name}: ending after the step in progress; once more to end at once (nothing committed is lost)")
 

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from verst.algorithms.table import algorithm_for
 from verst.config.schema import Config
 from verst.errors import DataError, InvariantViolation, VerstError
-from verst.journal.codec import encode_group
 from verst.journal.index import BatchRecord, CommitRecord
 from verst.observe.metrics import Tally
 from verst.observe.spans import Spans
@@ -155,8 +154,9 @@ class Loop:
         """Rolls, scores and journals one group after another. There are as many of these as slots, so no group waits for another."""
         while True:
             seq, prompt = await self._admitted.get()
-            group = await self._parts.rollout(seq, prompt, self._algorithm.learns_from)
-            self._parts.journal.append_group(seq, encode_group(group))
+            encoded, group = await self._parts.replicas.roll(seq, prompt, self._algorithm.learns_from)
+            self._parts.journal.append_group(seq, encoded)
+            self._parts.observer.generated(group)
             await self._ready.put(group)
 
     # ---- consumer

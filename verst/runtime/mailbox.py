@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 from verst.errors import VerstError
+from verst.runtime.wait import within
 
 
 class Call(NamedTuple):
@@ -76,12 +77,16 @@ class Inbox:
 
 
 class Mailbox:
-    """The caller's side. `submit` and `collect` reach the actor's `Inbox`. One event loop."""
+    """The caller's side. `submit` and `collect` reach the `Inbox` of the actor `name`. One event loop."""
 
     COLLECT_S = 5.0
+    SILENCE_S = 120.0
+    """Beyond that: an actor answers even while it works, so one that does not is stuck, and all its calls fail."""
 
-    def __init__(self, submit: Callable[[Sequence[Call]], Awaitable[None]], collect: Callable[[float], Awaitable[list[Answer]]]) -> None:
-        self._submit, self._collect = submit, collect
+    def __init__(
+        self, name: str, submit: Callable[[Sequence[Call]], Awaitable[None]], collect: Callable[[float], Awaitable[list[Answer]]]
+    ) -> None:
+        self._name, self._submit, self._collect = name, submit, collect
         self._numbers = itertools.count()
         self._outgoing: list[Call] = []
         self._pending: dict[int, asyncio.Future[Any]] = {}
@@ -112,7 +117,8 @@ class Mailbox:
     async def _receive(self) -> None:
         try:
             while self._pending:
-                for number, result, error in await self._collect(self.COLLECT_S):
+                answers = await within(self._collect(self.COLLECT_S), self.COLLECT_S + self.SILENCE_S, f"{self._name} to answer at all")
+                for number, result, error in answers:
                     answer = self._pending.get(number)
                     if answer is None or answer.done():
                         continue  # its caller has given up

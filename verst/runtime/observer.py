@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
+from verst.errors import CheckpointError
 from verst.observe.sinks import JsonlSink, read_rows
 from verst.observe.spans import Spans
 from verst.observe.terminal import step_line
@@ -13,38 +16,58 @@ from verst.runtime import batching
 from verst.runtime.rundir import RunDirectory
 from verst.types import Group
 
+_KEPT_LINES = 10_000
+"""For a watcher that comes late: some hours of a busy run."""
+
 
 class Observer:
-    """One run's eyes. Lines are numbered, so that a watcher that comes late or twice misses and repeats nothing."""
+    """One run's eyes. Lines are numbered, so that a watcher that comes late or twice repeats nothing, and knows what it missed."""
 
     def __init__(self, run: RunDirectory, steps: int) -> None:
         self._run = run
         self._steps = steps
         self._sink = JsonlSink(run.metrics)
-        self._lines: list[str] = []
+        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._told = 0  # lines so far
         self._more = asyncio.Event()
-        self._probe = 0.0
+        self._probe: dict[str, float] = {}
+        self._generated = 0  # tokens since the last row
+        self._failed_checkpoints = 0
 
     def note(self, line: str) -> None:
         """One line for the person who watches."""
         self._lines.append(line)
+        self._told += 1
         self._more.set()
 
-    async def lines(self, after: int, wait_s: float) -> list[str]:
-        """Lines beyond the first `after`; waits up to `wait_s` for one to come."""
-        if len(self._lines) <= after:
+    async def lines(self, after: int, wait_s: float) -> tuple[int, list[str]]:
+        """The number of the last line, and the lines beyond the first `after`; waits up to `wait_s` for one to come."""
+        if self._told <= after:
             self._more.clear()
             try:
                 async with asyncio.timeout(wait_s):
                     await self._more.wait()
             except TimeoutError:
-                return []
-        return self._lines[after:]
+                return after, []
+        begin = after - (self._told - len(self._lines))
+        lost = [f"({-begin} lines are no longer kept)"] if begin < 0 else []
+        return self._told, [*lost, *islice(self._lines, max(0, begin), None)]
+
+    def generated(self, group: Group) -> None:
+        """A group was made by this process, not found in the journal."""
+        self._generated += sum(t.generated_tokens for t in group.trajectories)
 
     def published(self, version: int, probe: float) -> None:
-        """A version serves; `probe` is the largest |trainer - engine| of the probe's log-probabilities."""
-        del version
-        self._probe = probe
+        """A version serves; `probe` is the largest |trainer - engine| of the probe's log-probabilities.
+
+        Its pull may end after the row of its step is written, so rows name the version.
+        """
+        self._probe = {"mismatch/probe": probe, "mismatch/probe_version": float(version)}
+
+    def checkpoint_failed(self, step: int, error: CheckpointError) -> None:
+        """A checkpoint could not be written: told at once, and counted in every row from here on."""
+        self._failed_checkpoints += 1
+        self.note(f"warning: checkpoint of step {step} was not written ({error}); the former one stays, training goes on")
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """The evaluation before the first step."""
@@ -55,8 +78,10 @@ class Observer:
     def step(self, step: int, groups: Sequence[Group], metrics: Mapping[str, float], spans: Spans) -> None:
         """One committed step."""
         times = spans.report()
-        generated = sum(t.generated_tokens for g in groups for t in g.trajectories)
-        row: dict[str, Any] = dict(metrics) | times | {"tokens_per_s": generated / times["time/step_s"], "mismatch/probe": self._probe}
+        row: dict[str, Any] = dict(metrics) | times | self._probe | {"checkpoint/failed": float(self._failed_checkpoints)}
+        if self._generated:
+            row["tokens_per_s"] = self._generated / times["time/step_s"]
+            self._generated = 0
         reasons = batching.failures(groups)
         self._sink.write({"kind": "step", "step": step, **row, **({"failures": dict(reasons)} if reasons else {})})
         self.note(step_line(step, self._steps, row))

@@ -13,9 +13,9 @@ from verst.data.stream import PromptStream
 from verst.journal.log import Journal
 from verst.observe.metrics import Tally
 from verst.runtime.observer import Observer
-from verst.runtime.pools import Replicas, Scoring, Trainers
+from verst.runtime.pools import Replicas, Trainers
 from verst.runtime.rundir import RunDirectory
-from verst.types import Group, Prompt, Status
+from verst.types import Prompt, Status
 
 
 @dataclass
@@ -28,7 +28,6 @@ class Parts:
     journal: Journal
     trainers: Trainers
     replicas: Replicas
-    scoring: Scoring
     observer: Observer
     probe_tokens: NDArray[np.int32]
     weights_location: str
@@ -36,21 +35,14 @@ class Parts:
 
     @property
     def group_deadline_s(self) -> float:
-        """Limit of the wait for the next group. The limits of rolling and scoring expire first and name the replica or scorer."""
-        return self.config.capacity_groups * (self.config.rollout.deadline_s + self.scoring.deadline_s) + self.config.weights.deadline_s
-
-    async def rollout(self, seq: int, prompt: Prompt, how: str) -> Group:
-        """One finished group: rolled and, unless it is a demonstration, scored."""
-        encoded, group = await self.replicas.roll(seq, prompt, how)
-        if how == "demonstrations":
-            return group
-        return await self.scoring.score(encoded, group)
+        """Limit of the wait for the next group. The replica's own limit expires first and names it."""
+        return self.replicas.deadline_s(self.config.capacity_groups) + self.config.weights.deadline_s + 10.0
 
     async def evaluate(self) -> dict[str, float]:
         """Mean reward over the held-out prompts that could be scored, one trajectory each, and the share that failed."""
-        groups = await asyncio.gather(*(self.rollout(-1 - i, p, "evaluation") for i, p in enumerate(self.eval_prompts)))
+        groups = await asyncio.gather(*(self.replicas.roll(-1 - i, p, "evaluation") for i, p in enumerate(self.eval_prompts)))
         tally = Tally()
-        for trajectory in (t for g in groups for t in g.trajectories):
+        for trajectory in (t for _, g in groups for t in g.trajectories):
             if trajectory.reward is not None:
                 tally.mean("eval/reward", trajectory.reward)
             tally.mean("eval/failed", float(trajectory.status is Status.FAILED))

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from verst.config.schema import Config
-from verst.errors import CheckpointError, VerstError
+from verst.errors import CheckpointError
 from verst.journal.codec import decode_group, encode_batch
 from verst.observe.metrics import Tally, merged
 from verst.runtime.actors import Worker
-from verst.runtime.wait import within
-from verst.runtime.workers import Probe, Scores
-from verst.types import Batch, Group, Manifest, Prompt, Status
+from verst.runtime.wait import GRACE_S, gather_named, within
+from verst.runtime.workers import Probe, Scores, rolling_deadline_s
+from verst.types import Batch, Group, Manifest, Prompt
 
+_CLOSE_S = 30.0
+"""Limit of ending a part, whose processes have nothing left to do."""
 
-async def gather_named(calls: Sequence[Any]) -> list[Any]:
-    """Runs calls together. The first failure is raised once all have ended, so that none is left running behind an error."""
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    errors = [r for r in results if isinstance(r, BaseException)]
-    if errors:
-        raise next((e for e in errors if isinstance(e, VerstError)), errors[0])
-    return results
+_RESTART_S = 10.0
+"""What a reward worker may take to be replaced."""
 
 
 class Trainers:
@@ -38,8 +33,10 @@ class Trainers:
         self._put = put
         self.num_updates = 0
 
-    async def _all(self, method: str, *args: Any) -> list[Any]:
-        return await gather_named([within(w.call(method, *args), self._deadline_s, f"{w.name}: {method}") for w in self._workers])
+    async def _all(self, method: str, *args: Any, deadline_s: float | None = None, grace_s: float | None = None) -> list[Any]:
+        limit = deadline_s or self._deadline_s
+        calls = {(who := f"{w.name}: {method}"): within(w.call(method, *args), limit, who) for w in self._workers}
+        return await gather_named(calls, grace_s=grace_s or GRACE_S)
 
     async def start(self) -> None:
         rendezvous = None
@@ -66,9 +63,12 @@ class Trainers:
         return (await self._all("snapshot", directory, step))[0]
 
     async def written(self) -> list[Any]:
-        """Waits until every rank's checkpoint file is on disk. Raises `CheckpointError`."""
+        """Waits until every rank's checkpoint file is on disk, or could not be written. Raises `CheckpointError`.
+
+        No rank waits for another here, and what one of them still writes must not be removed under it: so no grace ends the wait.
+        """
         try:
-            return await self._all("written")
+            return await self._all("written", grace_s=self._deadline_s)
         except OSError as error:
             raise CheckpointError(f"a trainer rank could not write its checkpoint file: {error}") from error
 
@@ -79,7 +79,12 @@ class Trainers:
         await self._all("export", directory)
 
     async def close(self) -> None:
-        await self._all("close")
+        """Ends every rank in order, then its process: one that a collective holds cannot answer."""
+        try:
+            await self._all("close", deadline_s=_CLOSE_S)
+        finally:
+            for worker in self._workers:
+                worker.kill()
 
 
 class Replicas:
@@ -91,20 +96,24 @@ class Replicas:
         self._in_flight = [0] * len(workers)
 
     async def _all(self, method: str, deadline_s: float, *args: Any) -> list[Any]:
-        return await gather_named([within(w.call(method, *args), deadline_s, f"{w.name}: {method}") for w in self._workers])
+        return await gather_named({(who := f"{w.name}: {method}"): within(w.call(method, *args), deadline_s, who) for w in self._workers})
 
-    async def start(self) -> None:
-        await self._all("start", self._config.train.deadline_s)
+    async def start(self, scores: bool) -> None:
+        await self._all("start", self._config.train.deadline_s, scores)
+
+    def deadline_s(self, groups: int) -> float:
+        """Limit of one group among so many on one replica: each brings its own time along for engine places and reward workers."""
+        rollout = self._config.rollout
+        return rolling_deadline_s(self._config, groups) + groups * rollout.group_size * (self._config.reward.deadline_s + _RESTART_S)
 
     async def roll(self, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:
-        """One group, rolled by the least busy replica: as it travelled, for the scorer, and decoded."""
+        """One group, rolled and scored by the least busy replica: encoded, for the journal, and decoded."""
         index = min(range(len(self._workers)), key=lambda i: self._in_flight[i])
-        worker, rollout = self._workers[index], self._config.rollout
+        worker = self._workers[index]
         self._in_flight[index] += 1
-        # the limit is of rolling one group: those that wait for a place in the engine get the time of those before them
-        deadline_s = rollout.deadline_s * (1 + self._in_flight[index] * rollout.group_size // rollout.max_running)
+        who = f"{worker.name}: rolling and scoring group {seq} ({prompt.id})"
         try:
-            encoded = await within(worker.post("roll", seq, prompt, how), deadline_s, f"{worker.name}: rolling group {seq} ({prompt.id})")
+            encoded = await within(worker.post("roll", seq, prompt, how), self.deadline_s(self._in_flight[index]), who)
         finally:
             self._in_flight[index] -= 1
         return encoded, decode_group(encoded)
@@ -118,35 +127,4 @@ class Replicas:
         return await within(self._workers[0].call("probe_tokens", prompt), self._config.weights.deadline_s, "replica 0: probe tokens")
 
     async def close(self) -> None:
-        await self._all("close", 30.0)
-
-
-class Scoring:
-    """The scorer, which keeps worker processes of its own."""
-
-    def __init__(self, worker: Worker, config: Config) -> None:
-        self._worker = worker
-        self._start_deadline_s = config.train.deadline_s
-        # each trajectory of a group at its own limit on one worker, and that worker restarted between them
-        self.deadline_s = config.rollout.group_size * (config.reward.deadline_s + 10.0)
-        self._in_flight = 0
-
-    async def start(self) -> None:
-        await within(self._worker.call("start"), self._start_deadline_s, f"{self._worker.name}: start")
-
-    async def score(self, encoded: bytes, group: Group) -> Group:
-        """The group with rewards; a trajectory that could not be scored is marked failed. `encoded` is the same group, as it travelled."""
-        self._in_flight += 1
-        who = f"{self._worker.name}: scoring group {group.seq} ({group.prompt.id})"
-        try:  # groups wait for each other's workers, so each brings its own time along
-            outcomes = await within(self._worker.post("score", encoded), self._in_flight * self.deadline_s, who)
-        finally:
-            self._in_flight -= 1
-        scored = (
-            t if t.status is Status.FAILED else t.failed(error) if error else replace(t, reward=reward)
-            for t, (reward, error) in zip(group.trajectories, outcomes, strict=True)
-        )
-        return replace(group, trajectories=tuple(scored))
-
-    async def close(self) -> None:
-        await within(self._worker.call("close"), 30.0, f"{self._worker.name}: close")
+        await self._all("close", _CLOSE_S)

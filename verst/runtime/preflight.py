@@ -2,25 +2,135 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from typing import Any
+
+from verst import extend
 from verst.algorithms.table import algorithm_for
+from verst.config.checks import is_given, warnings
 from verst.config.plan import read_model
 from verst.config.schema import Config
-from verst.data.sources import open_source
-from verst.data.stream import PromptStream
-from verst.errors import ConfigError
+from verst.data.sources import Source, open_source
+from verst.data.stream import PromptStream, eval_prompts
+from verst.errors import ConfigError, ExtensionError, ModelError
+from verst.rewards import shipped as rewards
+from verst.rewards.spec import RewardSpec
+from verst.rollout import environments
+from verst.rollout.environments import environment_factory
 from verst.runtime.extensions import Extensions
 
 
-def preflight(config: Config, extensions: Extensions) -> None:
-    """Reads the model's headers and the first prompt. Loads no weights and imports neither torch nor the user's modules.
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What is worth knowing of a run that can start."""
+
+    warnings: tuple[str, ...]
+    stream: Mapping[str, Any]
+    """State of the prompt stream before its first prompt: what a resumed run compares its data with."""
+
+
+def preflight(config: Config, extensions: Extensions) -> Findings:
+    """Reads the model's headers and the prompts needed to know that there are enough. Loads no weights, and imports neither torch nor
+    the modules a run file names.
 
     Raises:
-        VerstError: what is missing or malformed.
+        VerstError: what is missing, malformed or does not fit.
     """
-    read_model(config.model.path)
-    prompt = PromptStream(open_source(config.data, extensions.rows), config.data, seed=config.run.seed, split="train").next()
+    _check_model(config)
+    if algorithm_for(config.algorithm).learns_from == "policy" or config.eval.every_steps:
+        _check_reward(config, extensions.reward)
+        _check_environment(config, extensions.environment)
+    elif extensions.reward is not None or extensions.environment is not None:
+        raise ConfigError(
+            f"a reward or environment is given, but {config.algorithm.name} without eval.every_steps uses neither: leave it out"
+        )
+    return Findings(tuple(warnings(config)), _check_data(config, extensions))
+
+
+def _check_model(config: Config) -> None:
+    limit = read_model(config.model.path).max_positions
+    if limit is not None and config.max_trajectory_tokens > limit:
+        raise ModelError(
+            f"a trajectory may have {config.max_trajectory_tokens} tokens (data.max_prompt_tokens + rollout.max_turns x "
+            f"rollout.max_new_tokens), but {config.model.path} is made for {limit} (max_position_embeddings): lower one of the three"
+        )
+
+
+def _check_data(config: Config, extensions: Extensions) -> Mapping[str, Any]:
+    """The first prompt, and those for evaluation. Returns the stream's state before the first."""
+    source = open_source(config.data, extensions.rows)
+    _check_order(config, source)
+    stream = PromptStream(source, config.data, seed=config.run.seed, split="train")
+    start = stream.state()
+    prompt = stream.next()
     if algorithm_for(config.algorithm).learns_from == "demonstrations" and not prompt.demonstration:
         raise ConfigError(
             f"algorithm {config.algorithm.name} learns from demonstrations, but {prompt.id} has none: "
             "set data.demonstration_column to the column with the answers"
         )
+    if config.eval.every_steps:
+        eval_prompts(source, config.data, config.eval.prompts)
+    return start
+
+
+def _check_order(config: Config, source: Source) -> None:
+    if source.num_blocks is None and config.data.shuffle and is_given(config, "data.shuffle"):
+        raise ConfigError(
+            "data.shuffle does not apply: an iterator is read one row after another, in its own order. Give a list, or remove the option"
+        )
+
+
+def _check_reward(config: Config, given: Any) -> None:
+    options = config.reward.options
+    if given is not None:
+        is_class = inspect.isclass(given)
+        extend.check_callable(given, "reward", () if is_class else ("trajectory", "fields"), options)
+    elif config.reward.function in rewards.SHIPPED:
+        RewardSpec.of(config.reward).build()
+    else:
+        _check_reference(config.reward.function, rewards.SHIPPED, "reward")
+
+
+def _check_environment(config: Config, given: Any) -> None:
+    rollout = config.rollout
+    if given is not None:
+        environment_factory(given, rollout.environment_options)
+        return
+    if rollout.environment not in environments.SHIPPED:
+        _check_reference(rollout.environment, environments.SHIPPED, "environment")
+        return
+    factory = environment_factory(rollout.environment, rollout.environment_options)
+    try:
+        factory()
+    except (TypeError, ValueError) as error:
+        raise ExtensionError(f"environment {rollout.environment!r} does not take rollout.environment_options: {error}") from error
+    if rollout.environment == "single_turn" and rollout.max_turns > 1:
+        raise ConfigError(
+            f"rollout.max_turns is {rollout.max_turns}, but the environment single_turn ends after one: remove it, or name another"
+        )
+    tries = rollout.environment_options.get("tries", 2)
+    if rollout.environment == "second_try" and isinstance(tries, int) and rollout.max_turns < tries:
+        raise ConfigError(f"rollout.max_turns is {rollout.max_turns}, so second_try could not give its {tries} tries: raise it to {tries}")
+
+
+def _check_reference(reference: str, shipped: Mapping[str, Any], kind: str) -> None:
+    """`module:name` is well formed and its outermost package can be found. Nothing is imported."""
+    module = extend.split_reference(reference, shipped=shipped, kind=kind)[0]
+    package = module.partition(".")[0]
+    if PathFinder.find_spec(package, [os.getcwd()]) is None and not _installed(package):
+        raise ExtensionError(
+            f"{kind} {reference!r}: no module {package!r} in {os.getcwd()} or among the installed packages: start Verst in its "
+            "directory, or add that to PYTHONPATH"
+        )
+
+
+def _installed(package: str) -> bool:
+    try:
+        return package != "__main__" and importlib.util.find_spec(package) is not None  # __main__ is another module in every process
+    except ValueError:  # a module made by hand, which no other process could find
+        return False

@@ -1,7 +1,7 @@
 """A run's directory: everything that must outlive its processes.
 
 RUN/config.yaml      the resolved configuration
-RUN/run.json         run id, format, versions of the packages it began with
+RUN/run.json         run id, format, what it began with: packages, directory, module path, state of the prompt stream
 RUN/extensions.pkl   functions given from Python (only then)
 RUN/journal/         groups, batches, commits
 RUN/checkpoints/     the last ones
@@ -12,19 +12,24 @@ RUN/final/           the trained model, a Hugging Face directory
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from verst.config.load import dump_config, load_config
 from verst.config.schema import Config
 from verst.errors import ConfigError
+from verst.journal.lock import LOCK_NAME, RunLock
 from verst.journal.log import Journal
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -69,45 +74,126 @@ class RunDirectory:
     def run_id(self) -> str:
         return self._described()["run_id"]
 
-    def _described(self) -> dict[str, str]:
-        return json.loads((self.root / "run.json").read_text(encoding="utf-8"))
+    @property
+    def stream(self) -> Mapping[str, Any]:
+        """State of the prompt stream before the run's first prompt."""
+        return self._described()["stream"]
+
+    @property
+    def cwd(self) -> Path:
+        """The directory the run began in."""
+        return Path(self._described()["cwd"])
+
+    @property
+    def module_path(self) -> list[str]:
+        """Where the run's processes look for modules first: in the directory the run began in, then on the PYTHONPATH of then and now."""
+        return list(dict.fromkeys([*self._described()["module_path"], *_python_path()]))
+
+    def _described(self) -> dict[str, Any]:
+        path = self.root / "run.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{path} cannot be read ({error}): put it back from a copy; without it the run cannot be continued"
+            ) from error
 
     @classmethod
-    def create(cls, config: Config, extensions: bytes | None) -> RunDirectory:
-        """Makes the directory of a new run. Raises `ConfigError` if there is one already: a run is never written over."""
-        run = cls(Path(config.run.dir).expanduser().absolute() / config.run.name)
-        try:
-            run.root.mkdir(parents=True)
-        except FileExistsError:
-            raise ConfigError(
-                f"{run.root} exists already: continue it with `verst resume {run.root}`, or choose another run.name, or remove it"
-            ) from None
-        except OSError as error:
-            raise ConfigError(f"run.dir: cannot make {run.root}: {error.strerror}") from error
-        run.checkpoints.mkdir()
+    def create(cls, config: Config, extensions: bytes | None, stream: Mapping[str, Any]) -> RunDirectory:
+        """Makes the directory of a new run, as NAME.partial until it is complete. `stream`: see the property.
+
+        Raises:
+            ConfigError: there is one already (a run is never written over), or it cannot be written.
+            RunLocked: another process is making it at this moment.
+        """
+        root = Path(config.run.dir).expanduser().absolute() / config.run.name
+        _require_free(root)
+        partial = cls(root.with_name(f"{root.name}.partial"))
+        with _told(partial.root), RunLock(partial.root):
+            partial._clear()
+            partial._fill(config, extensions, stream)
+            _require_free(root)
+            partial.root.rename(root)
+        return cls(root)
+
+    def _clear(self) -> None:
+        """Removes what a start that was killed left; the lock file is in use."""
+        for path in self.root.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK_NAME:
+                path.unlink()
+
+    def _fill(self, config: Config, extensions: bytes | None, stream: Mapping[str, Any]) -> None:
+        cwd = os.getcwd()
+        described = {
+            "format": FORMAT,
+            "run_id": uuid.uuid4().hex,
+            "packages": {name: version(name) for name in ("torch", "transformers", "ray", "numpy")},
+            "cwd": cwd,
+            "module_path": [cwd, *_python_path()],
+            "stream": stream,
+        }
+        self.checkpoints.mkdir()
         if extensions is not None:
-            run.extensions.write_bytes(extensions)
-        run.config.write_text(dump_config(_anchored(config)), encoding="utf-8")
-        packages = {name: version(name) for name in ("torch", "transformers", "ray", "numpy")}
-        described = {"format": FORMAT, "run_id": uuid.uuid4().hex, "packages": packages}
-        Journal.create(run.journal, str(described["run_id"])).close()
-        partial = run.root / "run.json.partial"
-        partial.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, run.root / "run.json")  # last: a directory without run.json is not a run
-        return run
+            _write(self.extensions, extensions)
+        _write(self.config, dump_config(_anchored(config)).encode())
+        Journal.create(self.journal, str(described["run_id"])).close()
+        _write(self.root / "run.json", (json.dumps(described, indent=1) + "\n").encode())
 
     @classmethod
     def open(cls, path: str | Path) -> tuple[RunDirectory, Config]:
         """An existing run and its configuration. Raises `ConfigError` if the path is no run."""
         run = cls(Path(path).expanduser().absolute())
         if not (run.root / "run.json").is_file():
-            raise ConfigError(f"{run.root} is not a run directory (it has no run.json); runs are made by `verst train`, in run.dir")
+            raise ConfigError(f"{run.root} is {_kind(run.root)}, not a run; runs are made by `verst train`, in run.dir")
         found = run._described().get("format")
         if found != FORMAT:
             raise ConfigError(
                 f"{run.root} has run format {found}, this Verst reads format {FORMAT}: resume it with the version that made it"
             )
         return run, load_config(run.config)
+
+
+def _require_free(root: Path) -> None:
+    """Raises `ConfigError` that says what is in the run's place."""
+    if not os.path.lexists(root):
+        return
+    if (root / "run.json").is_file():
+        raise ConfigError(f"{root} exists already: continue it with `verst resume {root}`, or choose another run.name, or remove it")
+    raise ConfigError(f"{root} exists already and is no run but {_kind(root)}: choose another run.name or run.dir, or remove it")
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "a directory without run.json" if any(path.iterdir()) else "an empty directory"
+    if path.is_file():
+        return "a file"
+    return "a broken link or a special file" if os.path.lexists(path) else "nothing that exists"
+
+
+@contextlib.contextmanager
+def _told(partial: Path) -> Iterator[None]:
+    """Turns a full disk, a read-only one or missing rights into a diagnosis, and leaves nothing half made behind."""
+    try:
+        yield
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ConfigError(
+            f"run.dir: cannot make {error.filename or partial} ({error.strerror}): make room or rights there, or set another run.dir"
+        ) from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file that is on disk when this returns, before the directory gets its name."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _python_path() -> list[str]:
+    return [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
 
 
 def _anchored(config: Config) -> Config:

@@ -7,6 +7,8 @@ file is complete. A checkpoint that cannot be written is told and counted, the f
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 from verst.config.schema import Config
 from verst.errors import CheckpointError
@@ -50,7 +52,7 @@ class Saver:
         try:
             fingerprint = await self._parts.trainers.snapshot(directory, state.step)
         except CheckpointError as error:
-            self._tell(state.step, error)
+            self._parts.observer.checkpoint_failed(state.step, error)
             return
         self._writing = asyncio.create_task(self._write(state, fingerprint))
 
@@ -60,9 +62,9 @@ class Saver:
         try:
             records = await self._parts.trainers.written()
             keep = self._config.checkpoint.keep
-            await asyncio.to_thread(commit_checkpoint, directory, state.step, records, fingerprint=fingerprint, loop=loop, keep=keep)
+            await _to_its_end(commit_checkpoint, directory, state.step, records, fingerprint=fingerprint, loop=loop, keep=keep)
         except CheckpointError as error:
-            self._tell(state.step, error)
+            self._parts.observer.checkpoint_failed(state.step, error)
             await asyncio.to_thread(discard_partial, directory, state.step)
         else:
             self._saved = state.step
@@ -72,5 +74,11 @@ class Saver:
             await self._writing
             self._writing = None
 
-    def _tell(self, step: int, error: CheckpointError) -> None:
-        self._parts.observer.note(f"warning: checkpoint of step {step} was not written ({error}); the former one stays, training goes on")
+
+async def _to_its_end(function: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Runs it in a thread, which nothing can stop: so who is cancelled meanwhile waits for it all the same."""
+    running = asyncio.ensure_future(asyncio.to_thread(function, *args, **options))
+    try:
+        await asyncio.shield(running)
+    finally:
+        await asyncio.wait({running})

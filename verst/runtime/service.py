@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -25,12 +25,13 @@ from verst.runtime.loop import Loop
 from verst.runtime.observer import Observer
 from verst.runtime.parts import Parts
 from verst.runtime.placement import Placement, place
-from verst.runtime.pools import Replicas, Scoring, Trainers, gather_named
+from verst.runtime.pools import Replicas, Trainers
 from verst.runtime.recovery import recover
 from verst.runtime.rundir import RunDirectory
-from verst.runtime.workers import RolloutWorker, ScoreWorker, TrainerWorker
+from verst.runtime.wait import gather_named
+from verst.runtime.workers import RolloutWorker, TrainerWorker
 from verst.types import Prompt
-from verst.weights.location import publish_directory, remove_directory
+from verst.weights.location import held, publish_directory
 
 Spawn = Callable[..., Worker]
 
@@ -58,8 +59,8 @@ class RunService:
                 await self._loop.run()
                 await asyncio.to_thread(self._observer.finish)
 
-    async def lines(self, after: int, wait_s: float) -> list[str]:
-        """Lines for the watcher, beyond the first `after` of them."""
+    async def lines(self, after: int, wait_s: float) -> tuple[int, list[str]]:
+        """Lines for the watcher, beyond the first `after` of them, and the number of the last."""
         return await self._observer.lines(after, wait_s)
 
     async def stop(self) -> None:
@@ -72,22 +73,20 @@ class RunService:
         """Starts every process of the run at the same time, and opens what the loop itself reads and writes."""
         config, extensions = self._config, self._extensions()
         opened.callback(self._observer.close)
-        opened.callback(remove_directory, self._weights_location)
+        opened.enter_context(held(self._weights_location))
         journal = await asyncio.to_thread(Journal.open, self._run.journal, self._run.run_id)  # reads all of it
         opened.callback(journal.close)
         placement = place(config, int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0)
         trainers = Trainers(self._spawn_trainers(placement), config, ray.put if ray.is_initialized() else _same)
         replicas = Replicas(self._spawn_replicas(placement, extensions), config)
-        scoring = Scoring(self._spawn("scorer", ScoreWorker, config, extensions, self._run.reward_log, env=worker_env(1)), config)
-        for part in (trainers, scoring, replicas):
+        for part in (trainers, replicas):
             opened.push_async_callback(self._close, part)
         source = open_source(config.data, extensions.rows)
         stream = PromptStream(source, config.data, seed=config.run.seed, split="train")
+        stream.restore(self._run.stream)  # refuses other data than the run began with
         held_out = await asyncio.to_thread(eval_prompts, source, config.data, config.eval.prompts) if config.eval.every_steps else []
-        starts = [trainers.start(), replicas.start()]
-        if held_out or algorithm_for(config.algorithm).learns_from == "policy":
-            starts.append(scoring.start())
-        await gather_named(starts)
+        scores = bool(held_out) or algorithm_for(config.algorithm).learns_from == "policy"
+        await gather_named({"trainers": trainers.start(), "replicas": replicas.start(scores)})
         return Parts(
             config=config,
             run=self._run,
@@ -95,14 +94,13 @@ class RunService:
             journal=journal,
             trainers=trainers,
             replicas=replicas,
-            scoring=scoring,
             observer=self._observer,
             probe_tokens=await replicas.probe_tokens(await asyncio.to_thread(_first, stream)),
             weights_location=str(self._weights_location),
             eval_prompts=held_out,
         )
 
-    async def _close(self, part: Trainers | Replicas | Scoring) -> None:
+    async def _close(self, part: Trainers | Replicas) -> None:
         """Ends a part in order. One that cannot be closed any more (it may be why the run ends) is told, not raised."""
         try:
             await part.close()
@@ -114,18 +112,16 @@ class RunService:
         return Extensions.unpack(path.read_bytes() if path.exists() else None)
 
     def _spawn_trainers(self, placement: Placement) -> list[Worker]:
-        env = worker_env(self._config.train.threads)
+        env = worker_env(self._config.train.threads, self._run.module_path)
         return [
             self._spawn(f"trainer rank {r}", TrainerWorker, self._config, r, placement.device, gpus=placement.trainer_gpus, env=env)
             for r in range(self._config.train.ranks)
         ]
 
     def _spawn_replicas(self, placement: Placement, extensions: Extensions) -> list[Worker]:
-        env = worker_env(self._config.train.threads)
-        return [
-            self._spawn(f"replica {i}", RolloutWorker, self._config, extensions, placement.device, gpus=placement.replica_gpus, env=env)
-            for i in range(self._config.rollout.replicas)
-        ]
+        env, log = worker_env(self._config.train.threads, self._run.module_path), self._run.reward_log
+        args = (RolloutWorker, self._config, extensions, placement.device, log)
+        return [self._spawn(f"replica {i}", *args, gpus=placement.replica_gpus, env=env) for i in range(self._config.rollout.replicas)]
 
 
 def _same(value: Any) -> Any:
@@ -140,14 +136,13 @@ def _first(stream: PromptStream) -> Prompt:
     return prompt
 
 
-def worker_env(threads: int) -> dict[str, str]:
+def worker_env(threads: int, module_path: Sequence[str]) -> dict[str, str]:
     """Environment of a worker process: its CPU threads (fixed, because they are part of what makes bits repeat), and the user's modules."""
-    path = os.pathsep.join(p for p in (os.getcwd(), os.environ.get("PYTHONPATH", "")) if p)
     return {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONHASHSEED": "0",  # some reasoning-gym tasks make their rows by iterating over sets of strings
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # makes cuBLAS repeat its sums; read once, when CUDA starts
-        "PYTHONPATH": path,
+        "PYTHONPATH": os.pathsep.join(module_path),
     }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import TypeVar
 
-from verst.errors import DeadlineExceeded
+from verst.errors import DeadlineExceeded, VerstError
 
 T = TypeVar("T")
+
+GRACE_S = 10.0
+"""How long the others may still take once a call has failed: time to notice that a peer is gone, where they can notice it."""
 
 
 async def within(awaitable: Awaitable[T], deadline_s: float, who: str) -> T:
@@ -25,3 +28,45 @@ async def within(awaitable: Awaitable[T], deadline_s: float, who: str) -> T:
         if not limit.expired():
             raise  # a time-out of the awaited code itself, not of this wait
         raise DeadlineExceeded(f"waited {deadline_s:g} s for {who}") from None
+
+
+async def gather_named(calls: Mapping[str, Awaitable[T]], *, grace_s: float = GRACE_S) -> list[T]:
+    """Runs calls together, each with a deadline of its own, and returns their answers in order. None is left running behind an error.
+
+    The peers of a rank that failed may be inside a collective, which ends only by the limit of the process group. So after the first
+    failure the others have `grace_s` seconds, then they are given up.
+
+    Raises:
+        The first failure, or the first `VerstError` there is: a diagnosis says more than the broken connection that a peer may report
+        before it. Those who did not answer are named in its message, or in a note if it is not a `VerstError`.
+    """
+    tasks: dict[asyncio.Future[T], str] = {asyncio.ensure_future(call): who for who, call in calls.items()}
+    running = set(tasks)
+    try:
+        ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_EXCEPTION)
+        failures = _failures(tasks, ended)
+        if running:
+            late, running = await asyncio.wait(running, timeout=grace_s)
+            failures += _failures(tasks, late)
+        if failures:
+            raise _told(failures, [tasks[task] for task in tasks if task in running], grace_s)
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _failures(tasks: Mapping[asyncio.Future[T], str], ended: set[asyncio.Future[T]]) -> list[BaseException]:
+    return [error for task in tasks if task in ended and (error := task.exception()) is not None]
+
+
+def _told(failures: list[BaseException], silent: list[str], grace_s: float) -> BaseException:
+    error = next((e for e in failures if isinstance(e, VerstError)), failures[0])
+    if silent:
+        missing = f"{', '.join(silent)}: no answer within {grace_s:g} s after that"
+        if isinstance(error, VerstError):
+            error.args = (f"{error} ({missing})",)  # the command line shows messages, not notes
+        else:
+            error.add_note(missing)
+    return error

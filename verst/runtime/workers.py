@@ -1,7 +1,7 @@
 """What runs inside the actors: plain classes that tests drive without Ray.
 
-A `RolloutWorker` is one replica: an engine and everything that turns a prompt into a group. A `TrainerWorker` is one trainer rank, a
-`ScoreWorker` the reward processes. Groups and batches cross the process boundary encoded (`verst.journal.codec`), never as Python objects.
+A `RolloutWorker` is one replica: an engine, reward processes and all else that turns a prompt into a finished group. A `TrainerWorker` is
+one trainer rank. Groups and batches cross the process boundary encoded (`verst.journal.codec`), never as Python objects.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from verst.config.schema import Config
 from verst.observe.metrics import Tally
+from verst.runtime.wait import within
 from verst.types import Manifest, Prompt
 
 if TYPE_CHECKING:
+    from verst.rewards.scorer import Scorer
     from verst.runtime.extensions import Extensions
 
 
@@ -32,17 +34,29 @@ class Probe:
     limit: float  # largest |trainer - engine| that may serve
 
 
-class RolloutWorker:
-    """One engine replica with its chat renderer, environments and weight updates."""
+def rolling_deadline_s(config: Config, groups: int) -> float:
+    """Limit of rolling one group among so many: those that wait for a place in the engine get the time of those before them."""
+    rollout = config.rollout
+    return rollout.deadline_s * (1 + groups * rollout.group_size // rollout.max_running)
 
-    def __init__(self, config: Config, extensions: Extensions, device: str) -> None:
+
+class RolloutWorker:
+    """One engine replica with its chat renderer, environments, reward processes and weight updates.
+
+    Scoring lies here, and not in one place for all replicas, because groups are here already and replicas grow in number with the run.
+    """
+
+    def __init__(self, config: Config, extensions: Extensions, device: str, reward_log: Path) -> None:
         self._config = config
         self._extensions = extensions
         self._device = device
+        self._reward_log = reward_log
         self.engine: Any = None
+        self._scorer: Scorer | None = None
+        self._rolling = 0
 
-    async def start(self) -> None:
-        """Loads the model and the tokenizer. Raises `ModelError` or `ExtensionError`."""
+    async def start(self, scores: bool) -> None:
+        """Loads the model and the tokenizer and, if the run `scores`, the reward. Raises `ModelError` or `ExtensionError`."""
         from verst.data.chat import ChatRenderer, load_tokenizer
         from verst.rollout.environments import environment_factory
         from verst.rollout.hf import HFEngine
@@ -59,8 +73,19 @@ class RolloutWorker:
             max_model_tokens=limit,
             deterministic=config.run.deterministic,
         )
+        if scores:
+            await self._start_scorer()
         await self.engine.start()
         self._rollers = {False: self._roller(evaluate=False), True: self._roller(evaluate=True)}
+
+    async def _start_scorer(self) -> None:
+        from verst.rewards.scorer import Scorer
+        from verst.rewards.spec import RewardSpec
+
+        reward = self._config.reward
+        spec = RewardSpec.of(reward, self._extensions.reward)
+        self._scorer = Scorer(spec, workers=reward.workers, deadline_s=reward.deadline_s, log=self._reward_log)
+        await self._scorer.start()
 
     def _roller(self, *, evaluate: bool) -> Any:
         from verst.rollout.roll import GroupRoller
@@ -88,14 +113,24 @@ class RolloutWorker:
         )
 
     async def roll(self, seq: int, prompt: Prompt, how: str) -> bytes:
-        """Makes one encoded group. `how`: "policy", "evaluation" (one trajectory, its own sampling) or "demonstrations" (no engine)."""
+        """Makes one finished group, encoded.
+
+        `how`: "policy", "evaluation" (one trajectory, its own sampling) or "demonstrations" (no engine and no reward).
+        """
         from verst.journal.codec import encode_group
 
         if how == "demonstrations":
-            group = self._rollers[False].demonstrate(seq, prompt)
-        else:
-            group = await self._rollers[how == "evaluation"].roll(seq, prompt)
-        return encode_group(group)
+            return encode_group(self._rollers[False].demonstrate(seq, prompt))
+        assert self._scorer is not None
+        self._rolling += 1
+        try:
+            limit_s = rolling_deadline_s(self._config, self._rolling)
+            group = await within(
+                self._rollers[how == "evaluation"].roll(seq, prompt), limit_s, f"the engine: rolling group {seq} ({prompt.id})"
+            )
+        finally:
+            self._rolling -= 1
+        return encode_group(await self._scorer.score(group))
 
     async def pull(self, manifest: Manifest, probe: Probe | None) -> float:
         """Loads and verifies one version; it serves only if every checksum matches and the probe is within its limit.
@@ -121,33 +156,10 @@ class RolloutWorker:
         return self._renderer.opening(prompt.messages)[:64]
 
     async def close(self) -> None:
+        if self._scorer is not None:
+            await self._scorer.close()
         if self.engine is not None:  # None: it could not be started
             await self.engine.close()
-
-
-class ScoreWorker:
-    """Scores groups in worker processes of its own."""
-
-    def __init__(self, config: Config, extensions: Extensions, log: Path) -> None:
-        from verst.rewards.scorer import Scorer
-        from verst.rewards.spec import RewardSpec
-
-        spec = RewardSpec.of(config.reward, extensions.reward)
-        self._scorer = Scorer(spec, workers=config.reward.workers, deadline_s=config.reward.deadline_s, log=log)
-
-    async def start(self) -> None:
-        """Starts the worker processes. Raises `ExtensionError` if the reward cannot be loaded."""
-        await self._scorer.start()
-
-    async def score(self, encoded: bytes) -> list[tuple[float | None, str | None]]:
-        """Reward or reason of failure of each trajectory of an encoded group."""
-        from verst.journal.codec import decode_group
-
-        group = await self._scorer.score(decode_group(encoded))
-        return [(t.reward, t.error) for t in group.trajectories]
-
-    async def close(self) -> None:
-        await self._scorer.close()
 
 
 @dataclass(frozen=True, slots=True)

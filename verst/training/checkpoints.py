@@ -171,9 +171,11 @@ def latest_checkpoint(directory: Path, fingerprint: Mapping[str, str] | None = N
 def load_state(directory: Path, step: int, *, rank: int, world: int) -> LoadedState:
     """The state of `rank` of `world` ranks from one checkpoint, which may have been written by another number of ranks.
 
+    `latest_checkpoint` has verified every byte, for all ranks at once; here only the files' sizes are looked at again.
+
     With the same number a rank gets back the tensors and values it had saved. With another it gets full tensors, joined along dim 0, and
     the values (random numbers among them) of the saved rank with its number, or of rank 0 if there was none.
-    Raises `CheckpointError` if the checkpoint is missing or damaged, or the shards do not make up the full shapes.
+    Raises `CheckpointError` if a file is missing or has another size, or the shards do not make up the full shapes.
     """
     path = _step_path(directory, step)
     manifest = _read_manifest(path)
@@ -181,7 +183,7 @@ def load_state(directory: Path, step: int, *, rank: int, world: int) -> LoadedSt
     ranks = [rank] if saved_world == world else list(range(saved_world))
     for record in manifest["files"]:
         if record["name"] in {_rank_name(saved, saved_world) for saved in ranks}:
-            _check_file(path, FileRecord(**record))
+            _require_size(path, FileRecord(**record))
     states = [_read_state(path / _rank_name(saved, saved_world)) for saved in ranks]
     if saved_world == world:
         return states[0]
@@ -318,13 +320,20 @@ def _verified(path: Path) -> Checkpoint:
     return Checkpoint(path, manifest["step"], manifest["world"], loop, manifest["fingerprint"])
 
 
+def _require_size(path: Path, record: FileRecord) -> None:
+    try:
+        found_bytes = (path / record.name).stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{path / record.name} cannot be read ({error.strerror})") from error
+    if found_bytes != record.nbytes:
+        raise CheckpointError(f"{path / record.name} has {found_bytes} bytes instead of {record.nbytes}")
+
+
 def _check_file(path: Path, record: FileRecord) -> None:
+    _require_size(path, record)
     digest = hashlib.sha256()
     try:
         with (path / record.name).open("rb") as file:
-            found_bytes = os.fstat(file.fileno()).st_size
-            if found_bytes != record.nbytes:
-                raise CheckpointError(f"{path / record.name} has {found_bytes} bytes instead of {record.nbytes}")
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
     except OSError as error:

@@ -46,8 +46,7 @@ class FsdpBackend:
         self._world = world
         self._device = _device(device, deterministic=config.run.deterministic)
         self._dtype = getattr(torch, config.model.dtype)
-        # The distribution that was sampled. Greedy decoding samples a point, whose log-probabilities teach nothing: train the model's own.
-        self._temperature = config.rollout.temperature or 1.0
+        self._temperature = config.rollout.temperature  # of the distribution that was sampled
         self._algorithm = algorithm_for(config.algorithm)
         self._policy = self._load(trainable=True)
         self._reference = self._load(trainable=False) if self._algorithm.needs_reference(config.algorithm) else None

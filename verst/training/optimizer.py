@@ -97,7 +97,8 @@ class MasterAdamW:
         if self.skipped_in_row >= self._train.max_skipped_updates:
             raise TrainingDiverged(
                 f"{self.skipped_in_row} updates in a row were not finite (last gradient norm {norm}, bad loss on {int(broken)} ranks); "
-                "the weights are those before them. Lower train.lr, look at the last batches, or raise train.max_skipped_updates"
+                "the weights are those before them. Resuming trains the same journaled batches again and ends here too: look at them, then "
+                "start a new run (another run.name) with a lower train.lr, or without what they show"
             )
         return tally
 

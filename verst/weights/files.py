@@ -1,7 +1,6 @@
 """Weights through a file that trainer and engines can both map: shared memory on one host, a shared disk on several.
 
-One version is one flat file: the tensors in the manifest's order, each at the next multiple of `ALIGNMENT` bytes. The manifest, not the
-file, says what lies where, so a reader needs both.
+One version is one flat file, laid out by `verst.weights.layout`. The manifest, not the file, says what lies where, so a reader needs both.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ import torch
 from verst.errors import ConfigError, InvariantViolation, WeightMismatch
 from verst.types import Manifest, TensorEntry
 from verst.weights.checksum import dtype_name, manifest_digest, tensor_checksum
+from verst.weights.layout import aligned, lay_out
 from verst.weights.location import version_file
-
-ALIGNMENT = 64
 
 
 def publish(version: int, tensors: Iterator[tuple[str, torch.Tensor]], directory: str | Path) -> Manifest:
@@ -39,7 +37,7 @@ def publish(version: int, tensors: Iterator[tuple[str, torch.Tensor]], directory
             with partial.open("wb", buffering=0) as file:
                 for name, tensor in tensors:
                     entries.append(_entry(name, tensor))
-                    start = _aligned(needed_bytes)
+                    start = aligned(needed_bytes)
                     needed_bytes = start + tensor.nbytes
                     _write(file.fileno(), tensor, start)
                 os.truncate(file.fileno(), needed_bytes)  # empty tensors at the end write nothing
@@ -68,7 +66,8 @@ class FileUpdate:
         Raises `WeightMismatch` if the file is missing or has another size than the manifest demands.
         """
         mapped = _map(self.manifest)
-        for entry, start in zip(self.manifest.entries, _offsets(self.manifest.entries), strict=True):
+        layout = lay_out(self.manifest.entries)
+        for entry, start in zip(layout.entries, layout.offsets, strict=True):
             dtype = getattr(torch, entry.dtype)
             if entry.nbytes == 0:
                 yield entry.name, torch.empty(entry.shape, dtype=dtype)
@@ -100,8 +99,7 @@ def _write(file: int, tensor: torch.Tensor, start: int) -> None:
 
 
 def _map(manifest: Manifest) -> mmap.mmap:
-    entries = manifest.entries
-    needed_bytes = _offsets(entries)[-1] + entries[-1].nbytes if entries else 0
+    needed_bytes = lay_out(manifest.entries).nbytes
     try:
         with Path(manifest.location).open("rb") as file:
             found_bytes = os.fstat(file.fileno()).st_size
@@ -116,18 +114,6 @@ def _map(manifest: Manifest) -> mmap.mmap:
             f"{manifest.location} (version {manifest.version}) cannot be read: {error.strerror}. "
             "Engines on other hosts than the trainer need weights.location on a shared disk"
         ) from error
-
-
-def _offsets(entries: Sequence[TensorEntry]) -> list[int]:
-    offsets, end = [], 0
-    for entry in entries:
-        offsets.append(_aligned(end))
-        end = offsets[-1] + entry.nbytes
-    return offsets
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
 def _no_room(directory: Path, needed_bytes: int, error: OSError) -> ConfigError:

@@ -1,0 +1,136 @@
+"""Weights by process group, in processes of their own over gloo."""
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from verst.errors import DeadlineExceeded, InvariantViolation
+from verst.types import Manifest, TensorEntry
+from verst.weights.checksum import tensor_checksum
+from verst.weights.files import describe
+from verst.weights.group import GroupAddress, GroupUpdate, WeightGroup, open_store, send
+from verst.weights.layout import ALIGNMENT, lay_out, lay_out_buckets
+
+BUCKET_BYTES = 4096
+DEADLINE_S = 20.0
+
+
+def weights(version: int = 1) -> dict[str, torch.Tensor]:
+    """Several buckets: some tensors share one, one is larger than any, one is empty, one has no dimensions."""
+    generator = torch.Generator().manual_seed(version)
+    return {
+        "embed": torch.randn(50, 30, generator=generator),
+        "norm": torch.randn(17, generator=generator).bfloat16(),
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(float(version)),
+        "transposed": torch.randn(8, 40, generator=generator).T,
+        "last": torch.randn(33, 21, generator=generator),
+    }
+
+
+def manifest(version: int = 1) -> Manifest:
+    return describe(version, iter(weights(version).items()))
+
+
+def entry(name: str, nbytes: int) -> TensorEntry:
+    return TensorEntry(name, (nbytes,), "uint8", "", nbytes)
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 64, 200, 1000, 10**6])
+def test_every_tensor_is_in_one_bucket_and_buckets_keep_their_size(bucket_bytes: int):
+    entries = [entry(str(i), nbytes) for i, nbytes in enumerate([10, 64, 0, 100, 500, 1, 63, 65])]
+    buckets = lay_out_buckets(entries, bucket_bytes)
+    assert [e for bucket in buckets for e in bucket.entries] == entries
+    for bucket in buckets:
+        assert bucket.nbytes <= bucket_bytes or len(bucket.entries) == 1
+        ends = [offset + e.nbytes for offset, e in zip(bucket.offsets, bucket.entries, strict=True)]
+        assert all(offset % ALIGNMENT == 0 for offset in bucket.offsets)
+        assert all(end <= offset for end, offset in zip(ends, bucket.offsets[1:], strict=False))
+        assert bucket.nbytes == ends[-1]
+
+
+def test_a_layout_by_hand():
+    assert lay_out([entry("a", 10), entry("b", 64), entry("c", 1)]).offsets == (0, 64, 128)
+    assert [str(b) for b in lay_out_buckets([entry("a", 10), entry("b", 64), entry("c", 1)], 128)] == ["a to b (2 tensors)", "c"]
+
+
+class Members:
+    """Processes 1 and 2 receive; the test's own process is the sender."""
+
+    def __init__(self, world: int = 3) -> None:
+        self.store = open_store("127.0.0.1", timeout_s=DEADLINE_S, listen=True)
+        self.address = GroupAddress("127.0.0.1", self.store.port, "test/0", world)
+        self._processes = ProcessPoolExecutor(world - 1, multiprocessing.get_context("spawn"))
+
+    def receive(self, work: Callable[..., Any], *args: Any) -> list[Any]:
+        return [self._processes.submit(work, self.address, rank, *args) for rank in range(1, self.address.world)]
+
+    def close(self) -> None:
+        self._processes.shutdown(wait=True)
+
+
+@pytest.fixture
+def members() -> Iterator[Members]:
+    made = Members()
+    yield made
+    made.close()
+
+
+def join(address: GroupAddress, rank: int) -> WeightGroup:
+    torch.set_num_threads(1)
+    store = open_store(address.host, address.port, timeout_s=DEADLINE_S, listen=False)
+    return WeightGroup(store, address, rank, device="cpu", timeout_s=DEADLINE_S)
+
+
+def checksums(address: GroupAddress, rank: int, versions: int, deadline_s: float = DEADLINE_S) -> list[dict[str, str]]:
+    group = join(address, rank)
+    updates = [GroupUpdate(manifest(version), group, BUCKET_BYTES, deadline_s) for version in range(1, versions + 1)]
+    return [{name: tensor_checksum(tensor) for name, tensor in update.tensors()} for update in updates]
+
+
+def test_receivers_hold_what_was_sent_version_after_version(members: Members):
+    received = members.receive(checksums, 2)
+    group = WeightGroup(members.store, members.address, 0, device="cpu", timeout_s=DEADLINE_S)
+    for version in (1, 2):
+        send(group, manifest(version), iter(weights(version).items()), bucket_bytes=BUCKET_BYTES, deadline_s=DEADLINE_S)
+    expected = [{name: tensor_checksum(t) for name, t in weights(version).items()} for version in (1, 2)]
+    assert [future.result(DEADLINE_S) for future in received] == [expected, expected]
+
+
+def test_tensors_other_than_the_manifests_are_refused(members: Members):
+    received = members.receive(checksums, 1, 1.0)
+    group = WeightGroup(members.store, members.address, 0, device="cpu", timeout_s=DEADLINE_S)
+    wrong = {name: tensor for name, tensor in weights().items() if name != "norm"}
+    with pytest.raises(
+        InvariantViolation, match=r"the trainer's next tensor is \('empty', .*the manifest says \('norm', \(17,\), 'bfloat16'\)"
+    ):
+        send(group, manifest(), iter(wrong.items()), bucket_bytes=BUCKET_BYTES, deadline_s=DEADLINE_S)
+    short = dict(list(weights().items())[:-1])
+    with pytest.raises(InvariantViolation, match=r"the trainer's next tensor is \('none'"):
+        send(group, manifest(), iter(short.items()), bucket_bytes=1 << 20, deadline_s=DEADLINE_S)
+    for future in received:
+        with pytest.raises(DeadlineExceeded):
+            future.result(DEADLINE_S)
+
+
+def test_a_sender_that_never_sends_is_named_with_what_it_owes(members: Members):
+    received = members.receive(checksums, 1, 0.5)
+    group = WeightGroup(members.store, members.address, 0, device="cpu", timeout_s=DEADLINE_S)
+    for rank, future in enumerate(received, 1):
+        with pytest.raises(DeadlineExceeded, match=f"weight group test/0, rank {rank}: version 1: receiving embed was not done in time"):
+            future.result(DEADLINE_S)
+    group.close()
+
+
+def test_members_that_do_not_come_are_waited_for_only_so_long():
+    store = open_store("127.0.0.1", timeout_s=1, listen=True)
+    address = GroupAddress("127.0.0.1", store.port, "alone/0", 2)
+    start = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match=r"weight group alone/0, rank 0: not all of 2 members met at 127\.0\.0\.1:\d+ within 1 s"):
+        WeightGroup(store, address, 0, device="cpu", timeout_s=1)
+    assert time.monotonic() - start < 10

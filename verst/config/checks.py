@@ -1,0 +1,120 @@
+"""Rules between options: which contradict each other, and which have no effect in a given run.
+
+Each message begins with the dotted name of the option, so that `verst.config.load` can add its line in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from verst.config.schema import Config
+
+_SAMPLING = ("rollout.group_size", "rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.min_p")
+_FILTERS = ("top_p", "top_k", "min_p")
+_SWITCHES = {"eval.": "eval.every_steps", "algorithm.kl_": "algorithm.kl_coefficient"}
+_ROLLED_AND_SCORED = (
+    *("rollout.environment", "rollout.environment_options", "rollout.max_turns", "rollout.stop"),
+    *("reward.function", "reward.options", "reward.workers", "reward.deadline_s"),
+)
+
+
+def inapplicable(config: Config) -> dict[str, str]:
+    """The options that this run never reads, by dotted name, each with the reason."""
+    reasons: dict[str, str] = {}
+    evaluates = config.eval.every_steps > 0
+    if not evaluates:
+        reasons |= _each(("eval.prompts", "eval.temperature"), "there is no evaluation without eval.every_steps")
+    if config.data.task is None:
+        reasons["data.options"] = "these are the options of data.task, which is not set"
+    if config.algorithm.name == "sft":
+        reasons |= _each(_SAMPLING, "sft imitates demonstrations, one for each prompt, and samples nothing to train on")
+        if not evaluates:
+            reasons |= _each(_ROLLED_AND_SCORED, "sft generates and scores only for evaluation, and eval.every_steps is 0")
+    else:
+        reasons["data.demonstration_column"] = f"{config.algorithm.name} learns from what the model generates and imitates nothing"
+        if not config.algorithm.kl_coefficient:
+            reasons |= _each(("algorithm.kl_in", "algorithm.kl_estimator"), "algorithm.kl_coefficient is 0, so there is no KL term")
+    return reasons
+
+
+def problems(config: Config) -> list[str]:
+    """Everything that is wrong between valid options."""
+    unread = [
+        f"{key} does not apply: {why}. Remove it, or set {key}=null on the command line"
+        for key, why in inapplicable(config).items()
+        if is_given(config, key) and not _switched_off(config, key)
+    ]
+    return [*unread, *_data_problems(config), *_group_problems(config), *_size_problems(config)]
+
+
+def warnings(config: Config) -> list[str]:
+    """What a run may do, but its owner should know."""
+    found = []
+    if config.algorithm.name == "grpo":
+        defaults = type(config.rollout).model_fields
+        filters = [f"rollout.{name}" for name in _FILTERS if getattr(config.rollout, name) != defaults[name].default]
+        if filters:
+            found.append(
+                f"{' and '.join(filters)}: log-probabilities recorded in sampling are of the filtered distribution, the trainer's of "
+                "the whole vocabulary. The difference counts as mismatch, and off-policy ratios include it"
+            )
+    if config.train.warmup_steps >= config.run.steps:
+        found.append(f"train.warmup_steps ({config.train.warmup_steps}) is not below run.steps ({config.run.steps}): all steps are warm-up")
+    return found
+
+
+def _switched_off(config: Config, key: str) -> bool:
+    """Whether the part that reads the option was switched off by name (`eval.every_steps=0`): its other options may stay in the file."""
+    return any(key.startswith(part) and is_given(config, switch) for part, switch in _SWITCHES.items())
+
+
+def is_given(config: Config, key: str) -> bool:
+    """Whether the option was set, by file, override or mapping, rather than left at its default. `null` is not setting it."""
+    section, name = key.split(".")
+    part = getattr(config, section)
+    return name in part.model_fields_set and getattr(part, name) is not None
+
+
+def _each(keys: Iterable[str], reason: str) -> dict[str, str]:
+    return dict.fromkeys(keys, reason)
+
+
+def _data_problems(config: Config) -> list[str]:
+    found = []
+    if config.data.path and config.data.task:
+        found.append("data.path and data.task are both set: keep one")
+    if config.eval.every_steps and not config.data.holdout:
+        found.append("eval.every_steps needs data.holdout > 0: the prompts kept for evaluation")
+    return found
+
+
+def _group_problems(config: Config) -> list[str]:
+    rollout, found = config.rollout, []
+    if config.algorithm.name == "grpo":
+        same = "so the trajectories of a group would all be the same and every advantage 0"
+        if rollout.group_size < 2:
+            found.append("rollout.group_size is 1, but grpo's baseline is the mean of the group: every advantage would be 0. Use 2 or more")
+        if rollout.temperature == 0:
+            found.append(f"rollout.temperature is 0 (greedy), {same}. Use 1.0; evaluation has its own eval.temperature")
+        if rollout.top_k == 1:
+            found.append(f"rollout.top_k is 1 (greedy), {same}. Use 0, which is off")
+    if config.capacity_groups < config.train.groups_per_step:
+        found.append(
+            f"rollout.capacity_groups ({rollout.capacity_groups}) is below train.groups_per_step ({config.train.groups_per_step}): "
+            "a batch could never be filled"
+        )
+    return found
+
+
+def _size_problems(config: Config) -> list[str]:
+    train, found = config.train, []
+    if train.microbatch_tokens < config.max_trajectory_tokens:
+        found.append(
+            f"train.microbatch_tokens ({train.microbatch_tokens}) is below the longest trajectory ({config.max_trajectory_tokens} = "
+            "data.max_prompt_tokens + rollout.max_turns x rollout.max_new_tokens): one that long could not be trained"
+        )
+    if train.minibatches > train.groups_per_step:
+        found.append(f"train.minibatches ({train.minibatches}) is above train.groups_per_step ({train.groups_per_step})")
+    return found

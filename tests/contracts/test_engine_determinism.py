@@ -30,6 +30,7 @@ async def test_an_aborted_generation_can_be_continued_to_the_same_end(opened: Op
     np.testing.assert_array_equal(np.concatenate((head.tokens_T, tail.tokens_T)), whole.tokens_T)
 
 
+@pytest.mark.slow
 async def test_a_sequence_has_the_same_bits_whatever_runs_beside_it(opened: Opened):
     """Random schedules: other neighbours, lengths, arrival times, slots and loads. Exact equality of tokens and log-probabilities."""
     rng = np.random.default_rng(11)

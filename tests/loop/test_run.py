@@ -172,6 +172,7 @@ def digests(run: LocalRun) -> list[str]:
     return [reader.commit(s).digest for s in range(1, reader.index.last_commit + 1)]
 
 
+@pytest.mark.slow
 async def test_resume_gives_the_undisturbed_weights_and_repeats_no_rollout(tmp_path: Path, model: Path):
     values = {"checkpoint": {"every_steps": 2}, "run": {"name": "a", "dir": str(tmp_path), "steps": 5, "seed": 1}}
     whole = await local_run(tmp_path, model, values, reward=vowels, prompts=ROWS).go()
@@ -183,6 +184,7 @@ async def test_resume_gives_the_undisturbed_weights_and_repeats_no_rollout(tmp_p
     assert sorted(JournalReader(broken.run.journal).index.groups) == list(range(20))  # each group once
 
 
+@pytest.mark.slow
 async def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path: Path, model: Path):
     values = {"checkpoint": {"every_steps": 1}, "run": {"name": "a", "dir": str(tmp_path), "steps": 4, "seed": 1}}
     whole = await local_run(tmp_path, model, values, reward=vowels, prompts=ROWS).go()

@@ -284,6 +284,7 @@ def save_until_full(directory: Path) -> None:
     save(directory, 15, keep=1)  # the run goes on, and the next one is written
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_former_checkpoints_stay(tmp_path: Path, small_disk: Executor):
     small_disk.submit(save_until_full, tmp_path).result(60)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000015"]
@@ -361,6 +362,7 @@ SAVER = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 def test_a_saver_killed_while_it_writes_leaves_a_whole_checkpoint(tmp_path: Path):
     saver = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert saver.stdout is not None

@@ -267,6 +267,7 @@ def test_a_rank_without_its_group_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("address", [lambda path: f"file://{path}/alone", lambda path: free_rendezvous()], ids=["file", "tcp"])
+@pytest.mark.slow
 def test_peers_that_never_come_are_named(tmp_path: Path, address: Callable[[Path], str]) -> None:
     start = time.monotonic()
     with pytest.raises(DeadlineExceeded, match=r"trainer rank 0 waited 1 s at .* for the other 1 of 2 ranks"):

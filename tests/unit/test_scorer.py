@@ -96,6 +96,7 @@ async def ends(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 async def test_each_failure_is_attributed_to_its_trajectory(scorer, rewards):
     texts = ["ok", "raise", "nan", "inf", "none", "text", "true", "exit", "sys.exit", "segfault", "ok", "sleep", "ok"]
     scored = await scorer.score(group(*texts))
@@ -126,6 +127,7 @@ async def test_failed_trajectories_are_not_scored(scorer):
     assert scored.trajectories[1].reward == 0.5
 
 
+@pytest.mark.slow
 async def test_deadline_is_for_each_trajectory(rewards):
     (rewards / "slow.py").write_text("import time\ndef slow(trajectory, fields):\n    time.sleep(0.3)\n    return 1\n")
     scorer = Scorer(RewardSpec("slow:slow"), workers=1, deadline_s=0.9)
@@ -135,6 +137,7 @@ async def test_deadline_is_for_each_trajectory(rewards):
     assert [t.reward for t in scored.trajectories] == [1] * 5
 
 
+@pytest.mark.slow
 async def test_a_reply_that_waited_for_this_loop_is_not_late(scorer):
     scoring = asyncio.create_task(scorer.score(group("ok")))
     await asyncio.sleep(0.001)
@@ -168,6 +171,7 @@ def test_worker_environment():
     assert kept["CUDA_VISIBLE_DEVICES"] == ""
 
 
+@pytest.mark.slow
 async def test_async_rewards_wait_together_and_are_blamed_alone(rewards):
     scorer = Scorer(RewardSpec("user_rewards:async_by_text"), workers=1, deadline_s=0.7)
     await scorer.start()
@@ -267,6 +271,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 async def test_workers_die_with_their_parent_while_stuck_in_user_code(rewards):
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", PARENT, str(root)]

@@ -93,6 +93,7 @@ def checksums(address: GroupAddress, rank: int, versions: int, deadline_s: float
     return [{name: tensor_checksum(tensor) for name, tensor in update.tensors()} for update in updates]
 
 
+@pytest.mark.slow
 def test_receivers_hold_what_was_sent_version_after_version(members: Members):
     received = members.receive(checksums, 2)
     group = WeightGroup(members.store, members.address, 0, device="cpu", timeout_s=DEADLINE_S)
@@ -102,6 +103,7 @@ def test_receivers_hold_what_was_sent_version_after_version(members: Members):
     assert [future.result(DEADLINE_S) for future in received] == [expected, expected]
 
 
+@pytest.mark.slow
 def test_tensors_other_than_the_manifests_are_refused(members: Members):
     received = members.receive(checksums, 1, 1.0)
     group = WeightGroup(members.store, members.address, 0, device="cpu", timeout_s=DEADLINE_S)
@@ -118,6 +120,7 @@ def test_tensors_other_than_the_manifests_are_refused(members: Members):
             future.result(DEADLINE_S)
 
 
+@pytest.mark.slow
 def test_a_sender_that_never_sends_is_named_with_what_it_owes(members: Members):
     received = members.receive(checksums, 1, 0.5)
     group = WeightGroup(members.store, members.address, 0, device="cpu", timeout_s=DEADLINE_S)
@@ -127,6 +130,7 @@ def test_a_sender_that_never_sends_is_named_with_what_it_owes(members: Members):
     group.close()
 
 
+@pytest.mark.slow
 def test_members_that_do_not_come_are_waited_for_only_so_long():
     store = open_store("127.0.0.1", timeout_s=1, listen=True)
     address = GroupAddress("127.0.0.1", store.port, "alone/0", 2)

@@ -17,7 +17,7 @@ from verst.errors import CheckpointError
 from verst.journal.codec import encode_group
 from verst.journal.log import Journal
 from verst.observe.metrics import Tally
-from verst.runtime.workers import Scores
+from verst.runtime.workers import Pulled, Scores
 from verst.types import FinishReason, Group, Manifest, Message, Prompt, Status, Trajectory, Turn
 
 
@@ -137,7 +137,8 @@ class FakeParts:
         self.replicas = self
         self.observer = self
         self.probe_tokens = np.array([1, 2, 3], np.int32)
-        self.weights_location = "somewhere"
+        self.transfer = self
+        self.location = "somewhere"
         self.group_deadline_s = 5.0
         self.serving = -1
         self.pull_s = 0.0
@@ -158,12 +159,12 @@ class FakeParts:
         self.events.append(f"evaluate {self.serving}")
         return {"eval/reward": 0.5}
 
-    async def pull(self, manifest: Manifest, probe: Any) -> float:
+    async def bring(self, manifest: Manifest, probe: Any) -> Pulled:
         self.events.append(f"pull {manifest.version}")
         await asyncio.sleep(self.pull_s)
         self.serving = manifest.version
         self.events.append(f"serve {manifest.version}")
-        return 0.0
+        return Pulled(0.0, {})
 
     # observer
     def note(self, line: str) -> None:
@@ -180,7 +181,7 @@ class FakeParts:
 
     def generated(self, group: Group) -> None: ...
 
-    def published(self, version: int, probe: float) -> None: ...
+    def published(self, version: int, pulled: Pulled) -> None: ...
 
     def checkpoint_failed(self, step: int, error: CheckpointError) -> None:
         self.note(f"checkpoint of step {step}: {error}")

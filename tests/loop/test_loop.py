@@ -17,6 +17,7 @@ from verst.journal.codec import encode_group
 from verst.runtime.loop import Loop
 from verst.runtime.parts import Parts
 from verst.runtime.recovery import Cursor, JournaledBatch, Restored
+from verst.runtime.workers import Pulled
 from verst.types import Message, Prompt
 
 
@@ -42,13 +43,13 @@ async def test_synchronous_training_takes_every_group_once_in_order(tmp_path: Pa
 async def test_the_commit_is_durable_before_the_engines_see_the_version(tmp_path: Path):
     parts = FakeParts(config(), tmp_path)
     committed: list[int] = []
-    pull = parts.pull
+    pull = parts.bring
 
-    async def checked_pull(manifest: Any, probe: Any) -> float:
+    async def checked_pull(manifest: Any, probe: Any) -> Pulled:
         committed.append(parts.journal.index.last_commit)
         return await pull(manifest, probe)
 
-    parts.pull = checked_pull
+    parts.bring = checked_pull
     await run(config(), parts)
     assert committed == [0, 1, 2, 3]  # version v is pulled when commit v is in the journal
 

@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 from verst.algorithms.table import algorithm_for
 from verst.config.schema import Config
 from verst.observe.metrics import Tally
+from verst.protocols import TrainBackend
 from verst.training.fsdp import FsdpBackend
 from verst.types import NO_VERSION, Batch, Sample
 
@@ -119,7 +120,7 @@ def advantages_of(config: Config, batch: Batch, reference_kl: Mapping[int, float
 
 
 def train(
-    backend: FsdpBackend,
+    backend: TrainBackend,
     config: Config,
     batches: Iterable[Batch],
     advantages: list[float] | None = None,
@@ -138,7 +139,7 @@ def train(
     return tallies
 
 
-def weights_of(backend: FsdpBackend) -> dict[str, torch.Tensor]:
+def weights_of(backend: TrainBackend) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu().clone() for name, tensor in backend.weights()}
 
 

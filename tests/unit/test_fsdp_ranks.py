@@ -92,7 +92,7 @@ def run_skips(config: Config, rank: int) -> dict[str, Any]:
     return {"skipped": report["update/skipped"], "unchanged": same_bits(before.tensors, backend.state().tensors)}
 
 
-def _plan_options(config: Config) -> dict[str, int]:
+def _plan_options(config: Config) -> dict[str, Any]:
     return {"minibatches": 1, "epochs": 1, "ranks": 2, "microbatch_tokens": config.train.microbatch_tokens}
 
 

@@ -17,6 +17,7 @@ from verst.observe.sinks import read_rows
 from verst.observe.spans import Spans
 from verst.runtime import observer as module
 from verst.runtime.observer import Observer
+from verst.runtime.workers import Pulled
 from verst.types import NO_VERSION
 
 
@@ -67,11 +68,11 @@ def test_a_step_generated_again_has_its_new_speed(tmp_path: Path):
 
 def test_a_probe_is_shown_with_its_version(observer: Observer, tmp_path: Path):
     observer.step(1, [], {}, Spans())
-    observer.published(1, 0.25)
+    observer.published(1, Pulled(0.25, {"generated_tokens": 7.0}))
     observer.step(2, [], {}, Spans())
     first, second = rows_of(tmp_path)
     assert "mismatch/probe" not in first  # none was measured, which is not 0
-    assert (second["mismatch/probe"], second["mismatch/probe_version"]) == (0.25, 1)
+    assert (second["mismatch/probe"], second["mismatch/probe_version"], second["engine/generated_tokens"]) == (0.25, 1, 7)
 
 
 async def test_failed_checkpoints_are_told_and_counted(observer: Observer, tmp_path: Path):

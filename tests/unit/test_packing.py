@@ -30,6 +30,13 @@ def test_padding_is_reported():
     assert plan([30, 10], microbatch_tokens=60).padding_share == pytest.approx(20 / 60)
 
 
+def test_packed_samples_cost_their_tokens_alone():
+    # The same four samples end to end: 30 + 10 and 20 + 10 fit 40, so two microbatches do, and nothing is padding.
+    result = plan_step([10, 30, 10, 20], [0, 1, 2, 3], minibatches=1, epochs=1, ranks=1, microbatch_tokens=50, packed=True)
+    assert result.updates[0].ranks == (((3, 0, 2), (1,)),)
+    assert result.padding_share == 0
+
+
 def test_ranks_deal_to_and_fro():
     # Budget 10, two ranks: costs 10 9 | 8 7 | 6 5. Round one goes 10 to rank 0, round two starts with rank 1.
     ranks = plan([10, 9, 8, 7, 6, 5], ranks=2, microbatch_tokens=10).updates[0].ranks

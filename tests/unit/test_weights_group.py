@@ -13,7 +13,7 @@ from verst.errors import DeadlineExceeded, InvariantViolation
 from verst.types import Manifest, TensorEntry
 from verst.weights.checksum import tensor_checksum
 from verst.weights.files import describe
-from verst.weights.group import GroupAddress, GroupUpdate, WeightGroup, open_store, send
+from verst.weights.group import GroupAddress, GroupUpdate, WeightGroup, join, open_store, send
 from verst.weights.layout import ALIGNMENT, lay_out, lay_out_buckets
 
 BUCKET_BYTES = 4096
@@ -81,14 +81,9 @@ def members() -> Iterator[Members]:
     made.close()
 
 
-def join(address: GroupAddress, rank: int) -> WeightGroup:
-    torch.set_num_threads(1)
-    store = open_store(address.host, address.port, timeout_s=DEADLINE_S, listen=False)
-    return WeightGroup(store, address, rank, device="cpu", timeout_s=DEADLINE_S)
-
-
 def checksums(address: GroupAddress, rank: int, versions: int, deadline_s: float = DEADLINE_S) -> list[dict[str, str]]:
-    group = join(address, rank)
+    torch.set_num_threads(1)
+    group = join(address, rank, device="cpu", timeout_s=DEADLINE_S)
     updates = [GroupUpdate(manifest(version), group, BUCKET_BYTES, deadline_s) for version in range(1, versions + 1)]
     return [{name: tensor_checksum(tensor) for name, tensor in update.tensors()} for update in updates]
 
@@ -100,6 +95,27 @@ def test_receivers_hold_what_was_sent_version_after_version(members: Members):
     for version in (1, 2):
         send(group, manifest(version), iter(weights(version).items()), bucket_bytes=BUCKET_BYTES, deadline_s=DEADLINE_S)
     expected = [{name: tensor_checksum(t) for name, t in weights(version).items()} for version in (1, 2)]
+    assert [future.result(DEADLINE_S) for future in received] == [expected, expected]
+
+
+@pytest.mark.slow
+def stop_at_the_first(address: GroupAddress, rank: int) -> list[str]:
+    """Takes one tensor of version 1, then all of version 2."""
+    torch.set_num_threads(1)
+    group = join(address, rank, device="cpu", timeout_s=DEADLINE_S)
+    first = GroupUpdate(manifest(1), group, BUCKET_BYTES, DEADLINE_S).tensors()
+    next(first)
+    first.close()  # type: ignore[attr-defined]
+    return [tensor_checksum(tensor) for _, tensor in GroupUpdate(manifest(2), group, BUCKET_BYTES, DEADLINE_S).tensors()]
+
+
+@pytest.mark.slow
+def test_who_stops_early_does_not_hold_up_the_others_nor_miss_the_next_version(members: Members):
+    received = members.receive(stop_at_the_first)
+    group = WeightGroup(members.store, members.address, 0, device="cpu", timeout_s=DEADLINE_S)
+    for version in (1, 2):
+        send(group, manifest(version), iter(weights(version).items()), bucket_bytes=BUCKET_BYTES, deadline_s=DEADLINE_S)
+    expected = [tensor_checksum(t) for t in weights(2).values()]
     assert [future.result(DEADLINE_S) for future in received] == [expected, expected]
 
 

@@ -28,6 +28,13 @@ def inapplicable(config: Config) -> dict[str, str]:
         reasons |= _each(("eval.prompts", "eval.temperature"), "there is no evaluation without eval.every_steps")
     if config.data.task is None:
         reasons["data.options"] = "these are the options of data.task, which is not set"
+    if config.rollout.engine != "sglang":
+        reasons |= _each(("rollout.sglang", "rollout.urls"), f"the engine is {config.rollout.engine}, not sglang")
+    if config.train.backend != "megatron":
+        reasons["train.megatron"] = f"the backend is {config.train.backend}, not megatron"
+    else:
+        why = "megatron has options of its own for this: train.megatron.recompute_granularity"
+        reasons |= {"train.gradient_checkpointing": why, "train.compile": "megatron fuses its layers by itself"}
     if config.algorithm.name == "sft":
         reasons |= _each(_SAMPLING, "sft imitates demonstrations, one for each prompt, and samples nothing to train on")
         if not evaluates:
@@ -46,7 +53,7 @@ def problems(config: Config) -> list[str]:
         for key, why in inapplicable(config).items()
         if is_given(config, key) and not _switched_off(config, key)
     ]
-    return [*unread, *_data_problems(config), *_group_problems(config), *_size_problems(config)]
+    return [*unread, *_data_problems(config), *_group_problems(config), *_size_problems(config), *_engine_problems(config)]
 
 
 def warnings(config: Config) -> list[str]:
@@ -79,6 +86,13 @@ def is_given(config: Config, key: str) -> bool:
 
 def _each(keys: Iterable[str], reason: str) -> dict[str, str]:
     return dict.fromkeys(keys, reason)
+
+
+def _engine_problems(config: Config) -> list[str]:
+    urls, replicas = config.rollout.urls, config.rollout.replicas
+    if config.rollout.engine == "sglang" and urls and len(urls) != replicas:
+        return [f"rollout.urls names {len(urls)} servers for {replicas} replicas: each replica is one server"]
+    return []
 
 
 def _data_problems(config: Config) -> list[str]:

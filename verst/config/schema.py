@@ -88,7 +88,11 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["hf"] = Field(default="hf", description="What generates.")
+    engine: Literal["hf", "sglang"] = Field(default="hf", description="What generates: in the replica's own process, or an SGLang server.")
+    sglang: Options = Field(default_factory=dict, description="SGLang's own server arguments, by the names of its command line.")
+    urls: list[Text] = Field(
+        default_factory=list, description="SGLang servers that run already, one for each replica. Default: start them."
+    )
     replicas: Count = Field(default=1, description="Engine replicas.")
     environment: Text = Field(default="single_turn", description="A shipped environment or `module:Class`.")
     environment_options: Options = Field(default_factory=dict, description="Keyword arguments of the environment.")
@@ -111,7 +115,7 @@ class RolloutConfig(Section):
         default=0.0, lt=1, description="Leave out tokens below this share of the likeliest one's probability. 0: off. Training only."
     )
     stop: list[Text] = Field(default_factory=list, description="Stop strings; the one that matched stays in the tokens.")
-    max_running: Count = Field(default=64, description="Sequences decoded at once by one hf replica.")
+    max_running: Count = Field(default=64, description="Sequences decoded at once by one replica.")
     deadline_s: Seconds = Field(
         default=600.0, description="Limit of rolling one group once the engine has room for it, and of each call of an environment."
     )
@@ -159,7 +163,8 @@ AlgorithmConfig = Annotated[GrpoConfig | SftConfig, Field(discriminator="name")]
 
 
 class TrainConfig(Section):
-    backend: Literal["fsdp"] = Field(default="fsdp", description="What trains.")
+    backend: Literal["fsdp", "megatron"] = Field(default="fsdp", description="What trains.")
+    megatron: Options = Field(default_factory=dict, description="Megatron-Core's own arguments, by the names of its command line.")
     ranks: Count = Field(default=1, description="Trainer processes.")
     threads: Count = Field(
         default=1, description="CPU threads of each engine and trainer process. Their number is part of what makes bits repeat."
@@ -189,6 +194,11 @@ class TrainConfig(Section):
 
 
 class WeightsConfig(Section):
+    transport: Literal["file", "group"] | None = Field(
+        default=None,
+        description="How weights reach the engines: a file that they map, or a broadcast to a process group (gloo, NCCL). Default: "
+        "group where trainer and replicas have GPUs of their own, else file.",
+    )
     location: Text | None = Field(
         default=None, description="Directory for published weights. Default: shared memory. Several nodes need one on a shared disk."
     )

@@ -274,14 +274,14 @@ class Loop:
         """Hashes the trainer's weights, and writes them where the engines will need them."""
         needed = self._algorithm.learns_from == "policy" or self._evaluates_at(version) or version == self._restored.step
         tokens = self._parts.probe_tokens
-        manifest, logprobs = await self._parts.trainers.publish(version, self._parts.weights_location if needed else None, tokens)
+        manifest, logprobs = await self._parts.trainers.publish(version, self._parts.transfer.location if needed else None, tokens)
         return manifest, Probe(tokens, logprobs, self._config.weights.probe_limit)
 
     async def _pull(self, manifest: Manifest, probe: Probe, seqs: Sequence[int]) -> None:
         """All engines load and verify a version; only then are the slots free whose gradient it includes."""
         if manifest.location:
-            difference = await self._parts.replicas.pull(manifest, probe)
-            self._parts.observer.published(manifest.version, difference)
+            pulled = await self._parts.transfer.bring(manifest, probe)
+            self._parts.observer.published(manifest.version, pulled)
         await self._slots.free(seqs)
 
     async def _pulled(self) -> None:

@@ -14,6 +14,7 @@ from verst.observe.spans import Spans
 from verst.observe.terminal import step_line
 from verst.runtime import batching
 from verst.runtime.rundir import RunDirectory
+from verst.runtime.workers import Pulled
 from verst.types import Group
 
 _KEPT_LINES = 10_000
@@ -30,7 +31,7 @@ class Observer:
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._told = 0  # lines so far
         self._more = asyncio.Event()
-        self._probe: dict[str, float] = {}
+        self._pulled: dict[str, float] = {}
         self._generated = 0  # tokens since the last row
         self._failed_checkpoints = 0
 
@@ -57,12 +58,10 @@ class Observer:
         """A group was made by this process, not found in the journal."""
         self._generated += sum(t.generated_tokens for t in group.trajectories)
 
-    def published(self, version: int, probe: float) -> None:
-        """A version serves; `probe` is the largest |trainer - engine| of the probe's log-probabilities.
-
-        Its pull may end after the row of its step is written, so rows name the version.
-        """
-        self._probe = {"mismatch/probe": probe, "mismatch/probe_version": float(version)}
+    def published(self, version: int, pulled: Pulled) -> None:
+        """A version serves. Its pull may end after the row of its step is written, so rows name the version."""
+        self._pulled = {"mismatch/probe": pulled.difference, "mismatch/probe_version": float(version)}
+        self._pulled |= {f"engine/{name}": value for name, value in pulled.stats.items()}
 
     def checkpoint_failed(self, step: int, error: CheckpointError) -> None:
         """A checkpoint could not be written: told at once, and counted in every row from here on."""
@@ -78,7 +77,7 @@ class Observer:
     def step(self, step: int, groups: Sequence[Group], metrics: Mapping[str, float], spans: Spans) -> None:
         """One committed step."""
         times = spans.report()
-        row: dict[str, Any] = dict(metrics) | times | self._probe | {"checkpoint/failed": float(self._failed_checkpoints)}
+        row: dict[str, Any] = dict(metrics) | times | self._pulled | {"checkpoint/failed": float(self._failed_checkpoints)}
         if self._generated:
             row["tokens_per_s"] = self._generated / times["time/step_s"]
             self._generated = 0

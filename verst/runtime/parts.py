@@ -15,6 +15,7 @@ from verst.observe.metrics import Tally
 from verst.runtime.observer import Observer
 from verst.runtime.pools import Replicas, Trainers
 from verst.runtime.rundir import RunDirectory
+from verst.runtime.transfer import Transfer
 from verst.types import Prompt, Status
 
 
@@ -30,7 +31,7 @@ class Parts:
     replicas: Replicas
     observer: Observer
     probe_tokens: NDArray[np.int32]
-    weights_location: str
+    transfer: Transfer
     eval_prompts: list[Prompt]
 
     @property

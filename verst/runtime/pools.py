@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,11 @@ from verst.journal.codec import decode_group, encode_batch
 from verst.observe.metrics import Tally, merged
 from verst.runtime.actors import Worker
 from verst.runtime.wait import GRACE_S, gather_named, within
-from verst.runtime.workers import Probe, Scores, rolling_deadline_s
+from verst.runtime.workers import Probe, Pulled, Scores, rolling_deadline_s
 from verst.types import Batch, Group, Manifest, Prompt
+
+if TYPE_CHECKING:
+    from verst.weights.group import GroupAddress
 
 _CLOSE_S = 30.0
 """Limit of ending a part, whose processes have nothing left to do."""
@@ -38,10 +41,14 @@ class Trainers:
         calls = {(who := f"{w.name}: {method}"): within(w.call(method, *args), limit, who) for w in self._workers}
         return await gather_named(calls, grace_s=grace_s or GRACE_S)
 
+    async def _first(self, method: str, *args: Any) -> Any:
+        """Of rank 0 alone."""
+        return await within(self._workers[0].call(method, *args), self._deadline_s, f"{self._workers[0].name}: {method}")
+
     async def start(self) -> None:
         rendezvous = None
         if len(self._workers) > 1:
-            rendezvous = await within(self._workers[0].call("rendezvous"), self._deadline_s, "trainer rank 0: rendezvous")
+            rendezvous = await self._first("rendezvous")
         self.num_updates = (await self._all("start", rendezvous))[0]
 
     async def load_batch(self, batch: Batch) -> Scores:
@@ -58,6 +65,15 @@ class Trainers:
 
     async def publish(self, version: int, location: str | None, probe_T: NDArray[np.int32] | None) -> tuple[Manifest, NDArray[np.float32]]:
         return (await self._all("publish", version, location, probe_T))[0]
+
+    async def host_group(self, name: str, world: int) -> GroupAddress:
+        return await self._first("host_group", name, world)
+
+    async def join_group(self, address: GroupAddress) -> None:
+        await self._first("join_group", address)
+
+    async def send(self, manifest: Manifest) -> None:
+        await self._all("send", manifest)
 
     async def snapshot(self, directory: str, step: int) -> dict[str, Any]:
         return (await self._all("snapshot", directory, step))[0]
@@ -118,10 +134,18 @@ class Replicas:
             self._in_flight[index] -= 1
         return encoded, decode_group(encoded)
 
-    async def pull(self, manifest: Manifest, probe: Probe | None) -> float:
-        """Every replica loads and verifies one version. Returns the largest probe difference."""
-        # twice the limit: one retry of the whole push, inside the worker, has the same limit again
-        return max(await self._all("pull", 2 * self._config.weights.deadline_s + 5, manifest, probe))
+    async def pull(self, manifest: Manifest, probe: Probe | None) -> Pulled:
+        """Every replica loads and verifies one version. Returns the largest probe difference, and what the engines count in sum."""
+        pulled: list[Pulled] = await self._all("pull", self._config.weights.deadline_s + 5, manifest, probe)
+        stats = {name: sum(p.stats[name] for p in pulled) for name in pulled[0].stats}
+        return Pulled(max(p.difference for p in pulled), stats)
+
+    @property
+    def count(self) -> int:
+        return len(self._workers)
+
+    async def join_group(self, address: GroupAddress) -> None:
+        await self._all("join_group", self._config.weights.deadline_s + 5, address)
 
     async def probe_tokens(self, prompt: Prompt) -> NDArray[np.int32]:
         return await within(self._workers[0].call("probe_tokens", prompt), self._config.weights.deadline_s, "replica 0: probe tokens")

@@ -59,8 +59,9 @@ class RunDirectory:
         return self.root / "metrics.jsonl"
 
     @property
-    def reward_log(self) -> Path:
-        return self.root / "reward.log"
+    def logs(self) -> Path:
+        """What rewards and engine servers print."""
+        return self.root / "logs"
 
     @property
     def report(self) -> Path:
@@ -135,6 +136,7 @@ class RunDirectory:
             "stream": stream,
         }
         self.checkpoints.mkdir()
+        self.logs.mkdir()
         if extensions is not None:
             _write(self.extensions, extensions)
         _write(self.config, dump_config(_anchored(config)).encode())

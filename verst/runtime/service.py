@@ -28,6 +28,7 @@ from verst.runtime.placement import Placement, place
 from verst.runtime.pools import Replicas, Trainers
 from verst.runtime.recovery import recover
 from verst.runtime.rundir import RunDirectory
+from verst.runtime.transfer import Transfer
 from verst.runtime.wait import gather_named
 from verst.runtime.workers import RolloutWorker, TrainerWorker
 from verst.types import Prompt
@@ -87,6 +88,8 @@ class RunService:
         held_out = await asyncio.to_thread(eval_prompts, source, config.data, config.eval.prompts) if config.eval.every_steps else []
         scores = bool(held_out) or algorithm_for(config.algorithm).learns_from == "policy"
         await gather_named({"trainers": trainers.start(), "replicas": replicas.start(scores)})
+        transfer = Transfer(config, placement, trainers, replicas, str(self._weights_location))
+        await transfer.open(self._run.run_id)
         return Parts(
             config=config,
             run=self._run,
@@ -96,7 +99,7 @@ class RunService:
             replicas=replicas,
             observer=self._observer,
             probe_tokens=await replicas.probe_tokens(await asyncio.to_thread(_first, stream)),
-            weights_location=str(self._weights_location),
+            transfer=transfer,
             eval_prompts=held_out,
         )
 
@@ -119,9 +122,21 @@ class RunService:
         ]
 
     def _spawn_replicas(self, placement: Placement, extensions: Extensions) -> list[Worker]:
-        env, log = worker_env(self._config.train.threads, self._run.module_path), self._run.reward_log
-        args = (RolloutWorker, self._config, extensions, placement.device, log)
-        return [self._spawn(f"replica {i}", *args, gpus=placement.replica_gpus, env=env) for i in range(self._config.rollout.replicas)]
+        env = worker_env(self._config.train.threads, self._run.module_path)
+        return [
+            self._spawn(
+                f"replica {i}",
+                RolloutWorker,
+                self._config,
+                extensions,
+                i,
+                placement.device,
+                self._run.logs,
+                gpus=placement.replica_gpus,
+                env=env,
+            )
+            for i in range(self._config.rollout.replicas)
+        ]
 
 
 def _same(value: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,14 @@ from verst.runtime.wait import within
 from verst.types import Manifest, Prompt
 
 if TYPE_CHECKING:
+    from verst.protocols import WeightUpdate
     from verst.rewards.scorer import Scorer
     from verst.runtime.extensions import Extensions
+    from verst.weights.group import GroupAddress
+
+
+GROUP = "group"
+"""In place of a location: the version is broadcast, not written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +46,26 @@ def rolling_deadline_s(config: Config, groups: int) -> float:
     return rollout.deadline_s * (1 + groups * rollout.group_size // rollout.max_running)
 
 
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What a replica reports with a new version."""
+
+    difference: float  # largest |trainer - engine| of the probe's log-probabilities; 0 without a probe
+    stats: dict[str, float]  # the engine's counters and gauges
+
+
 class RolloutWorker:
     """One engine replica with its chat renderer, environments, reward processes and weight updates.
 
     Scoring lies here, and not in one place for all replicas, because groups are here already and replicas grow in number with the run.
     """
 
-    def __init__(self, config: Config, extensions: Extensions, device: str, reward_log: Path) -> None:
+    def __init__(self, config: Config, extensions: Extensions, replica: int, device: str, logs: Path) -> None:
         self._config = config
         self._extensions = extensions
         self._device = device
-        self._reward_log = reward_log
+        self._replica = replica
+        self._logs = logs
         self.engine: Any = None
         self._scorer: Scorer | None = None
         self._rolling = 0
@@ -58,21 +73,13 @@ class RolloutWorker:
     async def start(self, scores: bool) -> None:
         """Loads the model and the tokenizer and, if the run `scores`, the reward. Raises `ModelError` or `ExtensionError`."""
         from verst.data.chat import ChatRenderer, load_tokenizer
+        from verst.rollout.engines import make_engine
         from verst.rollout.environments import environment_factory
-        from verst.rollout.hf import HFEngine
 
         config, rollout = self._config, self._config.rollout
-        limit = config.max_trajectory_tokens
         self._renderer = ChatRenderer(load_tokenizer(config.model.path))
         self._environment = environment_factory(self._extensions.environment or rollout.environment, rollout.environment_options)
-        self.engine = HFEngine(
-            config.model.path,
-            dtype=config.model.dtype,
-            device=self._device,
-            max_running=rollout.max_running,
-            max_model_tokens=limit,
-            deterministic=config.run.deterministic,
-        )
+        self.engine = make_engine(config, replica=self._replica, device=self._device, log=self._logs / f"replica-{self._replica}.log")
         if scores:
             await self._start_scorer()
         await self.engine.start()
@@ -84,7 +91,7 @@ class RolloutWorker:
 
         reward = self._config.reward
         spec = RewardSpec.of(reward, self._extensions.reward)
-        self._scorer = Scorer(spec, workers=reward.workers, deadline_s=reward.deadline_s, log=self._reward_log)
+        self._scorer = Scorer(spec, workers=reward.workers, deadline_s=reward.deadline_s, log=self._logs / "rewards.log")
         await self._scorer.start()
 
     def _roller(self, *, evaluate: bool) -> Any:
@@ -132,12 +139,8 @@ class RolloutWorker:
             self._rolling -= 1
         return encode_group(await self._scorer.score(group))
 
-    async def pull(self, manifest: Manifest, probe: Probe | None) -> float:
-        """Loads and verifies one version; it serves only if every checksum matches and the probe is within its limit.
-
-        Returns the largest |trainer - engine| of the probe's log-probabilities (0 without a probe).
-        """
-        from verst.weights.files import FileUpdate
+    async def pull(self, manifest: Manifest, probe: Probe | None) -> Pulled:
+        """Loads and verifies one version; it serves only if every checksum matches and the probe is within its limit."""
         from verst.weights.push import check_probe, compare_probe, push
 
         difference = 0.0
@@ -148,8 +151,24 @@ class RolloutWorker:
                 difference = compare_probe(probe.logprobs_T, await self.engine.logprobs(probe.tokens_T))
                 check_probe(difference, probe.limit, manifest.version)
 
-        await push(self.engine, FileUpdate(manifest), deadline_s=self._config.weights.deadline_s, before_resume=verdict)
-        return difference
+        await push(self.engine, self._update(manifest), deadline_s=self._config.weights.deadline_s, before_resume=verdict)
+        return Pulled(difference, dict(self.engine.stats()))
+
+    def _update(self, manifest: Manifest) -> WeightUpdate:
+        from verst.weights.files import FileUpdate
+        from verst.weights.group import BUCKET_BYTES, GroupUpdate
+
+        if manifest.location != GROUP:
+            return FileUpdate(manifest)
+        return GroupUpdate(manifest, self._group, bucket_bytes=BUCKET_BYTES, deadline_s=self._config.weights.deadline_s)
+
+    async def join_group(self, address: GroupAddress) -> None:
+        """Takes this replica's place among those the trainer broadcasts to. A collective."""
+        from verst.weights.group import join
+
+        self._group = await asyncio.to_thread(
+            join, address, 1 + self._replica, device=self._device, timeout_s=self._config.weights.deadline_s
+        )
 
     async def probe_tokens(self, prompt: Prompt) -> NDArray[np.int32]:
         """The tokens both sides score at every publish: the start of a real prompt."""
@@ -186,13 +205,13 @@ class TrainerWorker:
 
     def start(self, rendezvous: str | None) -> int:
         """Loads the model; joins the other ranks if there are any. Returns the number of updates each step makes."""
+        from verst.training.backends import make_backend
         from verst.training.distributed import init_distributed
-        from verst.training.fsdp import FsdpBackend
 
         world = self._config.train.ranks
         if rendezvous is not None:
             init_distributed(self._rank, world, rendezvous, timeout_s=self._config.train.deadline_s, device=self._device)
-        self.backend = FsdpBackend(self._config, rank=self._rank, world=world, device=self._device)
+        self.backend = make_backend(self._config, rank=self._rank, world=world, device=self._device)
         return self.backend.num_updates
 
     def load_batch(self, encoded: bytes) -> Scores:
@@ -223,9 +242,37 @@ class TrainerWorker:
             return None
         if not location:
             return describe(version, weights), logprobs
+        if location == GROUP:
+            return replace(describe(version, weights), location=GROUP), logprobs
         manifest = publish(version, weights, location)
         remove_versions(location, keep={version - 1, version})  # the one before may still be on its way into an engine
         return manifest, logprobs
+
+    def host_group(self, name: str, world: int) -> GroupAddress:
+        """Opens the place where the weight group meets. Rank 0 only; `join_group` follows."""
+        from verst.training.distributed import own_address
+        from verst.weights.group import GroupAddress, open_store
+
+        host = own_address()
+        self._store = open_store(host, timeout_s=self._config.weights.deadline_s, listen=True)
+        return GroupAddress(host, self._store.port, name, world)
+
+    def join_group(self, address: GroupAddress) -> None:
+        """Becomes the sender. Rank 0 only; a collective with the replicas."""
+        from verst.weights.group import SENDER, WeightGroup
+
+        self._group = WeightGroup(self._store, address, SENDER, device=self._device, timeout_s=self._config.weights.deadline_s)
+
+    def send(self, manifest: Manifest) -> None:
+        """Broadcasts the weights that `publish` described, before anything changes them. A collective of the trainer's ranks."""
+        from verst.weights.group import BUCKET_BYTES, send
+
+        weights = self.backend.weights()
+        if self._rank:
+            for _ in weights:
+                pass
+        else:
+            send(self._group, manifest, weights, bucket_bytes=BUCKET_BYTES, deadline_s=self._config.weights.deadline_s)
 
     def snapshot(self, directory: str, step: int) -> dict[str, Any]:
         """Copies this rank's state and begins to write it in the background. Returns the model's fingerprint."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
@@ -16,14 +17,30 @@ from verst.errors import DeadlineExceeded, InvariantViolation
 from verst.training.model import Policy
 
 
-def free_rendezvous() -> str:
-    """An address on this machine, free at this moment, where the ranks of `init_distributed` can meet."""
+def device_of(name: str | None, *, deterministic: bool) -> torch.device:
+    """The device (None: a GPU if there is one), with what its kernels need to repeat their bits. CPU kernels do for a number of threads."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        torch.cuda.set_device(device.index or 0)
+    return device
+
+
+def own_address() -> str:
+    """The address of this machine that faces the network."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
         try:
-            route.connect(("10.255.255.255", 1))  # sends nothing: asks the system which of its addresses faces the network
-            host = route.getsockname()[0]
+            route.connect(("10.255.255.255", 1))  # sends nothing: asks the system which of its addresses it would use
+            return route.getsockname()[0]
         except OSError:
-            host = "127.0.0.1"
+            return "127.0.0.1"
+
+
+def free_rendezvous() -> str:
+    """An address on this machine, free at this moment, where the ranks of `init_distributed` can meet."""
+    host = own_address()
     with socket.socket() as listener:
         listener.bind((host, 0))
         return f"tcp://{host}:{listener.getsockname()[1]}"

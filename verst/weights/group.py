@@ -111,6 +111,13 @@ def open_store(host: str, port: int = 0, *, timeout_s: float, listen: bool) -> T
     return TCPStore(host, port, None, listen, timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
+def join(address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float) -> WeightGroup:
+    """Becomes a receiver. Raises `DeadlineExceeded` if not all members came within `timeout_s`."""
+    return WeightGroup(
+        open_store(address.host, address.port, timeout_s=timeout_s, listen=False), address, rank, device=device, timeout_s=timeout_s
+    )
+
+
 def send(
     group: WeightGroup, manifest: Manifest, tensors: Iterator[tuple[str, torch.Tensor]], *, bucket_bytes: int, deadline_s: float
 ) -> None:
@@ -151,16 +158,25 @@ class GroupUpdate:
         """
         deadline = time.monotonic() + self.deadline_s
         buckets = lay_out_buckets(self.manifest.entries, self.bucket_bytes)
+        arrivals = self._arrivals(buckets, deadline)
+        try:
+            for bucket, buffer in zip(buckets, arrivals, strict=True):
+                yield from _views(buffer, bucket)
+        finally:
+            for _ in arrivals:  # who stops early still receives the rest: sender and other members count on it
+                pass
+
+    def _arrivals(self, buckets: Sequence[Layout], deadline: float) -> Iterator[torch.Tensor]:
+        """The buffer of each bucket once it is there; the next one is under way by then."""
         buffers = _buffers(buckets, self.group.device)
         under_way: list[tuple[Any, str]] = []
         for index in range(len(buckets) + 1):
             if index < len(buckets):
-                bucket = buckets[index]
-                work = self.group.broadcast(buffers[index % 2][: bucket.nbytes], deadline)
-                under_way.append((work, f"version {self.manifest.version}: receiving {bucket}"))
+                work = self.group.broadcast(buffers[index % 2][: buckets[index].nbytes], deadline)
+                under_way.append((work, f"version {self.manifest.version}: receiving {buckets[index]}"))
             if index:
                 self.group.finish(*_first(under_way, deadline))
-                yield from _views(buffers[(index - 1) % 2], buckets[index - 1])
+                yield buffers[(index - 1) % 2]
 
     def checksum(self, tensor: torch.Tensor) -> str:
         return tensor_checksum(tensor)

@@ -15,9 +15,6 @@ from verst.errors import DeadlineExceeded, TrainingDiverged, WeightMismatch
 from verst.protocols import Engine, WeightUpdate
 from verst.types import Manifest
 
-ATTEMPTS = 2
-"""SGLang cannot roll an update back, so a failed one is pushed again whole; after that the replica must be replaced."""
-
 _T = TypeVar("_T")
 _NAMED = 5  # tensors a message names
 
@@ -49,19 +46,12 @@ async def push(
     """Pauses the engine, loads and verifies the update, and resumes it. `deadline_s` limits the whole.
 
     `before_resume` is awaited once the weights are verified: the probe. Whatever is raised, the engine is left paused: `WeightMismatch`
-    after `ATTEMPTS` whole pushes, `DeadlineExceeded` naming what was awaited, or what the engine or `before_resume` raised.
+    (push the version again, whole), `DeadlineExceeded` naming what was awaited, or what the engine or `before_resume` raised.
     """
     version = update.manifest.version
     wait = _Budget(deadline_s)
     await wait.until(engine.pause(), f"the engine to pause for version {version}")
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            held = await wait.until(engine.update_weights(update), f"the engine to load version {version} (attempt {attempt})")
-            verify(update.manifest, held)
-            break
-        except WeightMismatch as error:
-            if attempt == ATTEMPTS:
-                raise WeightMismatch(f"after {ATTEMPTS} pushes the engine is left paused: {error}") from error
+    verify(update.manifest, await wait.until(engine.update_weights(update), f"the engine to load version {version}"))
     if before_resume is not None:
         await wait.until(before_resume(), f"the probe of version {version}")
     await wait.until(engine.resume(), f"the engine to resume with version {version}")

@@ -1,0 +1,55 @@
+"""How a published version gets from the trainers into the engines.
+
+    file    trainer rank 0 writes it, the engines map it: shared memory, or a disk all can read
+    group   trainer rank 0 broadcasts it to the engines, which receive while it sends (`verst.weights.group`)
+
+Either way it is verified before it serves, and one that did not arrive whole is brought again whole, once: an engine cannot go back.
+"""
+
+from __future__ import annotations
+
+from verst.config.schema import Config
+from verst.errors import WeightMismatch
+from verst.runtime.placement import Placement
+from verst.runtime.pools import Replicas, Trainers
+from verst.runtime.wait import gather_named, within
+from verst.runtime.workers import GROUP, Probe, Pulled
+from verst.types import Manifest
+
+ATTEMPTS = 2
+
+
+class Transfer:
+    """Between all trainer ranks and all replicas of a run. `location` is the directory of files."""
+
+    def __init__(self, config: Config, placement: Placement, trainers: Trainers, replicas: Replicas, location: str) -> None:
+        self._trainers, self._replicas = trainers, replicas
+        self._deadline_s = config.weights.deadline_s
+        self._by_group = (config.weights.transport or _default(placement)) == "group"
+        self.location = GROUP if self._by_group else location
+
+    async def open(self, run_id: str) -> None:
+        """Brings the members of the group together, once all parts have started. Raises `DeadlineExceeded`."""
+        if not self._by_group:
+            return
+        address = await self._trainers.host_group(f"{run_id}/0", 1 + self._replicas.count)
+        calls = {"the trainers": self._trainers.join_group(address), "the replicas": self._replicas.join_group(address)}
+        await within(gather_named(calls), self._deadline_s + 5, "trainer and replicas to meet in the weight group")
+
+    async def bring(self, manifest: Manifest, probe: Probe) -> Pulled:
+        """All engines load, verify and serve a version. Raises `WeightMismatch` after `ATTEMPTS`; the engines are left paused then."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                if not self._by_group:
+                    return await self._replicas.pull(manifest, probe)
+                calls = {"the replicas": self._replicas.pull(manifest, probe), "the trainers": self._trainers.send(manifest)}
+                return (await gather_named(calls))[0]
+            except WeightMismatch as error:
+                if attempt == ATTEMPTS:
+                    raise WeightMismatch(f"after {ATTEMPTS} whole pushes the engines are left paused: {error}") from error
+        raise AssertionError("unreachable")
+
+
+def _default(placement: Placement) -> str:
+    """A group where both sides have GPUs of their own: NCCL cannot join two processes on one GPU."""
+    return "group" if placement.trainer_gpus >= 1 and placement.replica_gpus >= 1 else "file"

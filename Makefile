@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+STACK := $(VENV)/.installed-stack
 
-.PHONY: quickstart test test-fast lint clean
+.PHONY: quickstart stack test test-fast lint clean
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -17,16 +18,23 @@ $(DEV): $(READY) requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+# SGLang and Megatron-Core as their wheels ship them, without the CUDA packages their metadata names
+$(STACK): $(READY) requirements-stack.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python -r requirements-stack.txt
+	touch $@
+
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
 
-test: $(DEV)
+stack: $(STACK)
+
+test: $(DEV) $(STACK)
 	$(BIN)/python -m pytest -q
 
-test-fast: $(DEV)
+test-fast: $(DEV) $(STACK)
 	$(BIN)/python -m pytest -q -m "not slow"
 
-lint: $(DEV)
+lint: $(DEV) $(STACK)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright

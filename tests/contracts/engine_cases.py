@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from transformers import (
 from verst.protocols import Engine
 from verst.rollout.hf import HFEngine
 from verst.types import GenerateRequest, Generation, Manifest, Sampling, TensorEntry
+from verst.weights.checksum import tensor_checksum
 
 VOCAB = 64
 EOS = 63
@@ -106,6 +108,48 @@ async def opening(make: Callable[..., E], models: Callable[[str], Path]) -> Asyn
         await engine.close()
 
 
+SGLANG = "sglang" if find_spec("sglang") is not None else None  # not part of the default install; `make stack` installs it
+SERVED = [*ENGINES, *([pytest.param(SGLANG, marks=pytest.mark.slow)] if SGLANG else [])]
+"""For what is promised without seeds and step counters. The others need an engine that has them (on a CPU SGLang has no seeds)."""
+
+
+@pytest.fixture(scope="module")
+def servers(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
+    """An SGLang server by the name of its model, started when it is first needed."""
+    from tests.contracts.sglang_server import SharedServer, shared_server
+
+    running: dict[str, SharedServer] = {}
+    with ExitStack() as stack:
+
+        def serve(model: str) -> SharedServer:
+            if model not in running:
+                directory = tmp_path_factory.mktemp(f"sglang_{model}")
+                running[model] = stack.enter_context(shared_server(models(model), directory, max_tokens=MAX_TOKENS))
+            return running[model]
+
+        yield serve
+
+
+@pytest.fixture(params=SERVED)
+async def served(request: pytest.FixtureRequest, models: Callable[[str], Path], servers: Callable[[str], Any]) -> AsyncIterator[Opened]:
+    """Like `opened`, for every engine. An SGLang server is shared by the tests of a module and gets the model's weights back."""
+    if request.param != SGLANG:
+        async with opening(ENGINES[request.param], models) as start:
+            yield start
+        return
+
+    def attach(path: Path, **options: Any) -> Engine:
+        return servers(path.name.rstrip("0123456789")).engine(version=3, **options)
+
+    async with opening(attach, models) as start:
+        yield start
+    own = attach(models("llama"))
+    await own.start()
+    await own.pause()
+    await own.update_weights(Update({name: p.detach() for name, p in load(models("llama")).named_parameters()}, 3))
+    await own.close()
+
+
 @pytest.fixture(params=list(ENGINES))
 async def opened(request: pytest.FixtureRequest, models: Callable[[str], Path]) -> AsyncIterator[Opened]:
     async with opening(ENGINES[request.param], models) as start:
@@ -157,7 +201,7 @@ class Update:
             yield name, tensor + 1 if name == self._corrupt else tensor
 
     def checksum(self, tensor: torch.Tensor) -> str:
-        return f"{hash(tensor.detach().numpy().tobytes()) & (2**64 - 1):016x}"
+        return tensor_checksum(tensor)
 
 
 def perturbed(path: Path, by: float = 0.5) -> dict[str, torch.Tensor]:

@@ -26,11 +26,13 @@ from tests.contracts.engine_cases import (
     reached,
     reference_logprobs,
     same,
+    served,
+    servers,
 )
 from verst.errors import EngineFailure
 from verst.types import FinishReason
 
-__all__ = ["models", "opened"]  # fixtures
+__all__ = ["models", "opened", "served", "servers"]  # fixtures
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -60,8 +62,8 @@ async def test_bfloat16_logprobs_are_of_the_bfloat16_model(opened: Opened, model
     assert np.abs(answer.logprobs_T - expected.numpy()).mean() < 0.05
 
 
-async def test_greedy_follows_the_most_likely_token_with_logprob_zero(opened: Opened, models: Callable[[str], Path]):
-    engine = await opened()
+async def test_greedy_follows_the_most_likely_token_with_logprob_zero(served: Opened, models: Callable[[str], Path]):
+    engine = await served()
     answer = await engine.generate(ask("a", prompt(2), temperature=0.0, max_new_tokens=20))
     tokens = list(prompt(2))
     reference = load(models("llama"))
@@ -72,8 +74,8 @@ async def test_greedy_follows_the_most_likely_token_with_logprob_zero(opened: Op
     assert (answer.logprobs_T == 0).all()
 
 
-async def test_the_probe_agrees_with_a_full_forward_pass_also_while_paused(opened: Opened, models: Callable[[str], Path]):
-    engine = await opened()
+async def test_the_probe_agrees_with_a_full_forward_pass_also_while_paused(served: Opened, models: Callable[[str], Path]):
+    engine = await served()
     tokens = prompt(3, length=40)
     async with paused(engine):
         found = await engine.logprobs(tokens)
@@ -121,8 +123,8 @@ async def test_abort_returns_the_tokens_so_far(opened: Opened):
     assert same(await answers[1], whole)
 
 
-async def test_abort_without_ids_ends_everything(opened: Opened):
-    engine = await opened(max_running=1)
+async def test_abort_without_ids_ends_everything(served: Opened):
+    engine = await served(max_running=1)
     await engine.pause()
     answers = [asyncio.ensure_future(engine.generate(ask(str(n), prompt(n)))) for n in range(3)]
     await asyncio.sleep(0.05)
@@ -155,8 +157,8 @@ async def test_stop_tokens_and_strings_end_a_generation_and_are_kept(opened: Ope
     assert by_id.finish == by_text.finish == FinishReason.STOP
 
 
-async def test_the_end_of_sequence_token_of_the_model_ends_a_generation(opened: Opened):
-    engine = await opened()
+async def test_the_end_of_sequence_token_of_the_model_ends_a_generation(served: Opened):
+    engine = await served()
     answers = await asyncio.gather(*(engine.generate(ask(str(s), prompt(1), seed=s, max_new_tokens=100)) for s in range(20)))
     assert any(answer.finish is FinishReason.STOP for answer in answers)
     for answer in answers:
@@ -164,8 +166,8 @@ async def test_the_end_of_sequence_token_of_the_model_ends_a_generation(opened: 
         assert (answer.tokens_T[-1] == EOS) == (answer.finish is FinishReason.STOP)
 
 
-async def test_limits_end_a_generation_or_refuse_it(opened: Opened):
-    engine = await opened()
+async def test_limits_end_a_generation_or_refuse_it(served: Opened):
+    engine = await served()
     short = await engine.generate(ask("short", prompt(1), max_new_tokens=3, temperature=0.0))
     assert (len(short.tokens_T), short.finish) == (3, FinishReason.LENGTH)
     context = await engine.generate(ask("context", prompt(1, length=MAX_TOKENS - 4), max_new_tokens=50, temperature=0.0))
@@ -176,8 +178,8 @@ async def test_limits_end_a_generation_or_refuse_it(opened: Opened):
         await engine.generate(ask("vocabulary", np.array([1, VOCAB], np.int32)))
 
 
-async def test_close_fails_what_is_pending_and_every_later_call(opened: Opened):
-    engine = await opened()
+async def test_close_fails_what_is_pending_and_every_later_call(served: Opened):
+    engine = await served()
     await engine.pause()
     answer = asyncio.ensure_future(engine.generate(ask("a", prompt(1))))
     await asyncio.sleep(0.05)

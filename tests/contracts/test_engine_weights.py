@@ -22,10 +22,12 @@ from tests.contracts.engine_cases import (
     prompt,
     reached,
     reference_logprobs,
+    served,
+    servers,
 )
 from verst.errors import EngineFailure, VerstError, WeightMismatch
 
-__all__ = ["models", "opened"]  # fixtures
+__all__ = ["models", "opened", "served", "servers"]  # fixtures
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen3", "qwen3_moe"])
@@ -53,8 +55,8 @@ async def test_an_update_in_flight_mixes_versions_and_takes_effect(opened: Opene
     assert (fresh.versions_T == 4).all()
 
 
-async def test_a_corrupted_update_shows_in_the_checksums(opened: Opened, models: Callable[[str], Path]):
-    engine = await opened()
+async def test_a_corrupted_update_shows_in_the_checksums(served: Opened, models: Callable[[str], Path]):
+    engine = await served()
     name = "model.layers.1.mlp.up_proj.weight"
     update = Update(perturbed(models("llama")), version=4, corrupt=name)
     async with paused(engine):
@@ -62,8 +64,8 @@ async def test_a_corrupted_update_shows_in_the_checksums(opened: Opened, models:
     assert {entry.name for entry in update.manifest.entries if returned[entry.name] != entry.checksum} == {name}
 
 
-async def test_updates_that_do_not_fit_name_the_tensor_and_change_nothing(opened: Opened, models: Callable[[str], Path]):
-    engine = await opened()
+async def test_updates_that_do_not_fit_name_the_tensor_and_change_nothing(served: Opened, models: Callable[[str], Path]):
+    engine = await served()
     state = perturbed(models("llama"))
     name = "model.layers.0.mlp.up_proj.weight"
     bad_states = {
@@ -89,8 +91,8 @@ class _UncheckedUpdate(Update):
         return "0" * 16
 
 
-async def test_an_update_that_breaks_off_must_be_repeated_before_resume(opened: Opened, models: Callable[[str], Path]):
-    engine = await opened()
+async def test_an_update_that_breaks_off_must_be_repeated_before_resume(served: Opened, models: Callable[[str], Path]):
+    engine = await served()
     state = perturbed(models("llama"))
 
     class Broken(Update):

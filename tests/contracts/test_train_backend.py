@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.unit.fsdp_cases import make_backend, make_batch, make_config, path, same_bits
+from tests.stack.megatron_cases import make_megatron
+from tests.unit.fsdp_cases import make_backend, make_batch, make_config, same_bits, save_model
 from verst.config.schema import Config
 from verst.errors import TrainingDiverged
 from verst.observe.metrics import Tally
 from verst.protocols import TrainBackend
+from verst.training.distributed import leave_distributed
 
-BACKENDS: Mapping[str, Callable[[Config], TrainBackend]] = {"fsdp": make_backend}
-__all__ = ["path"]  # a fixture
+BACKENDS: Mapping[str, tuple[Callable[[Config], TrainBackend], str]] = {
+    "fsdp": (make_backend, "llama"),
+    "megatron": (make_megatron, "qwen3"),
+}
+"""How each is built, and the family of the model it is tried on (Megatron has no biases in Llama's attention)."""
 
 ADVANTAGES = [1.0, -1.0, 0.5, -0.5, 2.0, -2.0, 0.0, 1.5]
 
 
-@pytest.fixture(params=BACKENDS)
-def build(request: pytest.FixtureRequest) -> Callable[[Config], TrainBackend]:
-    return BACKENDS[request.param]
+@pytest.fixture(scope="module", params=BACKENDS)
+def name(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield request.param
+    leave_distributed()  # Megatron makes a group even of one rank
+
+
+@pytest.fixture
+def build(name: str) -> Callable[[Config], TrainBackend]:
+    return BACKENDS[name][0]
+
+
+@pytest.fixture(scope="module")
+def path(name: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp("model"), BACKENDS[name][1])
 
 
 def run_step(backend: TrainBackend, step: int, advantages: list[float] | None = None) -> Tally:

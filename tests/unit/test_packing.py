@@ -31,7 +31,8 @@ def test_padding_is_reported():
 
 
 def test_packed_samples_cost_their_tokens_alone():
-    # The same four samples end to end: 30 + 10 and 20 + 10 fit 40, so two microbatches do, and nothing is padding.
+    # Descending: 30, 20, 10, 10. Two microbatches fit the budget; the least largest cost with two is 40: [30] and
+    # [20 + 10 + 10]. The dearest comes first.
     result = plan_step([10, 30, 10, 20], [0, 1, 2, 3], minibatches=1, epochs=1, ranks=1, microbatch_tokens=50, packed=True)
     assert result.updates[0].ranks == (((3, 0, 2), (1,)),)
     assert result.padding_share == 0

@@ -33,8 +33,7 @@ def inapplicable(config: Config) -> dict[str, str]:
     if config.train.backend != "megatron":
         reasons["train.megatron"] = f"the backend is {config.train.backend}, not megatron"
     else:
-        why = "megatron has options of its own for this: train.megatron.recompute_granularity"
-        reasons |= {"train.gradient_checkpointing": why, "train.compile": "megatron fuses its layers by itself"}
+        reasons["train.compile"] = "megatron has fused operations of its own"
     if config.algorithm.name == "sft":
         reasons |= _each(_SAMPLING, "sft imitates demonstrations, one for each prompt, and samples nothing to train on")
         if not evaluates:

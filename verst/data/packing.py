@@ -1,18 +1,22 @@
 """Which sample is trained in which update, on which rank, in which microbatch. A pure function of lengths, so it can be tested whole.
 
-A microbatch is right-padded: models are causal, so padding behind a sequence cannot change it. It costs rows × longest tokens.
+A microbatch is right-padded: models are causal, so padding behind a sequence cannot change it. It costs rows × longest tokens, or, for a
+backend that lays sequences end to end, the sum of their tokens.
 All ranks run the same number of microbatches in an update, because each forward and backward of a sharded model is a collective.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from verst.errors import ConfigError, InvariantViolation
 
 Microbatch = tuple[int, ...]
 """Indices of the samples of one forward, longest first. Empty: this rank has none left and runs a dummy forward."""
+
+Cost = Callable[[Sequence[int], Sequence[int]], int]
+"""Tokens that one forward of these samples holds, given the lengths of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +44,34 @@ class StepPlan:
 
 
 def plan_step(
-    lengths: Sequence[int], groups: Sequence[int], *, minibatches: int, epochs: int, ranks: int, microbatch_tokens: int
+    lengths: Sequence[int],
+    groups: Sequence[int],
+    *,
+    minibatches: int,
+    epochs: int,
+    ranks: int,
+    microbatch_tokens: int,
+    packed: bool = False,
 ) -> StepPlan:
     """Plans one step from the length in tokens and the group number of each sample of its batch. Deterministic.
 
     Groups, in order of their first sample, are cut into `minibatches` contiguous parts, as even as possible. Every epoch has the same
     plan, so a rank meets its own samples again and may keep what it computed for them (`samples_of_rank`).
+    With `packed`, samples lie end to end and cost their tokens alone.
 
     Raises `ConfigError` if one sample alone is longer than `microbatch_tokens`, `InvariantViolation` if the arguments make no sense.
     """
     _check(lengths, groups, (minibatches, epochs, ranks), microbatch_tokens)
+    cost: Cost = _packed_cost if packed else _padded_cost
     order = list(dict.fromkeys(groups))
     parts = []
     for minibatch in range(minibatches):
         start, end = len(order) * minibatch // minibatches, len(order) * (minibatch + 1) // minibatches
         own = set(order[start:end])
-        parts.append(_plan_update([i for i, group in enumerate(groups) if group in own], lengths, ranks, microbatch_tokens))
+        parts.append(_plan_update([i for i, group in enumerate(groups) if group in own], lengths, ranks, microbatch_tokens, cost))
     forwards = [m for update in parts for rank in update.ranks for m in rank]
-    padded = sum(_cost(m, lengths) for m in forwards)
-    share = 1 - sum(lengths) / padded if padded else 0.0
+    held = sum(cost(m, lengths) for m in forwards)
+    share = 1 - sum(lengths) / held if held else 0.0
     return StepPlan(tuple(parts) * epochs, share)
 
 
@@ -67,13 +80,13 @@ def samples_of_rank(plan: StepPlan, rank: int) -> tuple[int, ...]:
     return tuple(sorted({i for update in plan.updates for microbatch in update.ranks[rank] for i in microbatch}))
 
 
-def _plan_update(samples: Sequence[int], lengths: Sequence[int], ranks: int, budget: int) -> UpdatePlan:
+def _plan_update(samples: Sequence[int], lengths: Sequence[int], ranks: int, budget: int, cost: Cost) -> UpdatePlan:
     if not samples:
         return UpdatePlan(((),) * ranks)
     ordered = sorted(samples, key=lambda i: (-lengths[i], i))
-    rounds = -(-len(_cut(ordered, lengths, budget)) // ranks)
-    cuts = _even_cuts(ordered, lengths, rounds * ranks, budget)
-    cuts.sort(key=lambda m: -_cost(m, lengths))  # stable, so still deterministic
+    rounds = -(-len(_cut(ordered, lengths, budget, cost)) // ranks)
+    cuts = _even_cuts(ordered, lengths, rounds * ranks, budget, cost)
+    cuts.sort(key=lambda m: -cost(m, lengths))  # stable, so still deterministic
     cuts += [()] * (rounds * ranks - len(cuts))
     dealt: list[list[Microbatch]] = [[] for _ in range(ranks)]
     for turn in range(rounds):
@@ -84,33 +97,37 @@ def _plan_update(samples: Sequence[int], lengths: Sequence[int], ranks: int, bud
     return UpdatePlan(tuple(tuple(rank) for rank in dealt))
 
 
-def _even_cuts(ordered: Sequence[int], lengths: Sequence[int], count: int, budget: int) -> list[Microbatch]:
+def _even_cuts(ordered: Sequence[int], lengths: Sequence[int], count: int, budget: int, cost: Cost) -> list[Microbatch]:
     """At most `count` microbatches whose largest cost is the least possible; exactly `count` if there are that many samples."""
     low, high = lengths[ordered[0]], budget
     while low < high:  # bisection: the number of microbatches never grows with the cost allowed
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_cut(ordered, lengths, middle)) <= count else (middle + 1, high)
-    cuts = _cut(ordered, lengths, low)
+        low, high = (low, middle) if len(_cut(ordered, lengths, middle, cost)) <= count else (middle + 1, high)
+    cuts = _cut(ordered, lengths, low, cost)
     while len(cuts) < min(count, len(ordered)):
-        largest = max((m for m in cuts if len(m) > 1), key=lambda m: _cost(m, lengths))
+        largest = max((m for m in cuts if len(m) > 1), key=lambda m: cost(m, lengths))
         at, half = cuts.index(largest), len(largest) // 2
         cuts[at : at + 1] = [largest[:half], largest[half:]]
     return cuts
 
 
-def _cut(ordered: Sequence[int], lengths: Sequence[int], limit: int) -> list[Microbatch]:
+def _cut(ordered: Sequence[int], lengths: Sequence[int], limit: int, cost: Cost) -> list[Microbatch]:
     """Cuts samples, longest first, into the fewest runs that cost at most `limit` each: filling each run is optimal."""
     cuts: list[list[int]] = []
     for sample in ordered:
-        if cuts and (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] <= limit:
+        if cuts and cost((*cuts[-1], sample), lengths) <= limit:
             cuts[-1].append(sample)
         else:
             cuts.append([sample])
     return [tuple(cut) for cut in cuts]
 
 
-def _cost(microbatch: Microbatch, lengths: Sequence[int]) -> int:
-    return len(microbatch) * max((lengths[i] for i in microbatch), default=0)
+def _padded_cost(microbatch: Sequence[int], lengths: Sequence[int]) -> int:
+    return len(microbatch) * lengths[microbatch[0]] if microbatch else 0  # longest first
+
+
+def _packed_cost(microbatch: Sequence[int], lengths: Sequence[int]) -> int:
+    return sum(lengths[i] for i in microbatch)
 
 
 def _check(lengths: Sequence[int], groups: Sequence[int], counts: tuple[int, int, int], budget: int) -> None:

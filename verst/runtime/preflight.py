@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 from verst import extend
@@ -24,6 +25,8 @@ from verst.rollout import environments
 from verst.rollout.environments import environment_factory
 from verst.runtime.extensions import Extensions
 
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
 
 @dataclass(frozen=True, slots=True)
 class Findings:
@@ -35,13 +38,14 @@ class Findings:
 
 
 def preflight(config: Config, extensions: Extensions) -> Findings:
-    """Reads the model's headers and the prompts needed to know that there are enough. Loads no weights, and imports neither torch nor
-    the modules a run file names.
+    """Reads the model's headers and the prompts needed to know that there are enough. Loads no weights and imports no module that a run
+    file names, nor torch, unless Megatron-Core has to check its arguments.
 
     Raises:
         VerstError: what is missing, malformed or does not fit.
     """
     _check_model(config)
+    _check_stack(config)
     if algorithm_for(config.algorithm).learns_from == "policy" or config.eval.every_steps:
         _check_reward(config, extensions.reward)
         _check_environment(config, extensions.environment)
@@ -59,6 +63,18 @@ def _check_model(config: Config) -> None:
             f"a trajectory may have {config.max_trajectory_tokens} tokens (data.max_prompt_tokens + rollout.max_turns x "
             f"rollout.max_new_tokens), but {config.model.path} is made for {limit} (max_position_embeddings): lower one of the three"
         )
+
+
+def _check_stack(config: Config) -> None:
+    """The arguments of SGLang and Megatron-Core, by their own parsers; says how to install what is missing."""
+    if config.rollout.engine == "sglang":
+        from verst.rollout.sglang import arguments as sglang
+
+        sglang.check(config.rollout.sglang, device="cuda" if _NVIDIA_DRIVER.exists() else "cpu")
+    if config.train.backend == "megatron":
+        from verst.training.megatron import arguments as megatron  # with torch
+
+        megatron.check(config, config.train.megatron, config.train.ranks)
 
 
 def _check_data(config: Config, extensions: Extensions) -> Mapping[str, Any]:

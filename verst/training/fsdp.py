@@ -9,10 +9,7 @@ the shards are the masters and FSDP2 rounds them as it gathers. Either way gradi
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,16 +17,17 @@ from numpy.typing import NDArray
 
 from verst.algorithms.kl import kl_per_sample
 from verst.algorithms.table import algorithm_for
-from verst.config.schema import Config, GrpoConfig
-from verst.errors import InvariantViolation, ModelError
+from verst.config.schema import Config
+from verst.errors import InvariantViolation
 from verst.observe.metrics import Tally
 from verst.protocols import BackendState
-from verst.training.distributed import release, require_group, shard, whole
+from verst.training.distributed import device_of, release, require_group, shard, whole
+from verst.training.loss import policy_loss
 from verst.training.microbatch import Microbatch, split
 from verst.training.model import Policy, load_model
 from verst.training.optimizer import MasterAdamW
 from verst.training.state import RankState, capture, restore
-from verst.training.step import LoadedStep, PerSample, StepScores, plan_batch
+from verst.training.step import LoadedStep, PerSample, StepScores, kl_estimator, plan_batch, require_known_tokens
 from verst.types import Batch
 
 
@@ -44,7 +42,7 @@ class FsdpBackend:
         self._config = config
         self._rank = rank
         self._world = world
-        self._device = _device(device, deterministic=config.run.deterministic)
+        self._device = device_of(device, deterministic=config.run.deterministic)
         self._dtype = getattr(torch, config.model.dtype)
         self._temperature = config.rollout.temperature  # of the distribution that was sampled
         self._algorithm = algorithm_for(config.algorithm)
@@ -71,7 +69,7 @@ class FsdpBackend:
         The mismatch is tallied here if the trainer's are among them, else by the first `forward_backward`.
         Raises `ModelError` if a token is not in the model's vocabulary.
         """
-        self._require_known_tokens(batch)
+        require_known_tokens(batch, self._policy.vocabulary, self._config.model.path)
         self._optimizer.zero_grad()
         step = self._step = plan_batch(self._config, batch, self._rank, self._world, self._device)
         tally, reference_kl = Tally(), {}
@@ -88,7 +86,7 @@ class FsdpBackend:
                 if reference is not None:
                     step.reference |= split(reference, microbatch)
                     policy = step.behaviour(microbatch) if old is None else old
-                    reference_kl |= kl_per_sample(policy, reference, microbatch.sample_of_token(), self._kl_estimator)
+                    reference_kl |= kl_per_sample(policy, reference, microbatch.sample_of_token(), kl_estimator(self._config))
         return StepScores(tally, reference_kl)
 
     def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
@@ -159,25 +157,10 @@ class FsdpBackend:
             shard(policy, self._device, self._world, master_dtype=torch.float32 if trainable else self._dtype)
         return policy.to(self._device)
 
-    def _require_known_tokens(self, batch: Batch) -> None:
-        """On a GPU an unknown token would end the process, far from its cause."""
-        known = self._policy.vocabulary
-        for sample in batch.samples:
-            if not 0 <= sample.tokens_T.min() <= sample.tokens_T.max() < known:
-                raise ModelError(
-                    f"sample {sample.id}: token {int(sample.tokens_T.max())} is not among the model's {known}; "
-                    f"the tokenizer in {self._config.model.path} has more tokens than the model's embedding"
-                )
-
     def _loaded(self) -> LoadedStep:
         if self._step is None:
             raise InvariantViolation("no batch is loaded: load_batch comes before forward_backward and optimizer_step")
         return self._step
-
-    @property
-    def _kl_estimator(self) -> Any:
-        options = self._config.algorithm
-        return options.kl_estimator if isinstance(options, GrpoConfig) else "k1"
 
     def _forward(self, policy: Policy, microbatch: Microbatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         return policy(microbatch.tokens_BT, microbatch.positions_N, microbatch.targets_N, temperature)
@@ -197,26 +180,6 @@ class FsdpBackend:
         advantages: Sequence[float],
         tally: Tally,
     ) -> None:
-        logprobs_N, entropy_N = outputs
-        output = self._algorithm.loss(step.inputs(microbatch, logprobs_N, advantages), self._config.algorithm)
-        weights_N = torch.from_numpy(np.concatenate([weights[i] for i in microbatch.indices])).to(self._device)
-        loss = (weights_N * output.per_token).sum()
+        loss, is_finite = policy_loss(self._algorithm, step, microbatch, outputs, weights, advantages, tally)
         loss.backward()
-        means = {"entropy": entropy_N} | output.metrics
-        # One copy from the device for all of them.
-        total, share, *sums = torch.stack([loss.detach(), weights_N.sum(), *(m.sum() for m in means.values())]).double().tolist()
-        tally.mean("loss/total", total, share)
-        for name, value in zip(means, sums, strict=True):
-            tally.mean(f"policy/{name}", value, microbatch.loss_tokens)
-        self._loss_is_finite &= math.isfinite(total)
-
-
-def _device(name: str | None, *, deterministic: bool) -> torch.device:
-    """The device, with what its kernels need to repeat their bits. CPU kernels do so for a given number of threads."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        torch.cuda.set_device(device.index or 0)
-    return device
+        self._loss_is_finite &= is_finite

@@ -15,11 +15,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 256 * 2**20
 _CPU_ROWS = 4
 _GPU_ROWS = 1024  # at most: enough to fill the device, and a small vocabulary must not make a huge chunk to fill up
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyShard:
+    """The output layer's weight is one rank's rows of it: those from `start` on. The ranks of `group` hold all, in order."""
+
+    group: dist.ProcessGroup
+    start: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +40,10 @@ class _Head:
     scale: float
     rows: int  # of one chunk
     multiple: int  # of which the rows of the last chunk, filled up, are one
+    shard: VocabularyShard | None
 
 
-def token_logprobs(
+def token_logprobs(  # noqa: PLR0913 (what a head may do to a logit)
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
     targets_N: torch.Tensor,
@@ -43,6 +53,7 @@ def token_logprobs(
     softcap: float | None = None,
     scale: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
+    shard: VocabularyShard | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target [N] under its row's softmax, and that distribution's entropy [N] in nats, without gradient.
 
@@ -54,6 +65,9 @@ def token_logprobs(
     gradient over chunks in float32 (4 · V · H bytes) and rounds once to the weight's type: a bfloat16 sum would drop whatever a chunk
     adds below 1/256 of it, and would depend on the chunk size.
 
+    With `shard`, `weight_VH` and `bias` are that shard's and targets are counted over the whole vocabulary. All ranks of the group give the
+    same hidden states and get the same results; the hidden states' gradient is then each rank's part of a sum.
+
     Raises `ValueError` if the temperature is not positive, or hidden states and weight differ in type or size.
     """
     if temperature <= 0:
@@ -64,7 +78,7 @@ def token_logprobs(
             f"{tuple(weight_VH.shape)} {weight_VH.dtype}; both need one type and one last size"
         )
     rows, multiple = _chunk_rows(weight_VH, chunk_bytes)
-    head = _Head(temperature, softcap, scale, rows, multiple)
+    head = _Head(temperature, softcap, scale, rows, multiple, shard)
     return _TokenLogprobs.apply(hidden_NH, weight_VH, bias, targets_N, head)  # pyright: ignore[reportReturnType]
 
 
@@ -85,10 +99,12 @@ class _TokenLogprobs(torch.autograd.Function):
         operand_VH = _operand(weight_VH)
         for chunk in _chunks(len(hidden_NH), head.rows):
             hidden_CH, targets_C = (_filled(t[chunk], head.multiple) for t in (hidden_NH, targets_N))
-            logs_CV = torch.log_softmax(_logits(hidden_CH, operand_VH, bias_V, head), dim=1)
+            logs_CV = _log_softmax(_logits(hidden_CH, operand_VH, bias_V, head), head.shard)
             own = slice(chunk.stop - chunk.start)
-            logprobs_N[chunk] = logs_CV.gather(1, targets_C[:, None])[own, 0]
-            entropy_N[chunk] = -(logs_CV.exp().mul_(logs_CV).sum(dim=1)[own])
+            logprobs_C, entropy_C = _of_targets(logs_CV, targets_C, head.shard), -(logs_CV.exp().mul_(logs_CV).sum(dim=1))
+            if head.shard is not None:
+                logprobs_C, entropy_C = _summed(torch.stack((logprobs_C, entropy_C)), head.shard)
+            logprobs_N[chunk], entropy_N[chunk] = logprobs_C[own], entropy_C[own]
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N)
         ctx.head = head
         ctx.mark_non_differentiable(entropy_N)
@@ -139,11 +155,47 @@ def _logits(hidden_CH: torch.Tensor, operand_VH: torch.Tensor, bias_V: torch.Ten
 
 def _grad_of_product(logits_CV: torch.Tensor, targets_C: torch.Tensor, grad_C: torch.Tensor, head: _Head) -> torch.Tensor:
     """Gradient of the matrix product: grad · (one-hot − softmax), through temperature, cap and scale."""
-    probs_CV = torch.softmax(logits_CV, dim=1)
-    probs_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1
+    if head.shard is None:
+        probs_CV = torch.softmax(logits_CV, dim=1)
+        probs_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1
+    else:
+        probs_CV = _log_softmax(logits_CV, head.shard).exp_()
+        rows_C, local_C = _own_targets(targets_C, probs_CV.shape[1], head.shard)
+        probs_CV[rows_C, local_C] -= 1
     if head.softcap is not None:  # tanh' = 1 − tanh²
         probs_CV *= logits_CV.mul_(head.temperature / head.softcap).square_().neg_().add_(1)
     return probs_CV.mul_(grad_C[:, None] * (-head.scale / head.temperature))
+
+
+def _log_softmax(logits_CV: torch.Tensor, shard: VocabularyShard | None) -> torch.Tensor:
+    if shard is None:
+        return torch.log_softmax(logits_CV, dim=1)
+    top_C = logits_CV.amax(dim=1)
+    dist.all_reduce(top_C, op=dist.ReduceOp.MAX, group=shard.group)
+    total_C = _summed((logits_CV - top_C[:, None]).exp_().sum(dim=1), shard)
+    return logits_CV - (top_C + total_C.log())[:, None]
+
+
+def _of_targets(logs_CV: torch.Tensor, targets_C: torch.Tensor, shard: VocabularyShard | None) -> torch.Tensor:
+    """The targets' entries; with a shard 0 for those of other ranks."""
+    if shard is None:
+        return logs_CV.gather(1, targets_C[:, None])[:, 0]
+    rows_C, local_C = _own_targets(targets_C, logs_CV.shape[1], shard)
+    found_C = logs_CV.new_zeros(len(targets_C))
+    found_C[rows_C] = logs_CV[rows_C, local_C]
+    return found_C
+
+
+def _own_targets(targets_C: torch.Tensor, size: int, shard: VocabularyShard) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows whose target this rank holds, and the target's place there."""
+    local_C = targets_C - shard.start
+    (rows_C,) = ((local_C >= 0) & (local_C < size)).nonzero(as_tuple=True)
+    return rows_C, local_C[rows_C]
+
+
+def _summed(tensor: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
+    dist.all_reduce(tensor, group=shard.group)
+    return tensor
 
 
 def _filled(tensor_C: torch.Tensor, multiple: int) -> torch.Tensor:

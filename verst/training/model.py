@@ -40,7 +40,7 @@ def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
     unfitting) tensor in the files: transformers would draw it at random and train on.
     """
     directory = Path(path).expanduser()
-    _require_files(directory)
+    require_files(directory)
     try:
         config = AutoConfig.from_pretrained(directory)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -58,7 +58,8 @@ def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def _require_files(path: Path) -> None:
+def require_files(path: Path) -> None:
+    """Raises `ModelError` unless the directory has a config, weights and a tokenizer."""
     if not path.is_dir():
         raise ModelError(f"model.path {path}: no such directory; give a Hugging Face model directory on this machine")
     if not (path / "config.json").is_file():

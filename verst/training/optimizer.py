@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -33,62 +34,41 @@ def learning_rate(update: int, *, peak: float, schedule: Literal["constant", "li
     return peak
 
 
-class MasterAdamW:
-    """AdamW (arXiv 1711.05101) over this rank's part of each trainable parameter, by Hugging Face name.
+class ScheduledOptimizer(ABC):
+    """The schedule, and the decision of all ranks together to apply an update or to skip it."""
 
-    Master parameters are float32. Where the model's own parameters (or their shards) are float32 they are the same memory; where the
-    model is bfloat16 they are copies: an update of relative size below 2⁻⁸ would vanish in the model's dtype, and gradients of
-    microbatches would be rounded as they are summed. The model's parameters are then the masters, rounded.
-    """
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], train: TrainConfig, updates_per_step: int, steps: int) -> None:
+    def __init__(self, train: TrainConfig, updates_per_step: int, steps: int) -> None:
         self._train = train
         self._total = steps * updates_per_step
         self._warmup = train.warmup_steps * updates_per_step
-        self.parameters = dict(parameters)
-        self.masters = {name: _master(parameter) for name, parameter in parameters.items()}
-        self._copied = [n for n, p in parameters.items() if local_part(p).dtype != torch.float32]
-        for name in self._copied:
-            _accumulate_in(self.masters[name], parameters[name])
-        groups = [{"params": [m for n, m in self.masters.items() if _decays(n, parameters[n]) == d], "decays": d} for d in (True, False)]
-        for group in groups:
-            group["weight_decay"] = train.weight_decay if group["decays"] else 0.0
-        on_gpu = any(m.is_cuda for m in self.masters.values())
-        self._adamw = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, fused=on_gpu)
         self.update = 0  # updates decided so far, skipped ones included: the place in the schedule
         self.stepped = 0  # updates applied: what Adam's bias correction counts
         self.skipped_in_row = 0
-        for master in self.masters.values():
-            self._adamw.state[master] = {
-                "step": torch.zeros((), device=master.device if on_gpu else "cpu"),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
 
-    def moments(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Running means of the gradient and of its square, of this rank's part."""
-        state = self._adamw.state[self.masters[name]]
-        return state["exp_avg"], state["exp_avg_sq"]
+    @abstractmethod
+    def zero_grad(self) -> None: ...
 
-    def zero_grad(self) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.grad = None
-            self.masters[name].grad = None
+    @abstractmethod
+    def _measure(self, broken: float) -> tuple[float, float]:
+        """The norm of the gradient over all ranks, not finite if the gradient is not, and the sum of `broken` over them. A collective."""
+
+    @abstractmethod
+    def _apply(self, rate: float, norm: float) -> None:
+        """Clips the gradient, whose norm this is, and steps."""
 
     def step(self, *, loss_is_finite: bool) -> Tally:
         """Clips and applies the gradients, or drops them if their norm or any rank's loss is not finite. A collective.
 
         Raises `TrainingDiverged` once `train.max_skipped_updates` updates in a row were dropped.
         """
-        self._collect_gradients()
-        square, broken = sum_over_ranks([self._square_norm(), 0.0 if loss_is_finite else 1.0])
-        norm = math.sqrt(square) if square >= 0 else math.nan
+        norm, broken = self._measure(0.0 if loss_is_finite else 1.0)
         healthy = math.isfinite(norm) and not broken
         tally = Tally()
         tally.mean("update/skipped", 0.0 if healthy else 1.0)
         if healthy:
             rate = self._rate()
             self._apply(rate, norm)
+            self.stepped += 1
             tally.mean("update/grad_norm", norm)
             tally.mean("update/lr", rate)
         self.zero_grad()
@@ -113,18 +93,64 @@ class MasterAdamW:
     def counters(self) -> dict[str, int]:
         return {"update": self.update, "stepped": self.stepped, "skipped_in_row": self.skipped_in_row}
 
-    @torch.no_grad()
-    def restored(self, counters: Mapping[str, Any]) -> None:
-        """Takes up the counters of a state whose masters and moments were copied in, and gives the model its parameters."""
+    def _restore_counters(self, counters: Mapping[str, Any]) -> None:
         self.update, self.stepped, self.skipped_in_row = (int(counters[k]) for k in ("update", "stepped", "skipped_in_row"))
-        for state in self._adamw.state.values():
-            state["step"].fill_(self.stepped)
-        self._round_into_model()
-        self.zero_grad()
 
     def _rate(self) -> float:
         train = self._train
         return learning_rate(self.update, peak=train.lr, schedule=train.schedule, warmup=self._warmup, total=self._total)
+
+
+class MasterAdamW(ScheduledOptimizer):
+    """AdamW (arXiv 1711.05101) over this rank's part of each trainable parameter, by Hugging Face name.
+
+    Master parameters are float32. Where the model's own parameters (or their shards) are float32 they are the same memory; where the
+    model is bfloat16 they are copies: an update of relative size below 2⁻⁸ would vanish in the model's dtype, and gradients of
+    microbatches would be rounded as they are summed. The model's parameters are then the masters, rounded.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], train: TrainConfig, updates_per_step: int, steps: int) -> None:
+        super().__init__(train, updates_per_step, steps)
+        self.parameters = dict(parameters)
+        self.masters = {name: _master(parameter) for name, parameter in parameters.items()}
+        self._copied = [n for n, p in parameters.items() if local_part(p).dtype != torch.float32]
+        for name in self._copied:
+            _accumulate_in(self.masters[name], parameters[name])
+        groups = [{"params": [m for n, m in self.masters.items() if _decays(n, parameters[n]) == d], "decays": d} for d in (True, False)]
+        for group in groups:
+            group["weight_decay"] = train.weight_decay if group["decays"] else 0.0
+        on_gpu = any(m.is_cuda for m in self.masters.values())
+        self._adamw = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, fused=on_gpu)
+        for master in self.masters.values():
+            self._adamw.state[master] = {
+                "step": torch.zeros((), device=master.device if on_gpu else "cpu"),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+
+    def moments(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Running means of the gradient and of its square, of this rank's part."""
+        state = self._adamw.state[self.masters[name]]
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def zero_grad(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.grad = None
+            self.masters[name].grad = None
+
+    def _measure(self, broken: float) -> tuple[float, float]:
+        self._collect_gradients()
+        square, broken = sum_over_ranks([self._square_norm(), broken])
+        return math.sqrt(square) if square >= 0 else math.nan, broken
+
+    @torch.no_grad()
+    def restored(self, counters: Mapping[str, Any]) -> None:
+        """Takes up the counters of a state whose masters and moments were copied in, and gives the model its parameters."""
+        self._restore_counters(counters)
+        for state in self._adamw.state.values():
+            state["step"].fill_(self.stepped)
+        self._round_into_model()
+        self.zero_grad()
 
     def _collect_gradients(self) -> None:
         """A parameter that met no token counts as gradient 0, so that all parameters have taken the same number of steps."""
@@ -151,7 +177,6 @@ class MasterAdamW:
         for group in self._adamw.param_groups:
             group["lr"] = rate
         self._adamw.step()
-        self.stepped += 1
         self._round_into_model()
 
     @torch.no_grad()

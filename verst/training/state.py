@@ -28,7 +28,7 @@ class RankState:
 def capture(optimizer: MasterAdamW) -> RankState:
     """Copies this rank's state to the CPU. Random numbers are the process's own: torch's on the CPU and, if used, on the GPU."""
     tensors = {name: part.detach().to("cpu", copy=True) for name, part in _parts(optimizer).items()}
-    return RankState(tensors, {**optimizer.counters(), "rng": _random_state()}, _full_shapes(optimizer))
+    return RankState(tensors, {**optimizer.counters(), "rng": random_state()}, _full_shapes(optimizer))
 
 
 def restore(optimizer: MasterAdamW, state: BackendState, rank: int, world: int) -> None:
@@ -37,7 +37,7 @@ def restore(optimizer: MasterAdamW, state: BackendState, rank: int, world: int) 
     Raises `CheckpointError`, before anything is changed, if names or shapes are not those of this model.
     """
     parts, full_shapes = _parts(optimizer), _full_shapes(optimizer)
-    _require_names(set(parts), set(state.tensors))
+    require_names(set(parts), set(state.tensors))
     _require_shapes(full_shapes, state.full_shapes)
     fitting = {}
     for name, part in parts.items():
@@ -54,7 +54,7 @@ def restore(optimizer: MasterAdamW, state: BackendState, rank: int, world: int) 
         for name, part in parts.items():
             part.copy_(fitting[name])
     optimizer.restored(state.values)
-    _set_random_state(state.values["rng"])
+    set_random_state(state.values["rng"])
 
 
 def _parts(optimizer: MasterAdamW) -> dict[str, torch.Tensor]:
@@ -73,7 +73,8 @@ def _full_shapes(optimizer: MasterAdamW) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _require_names(needed: set[str], given: set[str]) -> None:
+def require_names(needed: set[str], given: set[str]) -> None:
+    """Raises `CheckpointError`, naming the tensors, unless a state has the tensors of the model."""
     if needed == given:
         return
     lacking, foreign = sorted(needed - given), sorted(given - needed)
@@ -87,14 +88,16 @@ def _require_shapes(needed: Mapping[str, tuple[int, ...]], given: Mapping[str, t
         raise CheckpointError(f"checkpoint of another model: {named(wrong)}; set model.path to the model the checkpoint was made of")
 
 
-def _random_state() -> dict[str, str]:
+def random_state() -> dict[str, str]:
+    """The process's random numbers, as JSON."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return {kind: base64.b64encode(state.numpy().tobytes()).decode("ascii") for kind, state in states.items()}
 
 
-def _set_random_state(packed: Mapping[str, str]) -> None:
+def set_random_state(packed: Mapping[str, str]) -> None:
+    """The inverse of `random_state`."""
     states = {kind: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for kind, text in packed.items()}
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_initialized():

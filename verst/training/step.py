@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 from verst.algorithms.aggregate import token_weights
 from verst.algorithms.fidelity import tally_mismatch
 from verst.algorithms.losses import LossInputs
-from verst.config.schema import Config
+from verst.config.schema import Config, GrpoConfig
 from verst.data.packing import StepPlan, plan_step
+from verst.errors import ModelError
 from verst.observe.metrics import Tally
 from verst.training.microbatch import Microbatch, collate, flat
 from verst.types import NO_VERSION, Batch
@@ -92,7 +94,23 @@ class LoadedStep:
         tally_mismatch(tally, trainer_N[stale_N], behaviour_N[stale_N], name="stale_mismatch")
 
 
-def plan_batch(config: Config, batch: Batch, rank: int, world: int, device: torch.device) -> LoadedStep:
+def require_known_tokens(batch: Batch, known: int, path: str) -> None:
+    """Raises `ModelError` for a token outside the vocabulary. On a GPU it would end the process, far from its cause."""
+    for sample in batch.samples:
+        if not 0 <= sample.tokens_T.min() <= sample.tokens_T.max() < known:
+            raise ModelError(
+                f"sample {sample.id}: token {int(sample.tokens_T.max())} is not among the model's {known}; "
+                f"the tokenizer in {path} has more tokens than the model's embedding"
+            )
+
+
+def kl_estimator(config: Config) -> Any:
+    """The estimator of the divergence to the reference, by name."""
+    options = config.algorithm
+    return options.kl_estimator if isinstance(options, GrpoConfig) else "k1"
+
+
+def plan_batch(config: Config, batch: Batch, rank: int, world: int, device: torch.device, *, packed: bool = False) -> LoadedStep:
     """Plans a batch. Every rank makes the same plan and keeps the whole batch, of which it computes its own microbatches."""
     train = config.train
     plan = plan_step(
@@ -102,5 +120,6 @@ def plan_batch(config: Config, batch: Batch, rank: int, world: int, device: torc
         epochs=train.epochs,
         ranks=world,
         microbatch_tokens=train.microbatch_tokens,
+        packed=packed,
     )
     return LoadedStep(config, batch, rank, device, plan)

@@ -22,6 +22,7 @@ from verst.rollout.hf.sampling import RowSampling, sample, uniforms
 from verst.rollout.hf.slots import SlotTable
 from verst.rollout.hf.stop_strings import StopStrings
 from verst.rollout.hf.weights import load_weights
+from verst.rollout.limits import check_request, check_tokens
 from verst.types import FinishReason, GenerateRequest, Generation
 
 
@@ -56,7 +57,7 @@ class Decoder:
 
     def submit(self, request: GenerateRequest) -> None:
         """Queues a request. Raises `EngineFailure` if it cannot be served."""
-        _check(request, self._model.vocab_size, self._model.max_tokens)
+        check_request(request, self._model.vocab_size, self._model.max_tokens)
         if request.sampling.stop and self._stop_strings is None:
             self._stop_strings = StopStrings(self._model_path)
         self.waiting.append(request)
@@ -93,7 +94,7 @@ class Decoder:
 
     def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
         """Log-probability `[T]` of each token given those before it, at temperature 1; entry 0 is 0."""
-        _check_tokens("the probe", tokens_T, self._model.vocab_size, self._model.max_tokens)
+        check_tokens("the probe", tokens_T, self._model.vocab_size, self._model.max_tokens)
         return self._model.logprobs(tokens_T)
 
     def load_weights(self, update: WeightUpdate) -> dict[str, str]:
@@ -213,22 +214,6 @@ class Decoder:
         assert request is not None
         assert self._stop_strings is not None
         return self._stop_strings.end(self._table.tokens_ST[slot, : self._table.generated_S[slot]], request.sampling.stop)
-
-
-def _check(request: GenerateRequest, vocab_size: int, max_tokens: int) -> None:
-    sampling, where = request.sampling, f"request {request.id!r}"
-    _check_tokens(where, request.tokens_T, vocab_size, max_tokens - 1)
-    if sampling.max_new_tokens < 1 or sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
-        raise EngineFailure(f"{where}: needs max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, got {sampling}")
-    if sampling.top_k < 0 or not 0 <= sampling.min_p < 1:
-        raise EngineFailure(f"{where}: needs top_k >= 0 and 0 <= min_p < 1, got {sampling}")
-
-
-def _check_tokens(where: str, tokens_T: NDArray[np.int32], vocab_size: int, limit: int) -> None:
-    if not 1 <= len(tokens_T) <= limit:
-        raise EngineFailure(f"{where} has {len(tokens_T)} tokens, but 1 to {limit} fit the engine's max_model_tokens")
-    if tokens_T.min() < 0 or tokens_T.max() >= vocab_size:
-        raise EngineFailure(f"{where} has token ids from {tokens_T.min()} to {tokens_T.max()}, but the vocabulary has {vocab_size}")
 
 
 def _nothing_generated(request: GenerateRequest) -> Generation:

@@ -77,7 +77,7 @@ def sample(logits_RV: torch.Tensor, rows: RowSampling, uniforms_R: torch.Tensor)
     """
     scaled = logits_RV.float() / rows.temperature
     if rows.any_filter:
-        scaled = _filtered(scaled, rows)
+        scaled = filtered(scaled, rows)
     logprobs = torch.log_softmax(scaled, dim=-1)
     # softmax, not exp of the above: a kernel by rows, so that no row gets other bits by its place in the tensor.
     # float64, or tokens less likely than 2**-24 could never be drawn at the end of the sum.
@@ -95,7 +95,7 @@ def sample(logits_RV: torch.Tensor, rows: RowSampling, uniforms_R: torch.Tensor)
     return tokens, found
 
 
-def _filtered(scaled_RV: torch.Tensor, rows: RowSampling) -> torch.Tensor:
+def filtered(scaled_RV: torch.Tensor, rows: RowSampling) -> torch.Tensor:
     """Logits with -inf for tokens that top-k, then top-p, then min-p remove; tokens tied with the last one kept are kept.
 
     The order is that of transformers: top-p (Holtzman et al. 2020) measures the distribution that top-k left; min-p

@@ -1,0 +1,260 @@
+"""Every parallel layout against one process: loss, gradient norm, weights, probe, and the state that a resumed run takes up.
+
+The gloo ranks of all layouts of one size run in one set of processes, since starting them is what takes time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.stack.megatron_cases import make_megatron, save_model
+from tests.unit.fsdp_cases import advantages_of, largest_difference, make_batch, make_config, same_bits
+from verst.config.schema import Config
+from verst.errors import CheckpointError
+from verst.observe.metrics import Tally, merged
+from verst.training.distributed import free_rendezvous, init_distributed, leave_distributed
+from verst.types import Batch
+
+pytestmark = pytest.mark.slow
+STEPS = 4
+TOLERANCE = 5e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    arguments: Mapping[str, Any]
+    train: Mapping[str, Any]
+
+
+def case(family: str, *, recompute: bool = False, **arguments: Any) -> Case:
+    return Case(family, arguments, {"gradient_checkpointing": recompute})
+
+
+_KINDS = ("tensor_model", "pipeline_model", "expert_model", "context")
+TP2, PP2, EP2, CP2 = (dict[str, Any]({f"{kind}_parallel_size": 2}) for kind in _KINDS)
+SP: dict[str, Any] = {"sequence_parallel": True}
+TWO: Mapping[str, Case] = {
+    "tp2": case("qwen3", **TP2),
+    "tp2 padded vocabulary": case("llama_tied", **TP2),
+    "tp2 sp": case("qwen3", **TP2, **SP),
+    "tp2 sp experts": case("qwen3_moe", **TP2, **SP),
+    "tp2 latent": case("deepseek_v3_dense", **TP2),
+    "tp2 sp latent": case("deepseek_v3", **TP2, **SP),
+    "pp2": case("qwen3", **PP2),
+    "pp2 tied": case("llama_tied", **PP2),
+    "pp2 vpp2": case("qwen3", **PP2, num_virtual_stages_per_pipeline_rank=2),
+    "pp2 experts": case("qwen3_moe", **PP2),
+    "dp2": case("qwen3"),
+    "dp2 plain optimizer": case("qwen3", use_distributed_optimizer=False),
+    "dp2 overlap": case("qwen3", overlap_grad_reduce=True, overlap_param_gather=True),
+    "ep2": case("qwen3_moe", **EP2),
+    "ep2 latent": case("deepseek_v3", **EP2),
+    "cp2": case("qwen3", **CP2),
+    "cp2 latent": case("deepseek_v3", **CP2),
+    "recompute": case("qwen3", recompute=True),
+    "tp2 sp ep2": case("qwen3_moe", **TP2, **SP, **EP2, expert_tensor_parallel_size=1),
+}
+FOUR: Mapping[str, Case] = {
+    "tp2 pp2 sp": case("qwen3", **TP2, **PP2, **SP),
+    "tp2 cp2 sp": case("llama", **TP2, **CP2, **SP),
+    "pp2 ep2": case("qwen3_moe", **PP2, **EP2),
+    "dp2 tp2 sp etp2": case("deepseek_v3", **TP2, **SP),
+}
+RESHARDED = {
+    "tp2": "pp2",
+    "dp2": "tp2 sp",
+    "pp2 vpp2": "dp2",
+    "tp2 padded vocabulary": "pp2 tied",
+    "tp2 sp latent": "cp2 latent",
+}
+"""Layouts that save after two steps, and those that load and go on."""
+FAMILIES = sorted({c.family for c in (*TWO.values(), *FOUR.values())})
+
+
+def config_of(paths: Mapping[str, str], chosen: Case) -> Config:
+    kl = {"kl_coefficient": 0.1} if chosen.family == "llama_tied" else {}  # which keeps a reference model
+    return make_config(paths[chosen.family], train={"lr": 1e-3, "microbatch_tokens": 40, **chosen.train}, algorithm={"name": "grpo", **kl})
+
+
+def batches() -> list[Batch]:
+    return [make_batch(step, groups=3, longest=20) for step in range(1, STEPS + 1)]
+
+
+def run_step(backend: Any, config: Config, batch: Batch) -> Tally:
+    tally = Tally().merge(backend.load_batch(batch).tally)
+    for update in range(backend.num_updates):
+        tally.merge(backend.forward_backward(update, advantages_of(config, batch, {})))
+        tally.merge(backend.optimizer_step(update))
+    return tally
+
+
+def taken(backend: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in backend.weights()}
+
+
+# ---- what each rank does; results go to files, and the tests below judge them
+
+
+def run_layout(config: Config, arguments: Mapping[str, Any], rank: int, world: int) -> dict[str, Any]:
+    backend = make_megatron(config, rank, world, **arguments)
+    first = taken(backend)
+    tallies = [run_step(backend, config, batch) for batch in batches()[:2]]
+    middle = backend.state()
+    tallies += [run_step(backend, config, batch) for batch in batches()[2:]]
+    weights, probe = taken(backend), backend.logprobs(batches()[0].samples[0].tokens_T)
+    state = backend.state()
+    backend.load_state(middle)
+    for batch in batches()[2:]:
+        run_step(backend, config, batch)
+    again = same_bits(state.tensors, backend.state().tensors) and same_bits(weights, taken(backend))
+    return {"first": first, "tallies": tallies, "weights": weights, "probe": probe, "again": again, "state": middle}
+
+
+def run_resharded(config: Config, saving: Case, loading: Case, rank: int, directory: Path) -> dict[str, torch.Tensor]:
+    first = make_megatron(config, rank, 2, **saving.arguments)
+    for batch in batches()[:2]:
+        run_step(first, config, batch)
+    first.save_resharded(directory)
+    second = make_megatron(config, rank, 2, **loading.arguments)
+    second.load_resharded(directory)
+    for batch in batches()[2:]:
+        run_step(second, config, batch)
+    return taken(second)
+
+
+def run_skip(config: Config, rank: int, world: int) -> dict[str, Any]:
+    """A loss that is not finite on one data-parallel rank only: both must skip."""
+    backend = make_megatron(config, rank, world)
+    before = taken(backend)
+    batch = batches()[0]
+    backend.load_batch(batch)
+    assert backend._step is not None
+    advantages = advantages_of(config, batch, {})
+    advantages[backend._step.plan.updates[0].ranks[1][0][0]] = float("nan")
+    backend.forward_backward(0, advantages)
+    skipped = backend.optimizer_step(0).report()["update/skipped"]
+    return {"skipped": skipped, "unchanged": same_bits(before, taken(backend))}
+
+
+def run_rank(rank: int, world: int, directory: str, rendezvous: str, paths: Mapping[str, str]) -> None:
+    torch.set_num_threads(1)
+    init_distributed(rank, world, rendezvous, timeout_s=60)
+    cases = TWO if world == 2 else FOUR
+    results: dict[str, Any] = {}
+    for name, chosen in cases.items():
+        results[name] = run_layout(config_of(paths, chosen), chosen.arguments, rank, world)
+    if world == 2:
+        results["skip"] = run_skip(config_of(paths, TWO["dp2"]), rank, world)
+        foreign = make_megatron(config_of(paths, TWO["pp2"]), rank, world, **PP2)
+        with pytest.raises(CheckpointError, match="does not fit this model"):
+            foreign.load_resharded(Path(directory) / "absent")
+        with pytest.raises(CheckpointError, match=r"saved by 2 ranks of the megatron backend \(TP2\)"):
+            foreign.load_state(results["tp2"]["state"])
+        for saving, loading in RESHARDED.items():
+            chosen, place = TWO[saving], Path(directory) / saving.replace(" ", "_")
+            results[f"{saving} to {loading}"] = run_resharded(config_of(paths, chosen), chosen, TWO[loading], rank, place)
+    torch.save(results, f"{directory}/rank{rank}.pt")
+    leave_distributed()
+
+
+# ---- the judges
+
+
+def start(world: int, directory: Path, paths: Mapping[str, str]) -> list[dict[str, Any]]:
+    context = torch.multiprocessing.get_context("spawn")
+    rendezvous = free_rendezvous()
+    ranks = [context.Process(target=run_rank, args=(r, world, str(directory), rendezvous, paths)) for r in range(world)]
+    for process in ranks:
+        process.start()
+    try:
+        end = time.monotonic() + 280
+        for process in ranks:
+            process.join(max(0.0, end - time.monotonic()))
+        assert [process.exitcode for process in ranks] == [0] * world
+    finally:
+        for process in ranks:
+            process.kill()
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    directory = tmp_path_factory.mktemp("models")
+    return {family: save_model(directory / family, family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def two(paths: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return start(2, tmp_path_factory.mktemp("two"), paths)
+
+
+@pytest.fixture(scope="module")
+def four(paths: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return start(4, tmp_path_factory.mktemp("four"), paths)
+
+
+@pytest.fixture(scope="module")
+def alone(paths: dict[str, str]) -> dict[str, Any]:
+    """One process on each family, once."""
+    results = {}
+    for family in FAMILIES:
+        config = config_of(paths, case(family))
+        backend = make_megatron(config)
+        first = taken(backend)
+        tallies = [run_step(backend, config, batch) for batch in batches()]
+        results[family] = {
+            "first": first,
+            "tallies": tallies,
+            "weights": taken(backend),
+            "probe": backend.logprobs(batches()[0].samples[0].tokens_T),
+        }
+    leave_distributed()
+    return results
+
+
+def judge(ranks: list[dict[str, Any]], name: str, expected: dict[str, Any]) -> None:
+    results = [rank[name] for rank in ranks]
+    assert same_bits(results[0]["first"], expected["first"]), "the model on disk is not what is exported"
+    for result in results[1:]:
+        assert same_bits(result["weights"], results[0]["weights"]), "ranks publish different tensors"
+        assert (result["probe"] == results[0]["probe"]).all()
+    assert all(result["again"] for result in results), "a resumed run has other bits"
+    for step, one in enumerate(expected["tallies"]):
+        together, report = merged([result["tallies"][step] for result in results]).report(), one.report()
+        assert together.keys() == report.keys()
+        for metric in ("loss/total", "update/grad_norm"):
+            assert together[metric] == pytest.approx(report[metric], rel=TOLERANCE, abs=TOLERANCE), (step, metric)
+        for metric, value in report.items():
+            assert together[metric] == pytest.approx(value, rel=2e-3, abs=2e-4), (step, metric)
+    assert largest_difference(expected["first"], expected["weights"]) > 2e-3
+    assert largest_difference(results[0]["weights"], expected["weights"]) < 2e-4
+    assert abs(results[0]["probe"] - expected["probe"]).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_ranks_equal_one(two: list[dict[str, Any]], alone: dict[str, Any], name: str) -> None:
+    judge(two, name, alone[TWO[name].family])
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks_equal_one(four: list[dict[str, Any]], alone: dict[str, Any], name: str) -> None:
+    judge(four, name, alone[FOUR[name].family])
+
+
+@pytest.mark.parametrize("saving", RESHARDED)
+def test_another_layout_goes_on_from_a_checkpoint(two: list[dict[str, Any]], alone: dict[str, Any], saving: str) -> None:
+    weights = two[0][f"{saving} to {RESHARDED[saving]}"]
+    assert largest_difference(weights, alone[TWO[saving].family]["weights"]) < 2e-4
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_skips_on_both(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        assert rank["skip"] == {"skipped": 1.0, "unchanged": True}

@@ -1,0 +1,1 @@
+"""The `megatron` backend: Megatron-Core trains, with tensor, pipeline, context, expert and data parallelism."""

@@ -1,0 +1,278 @@
+"""The `megatron` backend: one trainer rank on Megatron-Core, from one process to tensor, pipeline, context, expert and data parallelism.
+
+A step is the same as with every backend; see `verst.protocols.TrainBackend` for who calls what when. What is particular here:
+
+- Data-parallel ranks have different microbatches. The ranks that share one (tensor, context, pipeline) compute its loss alike; only one of
+  them, in the last pipeline stage, tells of it, so that nothing is counted twice.
+- Each token carries its weight in the whole update's loss, so gradients are summed over data- and context-parallel ranks and never
+  averaged: every layout has the gradient of one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from transformers import AutoConfig
+
+from verst.algorithms.kl import kl_per_sample
+from verst.algorithms.table import algorithm_for
+from verst.config.schema import Config
+from verst.errors import InvariantViolation
+from verst.observe.metrics import Tally
+from verst.protocols import BackendState
+from verst.training.distributed import device_of, require_group
+from verst.training.loss import policy_loss
+from verst.training.megatron import arguments as megatron_arguments
+from verst.training.megatron import compat
+from verst.training.megatron.layout import join
+from verst.training.megatron.packed import Packed, pack, pack_probe
+from verst.training.megatron.table.families import family_of
+from verst.training.microbatch import split
+from verst.training.model import require_files
+from verst.training.state import RankState
+from verst.training.step import LoadedStep, PerSample, StepScores, kl_estimator, plan_batch, require_known_tokens
+from verst.types import Batch
+
+OnOutput = Callable[[Packed, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Takes a microbatch with its log-probabilities [N] and entropies [N] on the last pipeline stage; returns the loss to go back from."""
+
+
+class MegatronBackend:
+    """One trainer rank. From two ranks on, `init_distributed` comes first; the constructor is a collective then.
+
+    `arguments` are Megatron's own, by name. Raises `ConfigError` if they do not fit each other, the model or the number of ranks, or if
+    Megatron-Core is not installed, and `ModelError` if the model cannot be loaded or its family has no table.
+    """
+
+    def __init__(self, config: Config, *, rank: int, world: int, device: str | None, arguments: Mapping[str, Any]) -> None:
+        require_group(rank, world)
+        compat.require()
+        self._config = config
+        self._device = device_of(device, deterministic=config.run.deterministic)
+        require_files(Path(config.model.path).expanduser())
+        self._hf_config = AutoConfig.from_pretrained(Path(config.model.path).expanduser())
+        self._family = family_of(self._hf_config, config.model.path)
+        self._args = megatron_arguments.parse(config, arguments, self._hf_config, self._family, world)
+        self._layout = megatron_arguments.layout_of(self._args)
+        join(self._layout, self._device.type, config.train.deadline_s)
+        self._temperature = config.rollout.temperature  # of the distribution that was sampled
+        self._algorithm = algorithm_for(config.algorithm)
+        self._place = _Place()
+        self._build()
+        self._step: LoadedStep | None = None
+        self._loss_is_finite = True
+
+    @property
+    def num_updates(self) -> int:
+        """Updates each step makes: minibatches times epochs."""
+        return self._config.train.minibatches * self._config.train.epochs
+
+    # ---- one step
+
+    def load_batch(self, batch: Batch) -> StepScores:
+        """Plans a decoded batch and computes the log-probabilities that the algorithm needs before its first update.
+
+        The mismatch is tallied here if the trainer's are among them, else by the first `forward_backward`.
+        Raises `ModelError` if a token is not in the model's vocabulary.
+        """
+        require_known_tokens(batch, self._hf_config.vocab_size, self._config.model.path)
+        self._optimizer.zero_grad()
+        step = self._step = plan_batch(self._config, batch, self._place.data, self._layout.data, self._device, packed=True)
+        scored = self._algorithm.needs_old_logprobs(self._config.algorithm, self.num_updates)
+        for update in range(self._config.train.minibatches):  # every epoch has the same microbatches
+            microbatches = self._microbatches(step, update)
+            if scored:
+                step.old |= self._score(self._chunks, microbatches)
+            if self._reference is not None:
+                step.reference |= self._score(self._reference, microbatches)
+        return self._scores(step) if self._place.reports else StepScores(Tally(), {})
+
+    def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
+        """Accumulates one update's gradients. `advantages` has one entry for each sample of the whole batch."""
+        step = self._loaded()
+        if len(advantages) != len(step.batch.samples):
+            raise InvariantViolation(f"step {step.batch.step}: {len(advantages)} advantages for {len(step.batch.samples)} samples")
+        self._optimizer.zero_grad()
+        self._loss_is_finite = True
+        tally = Tally()
+        take = partial(self._loss, step, update, step.weights(update), advantages, tally)
+        self._run(self._chunks, self._microbatches(step, update), take, self._temperature)
+        return tally if self._place.reports else Tally()
+
+    def optimizer_step(self, update: int) -> Tally:
+        """Clips and steps, or skips: the same decision on every rank. Raises `TrainingDiverged` after too many skips in a row."""
+        if self._loaded().is_empty(update):
+            return self._optimizer.pass_over()
+        return self._optimizer.step(loss_is_finite=self._loss_is_finite)
+
+    # ---- weights and state
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full tensors by Hugging Face name, in the model's dtype, tied ones once; the bias of expert choice in float32. A collective."""
+        self._settle_parameters()
+        yield from self._tensors.full()
+
+    def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Log-probability [T] of each token given those before it, at temperature 1; entry 0 is 0. A collective."""
+        logprobs_T = np.zeros(len(tokens_T), dtype=np.float32)
+        if len(tokens_T) > 1:
+            packed = pack_probe(tokens_T, self._layout, self._device)
+            found = self._score(self._chunks, [packed], temperature=1.0)
+            values = torch.from_numpy(found[0]) if found else torch.zeros(len(tokens_T) - 1)
+            logprobs_T[1:] = self._place.from_last_stage(values.to(self._device)).cpu().numpy()
+        return logprobs_T
+
+    def state(self) -> RankState:
+        """A private CPU copy of this rank's shards of masters and moments, of the counters and of torch's random state."""
+        from verst.training.megatron.state import capture
+
+        return capture(self._optimizer, self._layout)
+
+    def load_state(self, state: BackendState) -> None:
+        """Restores `state()` bit for bit, on the same layout. Raises `CheckpointError` on another model's or another layout's."""
+        from verst.training.megatron.state import restore
+
+        restore(self._optimizer, state, self._layout)
+        self._step = None
+
+    def save_resharded(self, directory: Path) -> None:
+        """Writes a checkpoint that any layout of this model can load. A collective; `directory` is on a disk that all ranks share."""
+        from verst.training.megatron.reshard import save
+
+        save(directory, self._chunks, self._optimizer)
+
+    def load_resharded(self, directory: Path) -> None:
+        """Takes up what `save_resharded` has written on this or another layout. A collective. Raises `CheckpointError`."""
+        from verst.training.megatron.reshard import load
+
+        load(directory, self._chunks, self._optimizer)
+        self._step = None
+
+    # ---- inside
+
+    def _build(self) -> None:
+        from verst.training.megatron.files import WeightFiles
+        from verst.training.megatron.optimizer import MegatronAdamW
+        from verst.training.megatron.parallel import transformer_config, wrap
+        from verst.training.megatron.tensors import ModelTensors
+
+        files = WeightFiles(self._config.model.path)
+        with compat.quiet():
+            config = transformer_config(self._args)
+            chunks = self._loaded_chunks(config)
+            self._tensors = ModelTensors(chunks, self._family, self._hf_config, files)
+            self._tensors.load()
+            self._chunks = wrap(chunks, config, self._args)
+            self._optimizer = MegatronAdamW(self._args, self._chunks, self._config.train, self.num_updates, self._config.run.steps)
+            self._optimizer.give_model_its_parameters()
+            self._reference = None
+            if self._algorithm.needs_reference(self._config.algorithm):
+                self._reference = self._loaded_chunks(transformer_config(self._args))
+                ModelTensors(self._reference, self._family, self._hf_config, files).load()
+                for chunk in self._reference:
+                    chunk.requires_grad_(False)
+
+    def _loaded_chunks(self, config: Any) -> list[Any]:
+        from verst.training.megatron.model import build_chunks
+
+        return build_chunks(config, self._hf_config, self._layout.virtual, self._device)
+
+    def _settle_parameters(self) -> None:
+        """Ends the gathering of parameters that overlaps with the next forward, before they are read otherwise."""
+        for chunk in self._chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                with compat.quiet():
+                    chunk.disable_forward_pre_hook()
+                    chunk.enable_forward_pre_hook()
+
+    def _loaded(self) -> LoadedStep:
+        if self._step is None:
+            raise InvariantViolation("no batch is loaded: load_batch comes before forward_backward and optimizer_step")
+        return self._step
+
+    def _microbatches(self, step: LoadedStep, update: int) -> list[Packed]:
+        return [pack(step.batch.samples, i, self._layout, self._device) for i in step.plan.updates[update].ranks[self._place.data]]
+
+    def _run(
+        self, chunks: Sequence[Any], microbatches: Sequence[Packed], take: OnOutput, temperature: float, *, score_only: bool = False
+    ) -> None:
+        """Drives the microbatches through all stages, and back unless they are only scored. A collective."""
+        from verst.training.megatron.parallel import schedule
+
+        if not microbatches:
+            return
+        if self._layout.virtual > 1:  # virtual stages take microbatches in rounds of as many as there are stages
+            missing = -len(microbatches) % self._layout.pipeline
+            microbatches = [*microbatches, *[pack([], (), self._layout, self._device)] * missing]
+        schedule(chunks, microbatches, take, temperature, self._hf_config.vocab_size, score_only=score_only)
+
+    @torch.no_grad()
+    def _score(self, chunks: Sequence[Any], microbatches: Sequence[Packed], temperature: float | None = None) -> PerSample:
+        """Log-probabilities of each sample's loss tokens, on the ranks of the last pipeline stage."""
+        found: PerSample = {}
+
+        def take(packed: Packed, logprobs_N: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+            if packed.loss_tokens:
+                found.update(split(logprobs_N.cpu().numpy(), packed))
+            return logprobs_N
+
+        self._run(chunks, microbatches, take, temperature or self._temperature, score_only=True)
+        return found
+
+    def _scores(self, step: LoadedStep) -> StepScores:
+        tally, reference_kl = Tally(), {}
+        for update in range(self._config.train.minibatches):
+            for packed in self._microbatches(step, update):
+                if not packed.loss_tokens:
+                    continue
+                policy = step.behaviour(packed)
+                if step.old:
+                    policy = np.concatenate([step.old[i] for i in packed.indices])
+                    step.tally_fidelity(tally, packed, policy)
+                if step.reference:
+                    reference = np.concatenate([step.reference[i] for i in packed.indices])
+                    reference_kl |= kl_per_sample(policy, reference, packed.sample_of_token(), kl_estimator(self._config))
+        return StepScores(tally, reference_kl)
+
+    def _loss(
+        self,
+        step: LoadedStep,
+        update: int,
+        weights: PerSample,
+        advantages: Sequence[float],
+        tally: Tally,
+        packed: Packed,
+        logprobs_N: torch.Tensor,
+        entropy_N: torch.Tensor,
+    ) -> torch.Tensor:
+        if not packed.loss_tokens:
+            return logprobs_N.sum() * 0.0
+        if update == 0 and not step.old:  # the weights are still those the step began with
+            step.tally_fidelity(tally, packed, logprobs_N.detach().cpu().numpy())
+        loss, is_finite = policy_loss(self._algorithm, step, packed, (logprobs_N, entropy_N), weights, advantages, tally)
+        self._loss_is_finite &= is_finite
+        return loss
+
+
+class _Place:
+    """Where this rank stands in the layout."""
+
+    def __init__(self) -> None:
+        from verst.training.megatron import groups
+
+        self.data = groups.data().rank()
+        self._pipeline = groups.pipeline()
+        first = groups.tensor().rank() == 0 and groups.context().rank() == 0
+        self.reports = first and self._pipeline.rank() == self._pipeline.size() - 1
+
+    def from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._pipeline.size() > 1:
+            dist.broadcast(tensor, group=self._pipeline, group_src=self._pipeline.size() - 1)
+        return tensor

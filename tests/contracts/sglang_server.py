@@ -17,6 +17,7 @@ from verst.rollout.sglang.connection import API_KEY, Settings
 from verst.rollout.sglang.server import ServerProcess
 
 START_DEADLINE_S = 240.0
+ATTACH_DEADLINE_S = 30.0  # it runs already
 MAX_RUNNING = 6
 
 
@@ -34,7 +35,7 @@ class SharedServer:
     def engine(self, **options: Any) -> SGLangEngine:
         """An engine on this server, not started. Its server has the weights that the last one left."""
         settings: dict[str, Any] = {"dtype": self.dtype, "max_running": MAX_RUNNING, "max_model_tokens": self.max_tokens, "url": self.url}
-        return SGLangEngine(str(self.path), **{**settings, "log": self.log, "start_deadline_s": START_DEADLINE_S, **options})
+        return SGLangEngine(str(self.path), **{**settings, "log": self.log, "start_deadline_s": ATTACH_DEADLINE_S, **options})
 
 
 @contextmanager

@@ -38,6 +38,19 @@ class ServerLost(EngineFailure):
     """The connection to the server broke: it died, or the network did."""
 
 
+class _Nothing:
+    """Unpickles as an empty parameter: SGLang wants a tensor beside the name.
+
+    A pickled tensor names the function that torch loads it with, and Megatron-Core, where it is imported, puts in its place one of its
+    own, which the server refuses.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from torch.nn.parameter import Parameter
+
+        return Parameter, ()
+
+
 class ServerApi:
     """Calls to one server. Every call has a deadline; what the server answers wrongly is an `EngineFailure` with its own message."""
 
@@ -88,9 +101,7 @@ class ServerApi:
 
     async def load_published(self, directory: str, ranks: int, deadline_s: float) -> None:
         """Has every rank run the plugin on a directory; returns when all have answered there."""
-        import torch
-
-        payload = base64.b64encode(pickle.dumps([(directory, torch.zeros(1))])).decode()
+        payload = base64.b64encode(pickle.dumps([(directory, _Nothing())])).decode()
         body = {"serialized_named_tensors": [payload] * ranks, "load_format": LOADER, "flush_cache": False}
         await self._begin_update(deadline_s)
         try:

@@ -59,7 +59,10 @@ def serve(arguments: dict[str, Any], api_key: str) -> None:
     else:
         load_plugins()
     server_args = prepare_server_args(words)
-    server_args.api_key = Secret(api_key)
+    if hasattr(server_args, "override"):  # 0.5.17 has sealed its record by now
+        server_args.override("verst", api_key=Secret(api_key))
+    else:
+        server_args.api_key = Secret(api_key)
     try:
         run_server(server_args)
     finally:

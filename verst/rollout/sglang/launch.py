@@ -58,7 +58,7 @@ def serve(arguments: dict[str, Any], api_key: str) -> None:
         pass  # releases without plugins
     else:
         load_plugins()
-    server_args = prepare_server_args(words)
+    server_args: Any = prepare_server_args(words)
     if hasattr(server_args, "override"):  # 0.5.17 has sealed its record by now
         server_args.override("verst", api_key=Secret(api_key))
     else:

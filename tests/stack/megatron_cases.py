@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 
-from tests.unit.fsdp_cases import VOCABULARY
+from tests.unit.fsdp_cases import VOCABULARY, write_model
 from verst.config.schema import Config
 from verst.training.megatron.backend import MegatronBackend
 
@@ -75,20 +72,9 @@ FAMILIES: Mapping[str, tuple[Any, dict[str, Any]]] = {
 
 
 def save_model(path: Path, family: str = "qwen3", **options: Any) -> str:
-    """Writes a random model of that family with wide-spread weights, so that its log-probabilities are far from uniform."""
+    """Writes a random model of that family; see `write_model`."""
     kind, own = FAMILIES[family]
-    config = kind(**(_SIZES | own | options))
-    torch.manual_seed(11)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.copy_(torch.randn_like(buffer) * 0.1)
-    model.save_pretrained(path)
-    Tokenizer(WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0")).save(str(path / "tokenizer.json"))
-    return str(path)
+    return write_model(path, kind(**(_SIZES | own | options)))
 
 
 def make_megatron(config: Config, rank: int = 0, world: int = 1, **arguments: Any) -> MegatronBackend:

@@ -49,14 +49,21 @@ FAMILIES: Mapping[str, tuple[Callable[..., transformers.PreTrainedConfig], dict[
 
 
 def save_model(path: Path, family: str = "llama", **options: Any) -> str:
-    """Writes a random model of that family with wide-spread weights, so that its log-probabilities are far from uniform."""
+    """Writes a random model of that family; see `write_model`."""
     kind, own = FAMILIES[family]
-    config = kind(**(_SIZES | own | options))
+    return write_model(path, kind(**(_SIZES | own | options)))
+
+
+def write_model(path: Path, config: transformers.PretrainedConfig) -> str:
+    """Writes a random model with wide-spread weights, so that its log-probabilities are far from uniform, and a tokenizer."""
     torch.manual_seed(11)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.1)
     model.save_pretrained(path)
     Tokenizer(WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0")).save(str(path / "tokenizer.json"))
     return str(path)

@@ -13,10 +13,13 @@ import torch
 
 from verst.errors import WeightMismatch
 from verst.rollout.sglang.checkpoint import check_fits, headers
+from verst.rollout.sglang.loading import load
 from verst.rollout.sglang.names import parts
-from verst.rollout.sglang.plugin import load, merged
+from verst.rollout.sglang.plugin import merged
 from verst.types import Manifest
-from verst.weights.files import FileUpdate, publish
+from verst.weights.files import FileUpdate, describe, publish
+from verst.weights.group import GroupUpdate
+from verst.weights.layout import lay_out_buckets
 
 EXPERTS, HIDDEN, INNER = 4, 6, 8
 
@@ -109,6 +112,107 @@ def test_ranks_together_hold_what_was_published_and_one_wrong_slice_is_named(upd
 
     replies = [load(Fused(0, 2), update), load(Late(1, 2), update)]
     assert differing(merged(replies, update.manifest.entries), update.manifest) == {"model.layers.0.mlp.experts.down_proj"}
+
+
+class Fed:
+    """A member of a weight group that has what is broadcast at once: tensors share a buffer, which the next bucket but one overwrites."""
+
+    rank, device = 1, torch.device("cpu")
+
+    def __init__(self, version: int, tensors: dict[str, torch.Tensor], bucket_bytes: int = 512) -> None:
+        manifest = describe(version, iter(tensors.items()))
+        self.views: dict[Any, list[torch.Tensor]] = {}
+        self._buckets = iter(lay_out_buckets(manifest.entries, bucket_bytes))
+        self._tensors = tensors
+        self.update = GroupUpdate(manifest, bucket_bytes, 5.0).at(self)
+
+    def buffers(self, nbytes: int, count: int, deadline: float) -> list[torch.Tensor]:
+        return [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(count)]
+
+    def broadcast(self, buffer: torch.Tensor, deadline: float) -> None:
+        bucket = next(self._buckets)
+        for entry, start in zip(bucket.entries, bucket.offsets, strict=True):
+            buffer[start : start + entry.nbytes] = self._tensors[entry.name].contiguous().view(-1).view(torch.uint8)
+
+    def finish(self, work: None, deadline: float, what: str) -> None: ...
+
+    def release(self, work: None) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Counting(Fused):
+    """Counts the tensors that go through the loader."""
+
+    placed = 0
+
+    def place(self, name: str, tensor: torch.Tensor) -> None:
+        self.placed += 1
+        super().place(name, tensor)
+
+
+class Deriving(Counting):
+    """Keeps something it computes from weights, as SGLang's DeepSeek does."""
+
+    def post_load_weights(self) -> None: ...
+
+
+class Scaling(Counting):
+    def place(self, name: str, tensor: torch.Tensor) -> None:
+        super().place(name, tensor)
+        if "norm" in name:
+            self.norm.data.copy_(self.norm.data + 0)  # a write that no announced tensor explains
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_later_versions_are_copied_where_the_loader_put_the_first(ranks: int):
+    models = [Counting(rank, ranks) for rank in range(ranks)]
+    for version in (1, 2, 3):
+        tensors = {name: tensor + version for name, tensor in weights().items()}
+        feds = [Fed(version, tensors) for _ in models]
+        replies = [load(model, fed.update) for model, fed in zip(models, feds, strict=True)]
+        entries = feds[0].update.manifest.entries
+        assert merged(replies, entries) == {entry.name: entry.checksum for entry in entries}
+        assert {model.placed for model in models} == {len(tensors) + 3 * EXPERTS - 2}
+        for model in models:
+            torch.testing.assert_close(model.norm.data, tensors["model.norm.weight"])
+
+
+@pytest.mark.parametrize("kind", [Deriving, Scaling])
+def test_a_loader_that_does_more_than_copy_loads_every_version(kind: type[Counting]):
+    model = kind()
+    counts = []
+    for version in (1, 2):
+        load(model, Fed(version, weights()).update)
+        counts.append(model.placed)
+    assert counts[1] == 2 * counts[0] > 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_direct_copy_is_verified_like_a_load(ranks: int, monkeypatch: pytest.MonkeyPatch):
+    models = [Fused(rank, ranks) for rank in range(ranks)]
+    for model in models:
+        load(model, Fed(1, weights()).update)
+    real = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+
+    def one_wrong(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        real(targets, sources)
+        for target in targets:
+            if target.shape == (HIDDEN, INNER // ranks):
+                target[0, 0] += 1
+
+    monkeypatch.setattr(torch, "_foreach_copy_", one_wrong)
+    fed = Fed(2, weights())
+    replies = [load(model, Fed(2, weights()).update) for model in models]
+    assert differing(merged(replies, fed.update.manifest.entries), fed.update.manifest) == {"model.layers.0.mlp.experts.down_proj"}
+
+
+def test_what_arrived_damaged_is_told_from_what_was_loaded_wrongly():
+    fed = Fed(1, weights())
+    fed._tensors = weights() | {"model.norm.weight": weights()["model.norm.weight"] + 1}
+    found = merged([load(Fused(), fed.update)], fed.update.manifest.entries)
+    assert differing(found, fed.update.manifest) == {"model.norm.weight"}
+    assert found["model.norm.weight"].endswith(", and so it arrived")
 
 
 def test_a_shard_that_no_rank_loads_is_named(update: FileUpdate):

@@ -239,13 +239,14 @@ async def test_a_timeout_inside_the_engine_is_not_taken_for_the_deadline(update:
         await push(engine, update, deadline_s=10, before_resume=probe)
 
 
-def test_the_probe_compares_the_worst_token():
+def test_the_probe_is_the_mean_over_the_tokens_that_were_scored():
     trainer = np.array([0.0, -1.0, -2.5], np.float32)
     engine = np.array([0.0, -1.25, -2.0], np.float32)
-    assert compare_probe(trainer, engine) == 0.5
+    assert compare_probe(trainer, engine) == (0.25 + 0.5) / 2  # nobody scores the first
+    assert compare_probe(trainer[:1], engine[:1]) == 0.0
     assert compare_probe(trainer[:0], engine[:0]) == 0.0
     check_probe(0.5, 0.5, 1)
-    with pytest.raises(TrainingDiverged, match=r"disagree by 0.5 .* the limit is 0.4 \(weights.probe_limit\)"):
+    with pytest.raises(TrainingDiverged, match=r"disagree by 0.5 on average .* the limit is 0.4 \(weights.probe_limit\)"):
         check_probe(0.5, 0.4, 1)
     with pytest.raises(ValueError, match="probe"):
         compare_probe(trainer, engine[:2])

@@ -2,11 +2,14 @@
 
     file    trainer rank 0 writes it, the engines map it: shared memory, or a disk all can read
     group   trainer rank 0 broadcasts it to the engines, which receive while it sends (`verst.weights.group`)
+    shared  trainer rank 0 fills buffers that the engines on its device map (`verst.weights.shared`)
 
 Either way it is verified before it serves, and one that did not arrive whole is brought again whole, once: an engine cannot go back.
 """
 
 from __future__ import annotations
+
+from itertools import accumulate
 
 from verst.config.schema import Config
 from verst.errors import WeightMismatch
@@ -25,16 +28,23 @@ class Transfer:
     def __init__(self, config: Config, placement: Placement, trainers: Trainers, replicas: Replicas, location: str) -> None:
         self._trainers, self._replicas = trainers, replicas
         self._deadline_s = config.weights.deadline_s
-        self._by_group = (config.weights.transport or _default(placement)) == "group"
+        transport = config.weights.transport or _default(placement, config.train.ranks)
+        self._by_group, self._shared = transport != "file", transport == "shared"
         self.location = GROUP if self._by_group else location
+
+    @property
+    def reads_trainers(self) -> bool:
+        """Whether the weights are read from the trainers while they are brought, and not from a file written before."""
+        return self._by_group
 
     async def open(self, run_id: str) -> None:
         """Brings the members of the group together, once all parts have started. Raises `DeadlineExceeded`."""
         if not self._by_group:
             return
-        address = await self._trainers.host_group(f"{run_id}/0", 1 + self._replicas.count)
-        calls = {"the trainers": self._trainers.join_group(address), "the replicas": self._replicas.join_group(address)}
-        await within(gather_named(calls), self._deadline_s + 5, "trainer and replicas to meet in the weight group")
+        firsts = list(accumulate(await self._replicas.weight_ranks(), initial=1))  # rank 0 is the trainer
+        address = await self._trainers.host_group(f"{run_id}/0", firsts.pop(), shared=self._shared)
+        calls = {"the trainers": self._trainers.join_group(address), "the replicas": self._replicas.join_group(address, firsts)}
+        await within(gather_named(calls), self._deadline_s + 20, "trainer and replicas to meet in the weight group")
 
     async def bring(self, manifest: Manifest, probe: Probe) -> Pulled:
         """All engines load, verify and serve a version. Raises `WeightMismatch` after `ATTEMPTS`; the engines are left paused then."""
@@ -50,6 +60,8 @@ class Transfer:
         raise AssertionError("unreachable")
 
 
-def _default(placement: Placement) -> str:
-    """A group where both sides have GPUs of their own: NCCL cannot join two processes on one GPU."""
-    return "group" if placement.trainer_gpus >= 1 and placement.replica_gpus >= 1 else "file"
+def _default(placement: Placement, ranks: int) -> str:
+    """Between GPUs a group; NCCL cannot join two processes on one GPU, which share buffers instead. A file where several are shared."""
+    if not placement.trainer_gpus or (placement.shared and ranks > 1):
+        return "file"
+    return "shared" if placement.shared else "group"

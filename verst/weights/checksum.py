@@ -14,33 +14,71 @@ would miss two swapped signs). BLAKE2b over dtype, shape and the sums in order m
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from verst.types import TensorEntry
 
 ROW_WORDS = 4096
 
 _ROW_BYTES = 8 * ROW_WORDS
-_CHUNK_BYTES = {"cpu": 16 * _ROW_BYTES, "cuda": 2048 * _ROW_BYTES}  # 0.5 MiB stays in cache; 64 MiB fills a GPU
+_CHUNK_BYTES = 16 * _ROW_BYTES  # 0.5 MiB stays in cache
 _DIGEST_BYTES = 8
 
 
 def tensor_checksum(tensor: torch.Tensor) -> str:
     """16 hexadecimal digits over dtype, shape and every bit of a dense tensor of any dtype, on any device.
 
-    Temporary memory is bounded: about 1 MiB on CPU, 128 MiB on a GPU. −0 differs from 0, and NaNs by their payload.
+    Temporary memory is about 1 MiB on CPU, on a GPU that of a copy if the tensor is not contiguous. −0 differs from 0, NaNs by payload.
     """
-    tensor = tensor.detach()
+    return tensor_checksums([tensor])[0]
+
+
+def tensor_checksums(tensors: Sequence[torch.Tensor]) -> list[str]:
+    """`tensor_checksum` of each, all on one device; on a GPU in one pass over all of them, which is where the time goes.
+
+    Tensors that are not contiguous are copied for it, on a GPU all of them at once.
+    """
+    return start_checksums(tensors)()
+
+
+def start_checksums(tensors: Sequence[torch.Tensor]) -> Callable[[], list[str]]:
+    """Begins `tensor_checksums` and returns what waits for the result.
+
+    A GPU reads the tensors in the order of its current stream: whoever overwrites them there may do so at once.
+    """
+    tensors = [tensor.detach() for tensor in tensors]
+    kinds = [f"{dtype_name(tensor.dtype)}{list(tensor.shape)}" for tensor in tensors]
+    if tensors and tensors[0].device.type == "cuda":
+        sums = _on_cuda(tensors)
+    else:
+        found = [_host_sums(tensor) for tensor in tensors]
+        sums = lambda: found  # noqa: E731
+    return lambda: [_digest(kind, sums_of_one) for kind, sums_of_one in zip(kinds, sums(), strict=True)]
+
+
+def _digest(kind: str, sums: NDArray[np.int64]) -> str:
+    digest = hashlib.blake2b(kind.encode(), digest_size=_DIGEST_BYTES)
+    digest.update(sums.astype("<i8", copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def _on_cuda(tensors: Sequence[torch.Tensor]) -> Callable[[], list[NDArray[np.int64]]]:
+    from verst.weights.checksum_cuda import start_row_sums
+
+    ready = [tensor.contiguous() for tensor in tensors]
+    ready = [tensor.clone() if tensor.data_ptr() % 8 else tensor for tensor in ready]  # words must be aligned
+    return start_row_sums(ready, _keys(tensors[0].device))
+
+
+def _host_sums(tensor: torch.Tensor) -> NDArray[np.int64]:
     keys = _keys(tensor.device)
     sums = [_row_sums(rows, keys) for rows in _rows(tensor)]
-    digest = hashlib.blake2b(f"{dtype_name(tensor.dtype)}{list(tensor.shape)}".encode(), digest_size=_DIGEST_BYTES)
-    if sums:
-        digest.update(torch.cat(sums).cpu().numpy().astype("<i8", copy=False).tobytes())
-    return digest.hexdigest()
+    return torch.cat(sums).numpy() if sums else np.zeros(0, np.int64)
 
 
 def manifest_digest(entries: Iterable[TensorEntry]) -> str:
@@ -58,16 +96,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _row_sums(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """A and B of each row: `[2, rows]` int64."""
-    high = rows >> 32
-    if rows.device.type == "cpu":
-        return torch.cat([torch.mv(rows, keys), torch.mv(high, keys)]).view(2, -1).T.reshape(-1)
-    return torch.stack([(rows * keys).sum(1), (high * keys).sum(1)], dim=1).reshape(-1)  # CUDA has no integer matrix product
+    return torch.cat([torch.mv(rows, keys), torch.mv(rows >> 32, keys)]).view(2, -1).T.reshape(-1)
 
 
 def _rows(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensor's bytes as int64 `[rows, ROW_WORDS]` blocks in order, the last row filled up with zeros."""
     rest = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    for piece in _pieces(tensor, _CHUNK_BYTES.get(tensor.device.type, _CHUNK_BYTES["cpu"])):
+    for piece in _pieces(tensor, _CHUNK_BYTES):
         joined = torch.cat([rest, piece]) if len(rest) else piece
         whole = len(joined) // _ROW_BYTES * _ROW_BYTES
         if whole:

@@ -10,14 +10,16 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from verst.errors import ConfigError, InvariantViolation, WeightMismatch
 from verst.types import Manifest, TensorEntry
-from verst.weights.checksum import dtype_name, manifest_digest, tensor_checksum
-from verst.weights.layout import aligned, lay_out
+from verst.weights.checksum import dtype_name, manifest_digest, tensor_checksum, tensor_checksums
+from verst.weights.layout import BUCKET_BYTES, aligned, lay_out, lay_out_buckets
 from verst.weights.location import version_file
 
 
@@ -36,7 +38,7 @@ def publish(version: int, tensors: Iterator[tuple[str, torch.Tensor]], directory
         try:
             with partial.open("wb", buffering=0) as file:
                 for name, tensor in tensors:
-                    entries.append(_entry(name, tensor))
+                    entries.append(_entry(name, tensor, tensor_checksum(tensor)))
                     start = aligned(needed_bytes)
                     needed_bytes = start + tensor.nbytes
                     _write(file.fileno(), tensor, start)
@@ -51,7 +53,11 @@ def publish(version: int, tensors: Iterator[tuple[str, torch.Tensor]], directory
 
 def describe(version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> Manifest:
     """The manifest that `publish` would return, without writing anything: its location is empty."""
-    return _manifest(version, "", [_entry(name, tensor) for name, tensor in tensors])
+    entries: list[TensorEntry] = []
+    while some := _up_to(BUCKET_BYTES, tensors):  # a GPU hashes many at once
+        checksums = tensor_checksums([tensor for _, tensor in some])
+        entries += [_entry(name, tensor, checksum) for (name, tensor), checksum in zip(some, checksums, strict=True)]
+    return _manifest(version, "", entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +81,29 @@ class FileUpdate:
                 count = entry.nbytes // dtype.itemsize
                 yield entry.name, torch.frombuffer(mapped, dtype=dtype, count=count, offset=start).view(entry.shape)
 
+    def buckets(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """The same tensors, those of a transfer's buckets together."""
+        tensors = self.tensors()
+        for bucket in lay_out_buckets(self.manifest.entries, BUCKET_BYTES):
+            yield list(islice(tensors, len(bucket.entries)))
+
     def checksum(self, tensor: torch.Tensor) -> str:
         return tensor_checksum(tensor)
 
 
-def _entry(name: str, tensor: torch.Tensor) -> TensorEntry:
-    return TensorEntry(name, tuple(tensor.shape), dtype_name(tensor.dtype), tensor_checksum(tensor), tensor.nbytes)
+def _up_to(nbytes: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+    """The next tensors, until they have so many bytes."""
+    taken: list[tuple[str, torch.Tensor]] = []
+    for name, tensor in tensors:
+        taken.append((name, tensor))
+        nbytes -= tensor.nbytes
+        if nbytes <= 0:
+            break
+    return taken
+
+
+def _entry(name: str, tensor: torch.Tensor, checksum: str) -> TensorEntry:
+    return TensorEntry(name, tuple(tensor.shape), dtype_name(tensor.dtype), checksum, tensor.nbytes)
 
 
 def _manifest(version: int, location: str, entries: Sequence[TensorEntry]) -> Manifest:
@@ -92,7 +115,8 @@ def _manifest(version: int, location: str, entries: Sequence[TensorEntry]) -> Ma
 
 
 def _write(file: int, tensor: torch.Tensor, start: int) -> None:
-    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    # Not by `Tensor.numpy`, after which a storage on the CPU can never be resized: its memory may be lent (`verst.weights.offload`).
+    data = np.from_dlpack(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)).data
     while data:
         written = os.pwrite(file, data, start)
         data, start = data[written:], start + written

@@ -7,15 +7,16 @@ Both sides hold two buffers, whatever the model's size. A broadcast of 512 MiB r
 twenty-fifth of it (NCCL between two H200: 365 against 15 GB/s), hence buckets. NCCL carries CUDA tensors, gloo those of a CPU.
 
 The group stands beside the trainer's own: it is made of a store and a backend, not by `init_process_group`, which a process can call once.
+Where trainer and engine share one GPU, NCCL cannot connect them; they use `verst.weights.shared` in its place, by the same methods.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,9 +25,8 @@ from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[re
 from verst.errors import DeadlineExceeded, InvariantViolation
 from verst.types import Manifest
 from verst.weights.checksum import dtype_name, tensor_checksum
-from verst.weights.layout import Layout, lay_out_buckets
+from verst.weights.layout import Form, Layout, lay_out_buckets
 
-BUCKET_BYTES = 512 << 20
 SENDER = 0
 
 _POLL_S = 0.00005
@@ -36,12 +36,51 @@ _GRACE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class GroupAddress:
-    """Where a group meets. `name` is new for every group that meets there: after a member is lost, the others meet under another one."""
+    """Where a group meets. `name` is new for every group that meets there: after a member is lost, the others meet under another one.
+
+    `shared`: the members map the sender's buffers (`verst.weights.shared`) in place of receiving copies of them.
+    """
 
     host: str
     port: int
     name: str
     world: int
+    shared: bool = False
+
+
+class Member(Protocol):
+    """One end of a group; rank 0 is the sender."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def views(self) -> dict[tuple[int, Form], list[torch.Tensor]]:
+        """The tensors in each buffer, by its address and form: kept, because making them anew takes longer than their transfer."""
+        ...
+
+    def buffers(self, nbytes: int, count: int, deadline: float) -> list[torch.Tensor]:
+        """Buffers to broadcast from, or to receive into. Raises `DeadlineExceeded` if they need the sender, and it has not made them."""
+        ...
+
+    def broadcast(self, buffer: torch.Tensor, deadline: float) -> Any:
+        """Begins to send (rank 0) or to receive a buffer, until `deadline` on the monotonic clock; returns the work to `finish`."""
+        ...
+
+    def finish(self, work: Any, deadline: float, what: str) -> None:
+        """Waits until the work is done. Raises `DeadlineExceeded`; the group cannot be used after that."""
+        ...
+
+    def release(self, work: Any) -> None:
+        """A receiver does not need the buffer of this work any more."""
+        ...
+
+    def close(self) -> None:
+        """Leaves the group without waiting for the others."""
+        ...
 
 
 class WeightGroup:
@@ -52,6 +91,8 @@ class WeightGroup:
 
     def __init__(self, store: Store, address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float) -> None:
         self.address, self.rank, self.device = address, rank, torch.device(device)
+        self._buffers: list[torch.Tensor] = []
+        self.views: dict[tuple[int, Form], list[torch.Tensor]] = {}
         limit = timedelta(seconds=timeout_s)
         prefixed = PrefixStore(address.name, store)
         try:
@@ -78,18 +119,21 @@ class WeightGroup:
         deadline = time.monotonic() + limit.total_seconds()
         self.finish(self.broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device), deadline), deadline, "the first broadcast")
 
+    def buffers(self, nbytes: int, count: int, deadline: float) -> list[torch.Tensor]:
+        """Kept for the next version, whose tensors have the same sizes."""
+        if len(self._buffers) < count or any(buffer.nbytes < nbytes for buffer in self._buffers):
+            self.views.clear()
+            self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=self.device) for _ in range(count)]
+        return self._buffers
+
     def broadcast(self, buffer: torch.Tensor, deadline: float) -> Any:
-        """Begins to send (rank 0) or to receive a buffer, until `deadline` on the monotonic clock; returns the work to `finish`."""
         options = dist.BroadcastOptions()
         options.rootRank = SENDER
         options.timeout = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
         return self._backend.broadcast([buffer], options)
 
     def finish(self, work: Any, deadline: float, what: str) -> None:
-        """Waits until the work is done. Raises `DeadlineExceeded`; the group cannot be used after that.
-
-        By looking again and again: NCCL's own wait returns before the work is done, and gloo's knows no limit but that of its operation.
-        """
+        """By looking again and again: NCCL's own wait returns before the work is done, gloo's knows no limit but its operation's."""
         who = f"weight group {self.address.name}, rank {self.rank}: {what}"
         while not work.is_completed():
             if time.monotonic() > deadline + _GRACE_S:
@@ -101,8 +145,10 @@ class WeightGroup:
         except RuntimeError as error:
             raise DeadlineExceeded(f"{who} was not done in time, or a member is gone: {error}") from error
 
+    def release(self, work: Any) -> None:
+        """Nobody waits for it: each member has buffers of its own."""
+
     def close(self) -> None:
-        """Leaves the group without waiting for the others."""
         self._backend.abort()
 
 
@@ -111,29 +157,34 @@ def open_store(host: str, port: int = 0, *, timeout_s: float, listen: bool) -> T
     return TCPStore(host, port, None, listen, timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
-def join(address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float) -> WeightGroup:
-    """Becomes a receiver. Raises `DeadlineExceeded` if not all members came within `timeout_s`."""
-    return WeightGroup(
-        open_store(address.host, address.port, timeout_s=timeout_s, listen=False), address, rank, device=device, timeout_s=timeout_s
-    )
+def enter(store: Store, address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float) -> Member:
+    """Becomes a member, by a store that is open. A collective; raises `DeadlineExceeded` if not all members came within `timeout_s`."""
+    from verst.weights.shared import SharedBuffers
+
+    kind = SharedBuffers if address.shared else WeightGroup
+    return kind(store, address, rank, device=device, timeout_s=timeout_s)
 
 
-def send(
-    group: WeightGroup, manifest: Manifest, tensors: Iterator[tuple[str, torch.Tensor]], *, bucket_bytes: int, deadline_s: float
-) -> None:
+def join(address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float) -> Member:
+    """Becomes a receiver: `enter` with a store of its own."""
+    store = open_store(address.host, address.port, timeout_s=timeout_s, listen=False)
+    return enter(store, address, rank, device=device, timeout_s=timeout_s)
+
+
+def send(group: Member, manifest: Manifest, tensors: Iterator[tuple[str, torch.Tensor]], *, bucket_bytes: int, deadline_s: float) -> None:
     """Broadcasts one version. `tensors` are those of the manifest, in its order: `TrainBackend.weights()` gives them.
 
     Raises `InvariantViolation` if they are not, `DeadlineExceeded` naming the tensors that did not arrive.
     """
     deadline = time.monotonic() + deadline_s
     buckets = lay_out_buckets(manifest.entries, bucket_bytes)
-    buffers = _buffers(buckets, group.device)
+    buffers = _buffers(buckets, group, deadline)
     under_way: list[tuple[Any, str]] = []
     for index, bucket in enumerate(buckets):
         if len(under_way) > 1:  # the buffer's former bucket has to be out first
             group.finish(*_first(under_way, deadline))
         buffer = buffers[index % 2][: bucket.nbytes]
-        _fill(buffer, bucket, tensors)
+        _fill(_slots(group, buffer, bucket), bucket, tensors)
         under_way.append((group.broadcast(buffer, deadline), f"version {manifest.version}: sending {bucket}"))
     for _ in range(len(under_way)):
         group.finish(*_first(under_way, deadline))
@@ -144,39 +195,55 @@ def send(
 
 @dataclass(frozen=True, slots=True)
 class GroupUpdate:
-    """A version on its way to this member of a group."""
+    """A version on its way to the members of a group. It pickles without its `member`; who receives it puts itself there (`at`)."""
 
     manifest: Manifest
-    group: WeightGroup
     bucket_bytes: int
     deadline_s: float
+    member: Member | None = None
+
+    def at(self, member: Member | None) -> GroupUpdate:
+        """The same update, for this member to receive. Raises `InvariantViolation` for None: it has not joined the group."""
+        if member is None:
+            raise InvariantViolation(f"version {self.manifest.version} comes by a group that was not joined: join_weight_group() first")
+        return replace(self, member=member)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Views into the buffer of a bucket; the buffer is used again once the next bucket's first tensor was taken.
+        """Views into the buffer of a bucket; the buffer is used again once the next bucket's first tensor was taken."""
+        for bucket in self.buckets():
+            yield from bucket
+
+    def buckets(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """The tensors of each bucket, as views into its buffer, which is used again once the next bucket was taken.
 
         Raises `DeadlineExceeded` naming the tensors that did not arrive.
         """
         deadline = time.monotonic() + self.deadline_s
         buckets = lay_out_buckets(self.manifest.entries, self.bucket_bytes)
-        arrivals = self._arrivals(buckets, deadline)
+        member = self.member
+        assert member is not None, "at() comes first"
+        arrivals = self._arrivals(member, buckets, deadline)
         try:
             for bucket, buffer in zip(buckets, arrivals, strict=True):
-                yield from _views(buffer, bucket)
+                views = _slots(member, buffer, bucket)
+                yield [(entry.name, view) for entry, view in zip(bucket.entries, views, strict=True)]
         finally:
             for _ in arrivals:  # who stops early still receives the rest: sender and other members count on it
                 pass
 
-    def _arrivals(self, buckets: Sequence[Layout], deadline: float) -> Iterator[torch.Tensor]:
+    def _arrivals(self, member: Member, buckets: Sequence[Layout], deadline: float) -> Iterator[torch.Tensor]:
         """The buffer of each bucket once it is there; the next one is under way by then."""
-        buffers = _buffers(buckets, self.group.device)
+        buffers = _buffers(buckets, member, deadline)
         under_way: list[tuple[Any, str]] = []
         for index in range(len(buckets) + 1):
             if index < len(buckets):
-                work = self.group.broadcast(buffers[index % 2][: buckets[index].nbytes], deadline)
+                work = member.broadcast(buffers[index % 2][: buckets[index].nbytes], deadline)
                 under_way.append((work, f"version {self.manifest.version}: receiving {buckets[index]}"))
             if index:
-                self.group.finish(*_first(under_way, deadline))
+                work = under_way[0][0]
+                member.finish(*_first(under_way, deadline))
                 yield buffers[(index - 1) % 2]
+                member.release(work)
 
     def checksum(self, tensor: torch.Tensor) -> str:
         return tensor_checksum(tensor)
@@ -187,26 +254,28 @@ def _first(under_way: list[tuple[Any, str]], deadline: float) -> tuple[Any, floa
     return work, deadline, what
 
 
-def _buffers(buckets: Sequence[Layout], device: torch.device) -> list[torch.Tensor]:
-    largest = max((bucket.nbytes for bucket in buckets), default=0)
-    return [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(2, len(buckets)))]
+def _buffers(buckets: Sequence[Layout], member: Member, deadline: float) -> list[torch.Tensor]:
+    return member.buffers(max((bucket.nbytes for bucket in buckets), default=0), min(2, len(buckets)), deadline)
 
 
-def _fill(buffer: torch.Tensor, bucket: Layout, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    for entry, into in _slots(buffer, bucket):
+def _fill(slots: list[torch.Tensor], bucket: Layout, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    given = []
+    for entry in bucket.entries:
         name, tensor = next(tensors, ("none", torch.empty(0)))
-        found = (name, tuple(tensor.shape), dtype_name(tensor.dtype))
-        if found != (entry.name, entry.shape, entry.dtype):
+        if (name, tensor.shape, dtype_name(tensor.dtype)) != (entry.name, entry.shape, entry.dtype):
+            found = (name, tuple(tensor.shape), dtype_name(tensor.dtype))
             raise InvariantViolation(f"the trainer's next tensor is {found}, the manifest says {(entry.name, entry.shape, entry.dtype)}")
-        into.copy_(tensor, non_blocking=True)
+        given.append(tensor)
+    if given:
+        torch._foreach_copy_(slots, given)  # pyright: ignore[reportPrivateImportUsage] - it has no public name
 
 
-def _views(buffer: torch.Tensor, bucket: Layout) -> Iterator[tuple[str, torch.Tensor]]:
-    for entry, view in _slots(buffer, bucket):
-        yield entry.name, view
-
-
-def _slots(buffer: torch.Tensor, bucket: Layout) -> Iterator[tuple[Any, torch.Tensor]]:
-    for entry, start in zip(bucket.entries, bucket.offsets, strict=True):
-        dtype = getattr(torch, entry.dtype)
-        yield entry, buffer[start : start + entry.nbytes].view(dtype).view(entry.shape)
+def _slots(member: Member, buffer: torch.Tensor, bucket: Layout) -> list[torch.Tensor]:
+    """The bucket's tensors, as views into a buffer of this member."""
+    key = (buffer.data_ptr(), bucket.form)
+    if key not in member.views:
+        starts = zip(bucket.entries, bucket.offsets, strict=True)
+        member.views[key] = [
+            buffer[start : start + entry.nbytes].view(getattr(torch, entry.dtype)).view(entry.shape) for entry, start in starts
+        ]
+    return member.views[key]

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, groupby
 
 from verst.types import TensorEntry
 
 ALIGNMENT = 64
+BUCKET_BYTES = 512 << 20
+"""Of a transfer: large enough for the speed of the link, small enough to be held twice on both sides."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Form:
+    """Where the tensors of a bucket lie, whatever they hold: one object for all versions of a model."""
+
+    first: int  # of the tensors of the version
+    offsets: tuple[int, ...]
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +28,15 @@ class Layout:
     """Tensors in order, each at the next multiple of `ALIGNMENT` bytes."""
 
     entries: tuple[TensorEntry, ...]
-    offsets: tuple[int, ...]
-    nbytes: int
+    form: Form
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        return self.form.offsets
+
+    @property
+    def nbytes(self) -> int:
+        return self.form.nbytes
 
     def __str__(self) -> str:
         names = [entry.name for entry in self.entries]
@@ -25,24 +45,40 @@ class Layout:
 
 def lay_out(entries: Sequence[TensorEntry]) -> Layout:
     """All of them in one buffer."""
-    offsets, end = [], 0
-    for entry in entries:
-        offsets.append(aligned(end))
-        end = offsets[-1] + entry.nbytes
-    return Layout(tuple(entries), tuple(offsets), end)
+    return Layout(tuple(entries), _form(0, [entry.nbytes for entry in entries]))
 
 
 def lay_out_buckets(entries: Sequence[TensorEntry], bucket_bytes: int) -> tuple[Layout, ...]:
-    """Consecutive tensors in buffers of at most `bucket_bytes`; a tensor larger than that has one to itself."""
-    buckets: list[list[TensorEntry]] = []
+    """Consecutive tensors in buffers of at most `bucket_bytes`; a module that is larger than that has one to itself.
+
+    Tensors of one module (an attention, one expert) stay together, because there are loaders that join them.
+    """
+    forms = _forms(tuple((entry.name, entry.shape, entry.dtype, entry.nbytes) for entry in entries), bucket_bytes)
+    return tuple(Layout(tuple(entries[form.first : form.first + len(form.offsets)]), form) for form in forms)
+
+
+@lru_cache(maxsize=8)
+def _forms(tensors: tuple[tuple[str, tuple[int, ...], str, int], ...], bucket_bytes: int) -> tuple[Form, ...]:
+    buckets: list[list[int]] = []
     end = 0
-    for entry in entries:
-        if not buckets or aligned(end) + entry.nbytes > bucket_bytes:
+    for _, module in groupby(tensors, key=lambda tensor: tensor[0].rsplit(".", 2)[0]):
+        sizes = [nbytes for *_, nbytes in module]
+        nbytes = _form(0, sizes).nbytes
+        if not buckets or aligned(end) + nbytes > bucket_bytes:
             buckets.append([])
             end = 0
-        buckets[-1].append(entry)
-        end = aligned(end) + entry.nbytes
-    return tuple(lay_out(bucket) for bucket in buckets)
+        buckets[-1] += sizes
+        end = aligned(end) + nbytes
+    firsts = accumulate((len(bucket) for bucket in buckets), initial=0)
+    return tuple(_form(first, bucket) for first, bucket in zip(firsts, buckets, strict=False))
+
+
+def _form(first: int, sizes: Sequence[int]) -> Form:
+    offsets, end = [], 0
+    for nbytes in sizes:
+        offsets.append(aligned(end))
+        end = offsets[-1] + nbytes
+    return Form(first, tuple(offsets), end)
 
 
 def aligned(offset: int) -> int:

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from verst.training.logprobs import CHUNK_BYTES, token_logprobs
+from verst.training.logprobs import CHUNK_BYTES, GPU_CHUNK_BYTES, GPU_KEPT_BYTES, token_logprobs
 
 FLOAT32_BYTES = 4
 
@@ -100,7 +100,8 @@ def report(options: argparse.Namespace, cuda: bool) -> None:
             print(f"{way:>8}: {result['extra_bytes'] / 1e9:6.2f} GB beyond inputs and gradients, {result['total_s']:.2f} s")
         else:
             print(f"{way:>8}: {'out of memory' if cuda else 'not run on a CPU'}")
-    settings = {"device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__, "chunk_bytes": CHUNK_BYTES}
+    settings = {"device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__}
+    settings |= {"chunk_bytes": GPU_CHUNK_BYTES if cuda else CHUNK_BYTES, "kept_bytes": GPU_KEPT_BYTES if cuda else 0}
     sizes = {"tokens": options.tokens, "vocab": options.vocab, "hidden": options.hidden, "whole_logits_bytes": whole_bytes}
     print(json.dumps({"benchmark": "logprob_memory"} | settings | sizes | {"chunked": chunked, "whole": whole}))
 

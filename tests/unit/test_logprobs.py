@@ -1,12 +1,19 @@
 """Log-probabilities in chunks against torch's own log_softmax and autograd, by finite differences, and bit for bit."""
 
+import importlib.util
 import itertools
 import math
+import os
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import spawn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from verst.training.logprobs import token_logprobs
+from verst.training.logprobs import VocabularyShard, token_logprobs
 
 OPTIONS = [
     {},
@@ -56,17 +63,18 @@ def test_worked_by_hand():
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kept_bytes", [0, EIGHT_ROWS, 2**20], ids=["none kept", "8 rows kept", "all kept"])
 @pytest.mark.parametrize("chunk_bytes", [1, EIGHT_ROWS, 2**20], ids=["4 rows", "8 rows", "one chunk"])
-def test_values_and_gradients_equal_plain_autograd_float64(options, chunk_bytes):
+def test_values_and_gradients_equal_plain_autograd_float64(options, chunk_bytes, kept_bytes):
     *tensors, targets_N = inputs()
     for result, expected in zip(
-        token_logprobs(tensors[0], tensors[1], targets_N, bias=tensors[2], chunk_bytes=chunk_bytes, **options),
+        token_logprobs(tensors[0], tensors[1], targets_N, bias=tensors[2], chunk_bytes=chunk_bytes, kept_bytes=kept_bytes, **options),
         plain(tensors[0], tensors[1], targets_N, bias=tensors[2], **options),
         strict=True,
     ):
         torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
     upstream_N = torch.linspace(-2, 3, len(targets_N), dtype=torch.float64)
-    mine = gradients(token_logprobs, tensors, targets_N, upstream_N, chunk_bytes=chunk_bytes, **options)
+    mine = gradients(token_logprobs, tensors, targets_N, upstream_N, chunk_bytes=chunk_bytes, kept_bytes=kept_bytes, **options)
     for gradient, expected in zip(mine, gradients(plain, tensors, targets_N, upstream_N, **options), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-12)
 
@@ -149,24 +157,35 @@ def test_no_tokens_give_zero_gradients():
     assert not gradient_b.any()
 
 
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that torch makes: every one passes through the dispatcher."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
 def test_no_tensor_of_all_logits_exists():
-    # Every tensor torch makes passes through the dispatcher: the largest must be a chunk, not the whole of N × V.
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(tensor, torch.Tensor):
-                    self.elements = max(self.elements, tensor.numel())
-            return out
-
     hidden_NH, weight_VH, _, targets_N = inputs(count=256, hidden=4, vocab=1000)
     with Largest() as largest:
         token_logprobs(hidden_NH, weight_VH, targets_N, chunk_bytes=12 * 1000 * 8)[0].sum().backward()
     assert largest.elements == 12 * 1000
+
+
+def test_what_is_kept_for_backward_fits_its_budget():
+    hidden_NH, weight_VH, _, targets_N = inputs(count=256, hidden=4, vocab=1000)
+    sizes: dict[str, Any] = {"chunk_bytes": 12 * 1000 * 8, "kept_bytes": 100 * 1000 * 8}
+    with Largest() as largest:
+        token_logprobs(hidden_NH, weight_VH, targets_N, **sizes)[0].sum().backward()
+    assert largest.elements == 96 * 1000  # whole chunks
+    with torch.no_grad(), Largest() as largest:
+        token_logprobs(hidden_NH, weight_VH, targets_N, **sizes)
+    assert largest.elements == 12 * 1000  # there is no backward
 
 
 @pytest.fixture(params=[1, 2])
@@ -193,6 +212,36 @@ def test_bits_of_a_row_do_not_depend_on_neighbours_or_chunks():
         assert torch.equal(gradient[own], whole_gradient[own])
 
 
+def of_a_shard(rank, rendezvous, directory):
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    hidden_NH, weight_VH, bias_V, targets_N = inputs()
+    own = (slice(0, 7), slice(7, 17))[rank]
+    group: Any = torch.distributed.group.WORLD
+    shard = VocabularyShard(group, own.start)
+    parts = [hidden_NH, weight_VH.detach()[own].requires_grad_(), bias_V.detach()[own].requires_grad_()]
+    found = []
+    for kept_bytes in (0, 4 * 10 * 8, 2**20):
+        options = {"chunk_bytes": 1, "kept_bytes": kept_bytes, "shard": shard, "temperature": 0.7, "softcap": 3.0}
+        logprobs_N, entropy_N = token_logprobs(parts[0], parts[1], targets_N, bias=parts[2], **options)
+        gradients = torch.autograd.grad((logprobs_N * torch.linspace(-2, 3, 11, dtype=torch.float64)).sum(), parts)
+        found.append([t.detach() for t in (logprobs_N, entropy_N, *gradients)])
+    torch.save(found, f"{directory}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_shards_of_the_vocabulary_equal_the_whole(tmp_path):
+    spawn(of_a_shard, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
+    *tensors, targets_N = inputs()
+    options = {"temperature": 0.7, "softcap": 3.0}
+    expected = [t.detach() for t in plain(tensors[0], tensors[1], targets_N, bias=tensors[2], **options)]
+    whole = gradients(plain, tensors, targets_N, torch.linspace(-2, 3, 11, dtype=torch.float64), **options)
+    for left, right in zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True):  # for each number of kept rows
+        for own in (left, right):
+            torch.testing.assert_close(own[:2], expected, rtol=1e-12, atol=1e-12)
+        joined = [left[2] + right[2], torch.cat((left[3], right[3])), torch.cat((left[4], right[4]))]
+        torch.testing.assert_close(joined, list(whole), rtol=1e-11, atol=1e-12)
+
+
 def test_extreme_logits_stay_finite():
     # ±1e4: exp would overflow; the softmax is a point, so the log-probability is 0 or the difference, and the entropy 0.
     weight_VH = torch.tensor([[1e4], [-1e4]])
@@ -214,3 +263,31 @@ def test_misfits_are_named():
         token_logprobs(hidden_NH, weight_VH.float(), targets_N)
     with pytest.raises(ValueError, match=r"\(11, 5\).*\(17, 6\)"):
         token_logprobs(hidden_NH[:, :5], weight_VH, targets_N)
+
+
+KERNELS = """
+import torch
+from verst.training import logprob_kernels, logprobs
+
+generator = torch.Generator().manual_seed(1)
+logits_CV = 6 * torch.randn(5, 4999, generator=generator)  # two blocks and a part of a third
+logits_CV[1] += 3e4  # far from 0
+logits_CV[2, 4998] = 500.0  # one word has it all
+targets_C = torch.tensor([0, 4998, 4998, -3, 4999])  # the last two are another shard's
+head = logprobs._Head(temperature=1 / 0.7, softcap=None, scale=1.0, rows=5, kept=0, multiple=1, shard=None)
+sums = logprob_kernels.row_sums(logits_CV, targets_C, 0.7), logprobs._row_sums(logits_CV.clone(), targets_C, 0.7)
+torch.testing.assert_close(*sums, rtol=1e-5, atol=1e-5)
+lse_C = torch.logsumexp(0.7 * logits_CV.double(), dim=1).float()
+found, expected = torch.empty(2, 5, 4999, dtype=torch.bfloat16)
+logprob_kernels.slope(logits_CV, lse_C, targets_C, 0.7, found)
+logprobs._slope(logits_CV.clone(), lse_C, targets_C, head, expected)
+torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-7)
+assert found[[0, 1, 3, 4]].abs().sum(dim=1).min() > 0.1
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_of_a_gpu_in_tritons_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when a kernel is defined
+    done = subprocess.run([sys.executable, "-c", KERNELS], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert not done.returncode, done.stderr

@@ -32,8 +32,6 @@ def inapplicable(config: Config) -> dict[str, str]:
         reasons |= _each(("rollout.sglang", "rollout.urls"), f"the engine is {config.rollout.engine}, not sglang")
     if config.train.backend != "megatron":
         reasons["train.megatron"] = f"the backend is {config.train.backend}, not megatron"
-    else:
-        reasons["train.compile"] = "megatron has fused operations of its own"
     if config.algorithm.name == "sft":
         reasons |= _each(_SAMPLING, "sft imitates demonstrations, one for each prompt, and samples nothing to train on")
         if not evaluates:

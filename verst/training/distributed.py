@@ -24,6 +24,8 @@ def device_of(name: str | None, *, deterministic: bool) -> torch.device:
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+            # Else every tensor is filled with NaN as its memory is taken: a search for errors, which costs speed and changes no bit.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         torch.cuda.set_device(device.index or 0)
     return device
 

@@ -1,12 +1,14 @@
 """Log-probabilities of tokens from hidden states, without ever holding the logits of all of them.
 
 At a vocabulary of 151,936, float32 logits of 32,768 tokens take 19.9 GB, and plain autograd holds them three times. Here rows go
-through the output layer in chunks that fit a byte budget, and backward computes each chunk's logits again.
+through the output layer in chunks that fit a byte budget. Backward needs each row's one-hot minus softmax: forward keeps those of the
+first rows, in the weight's type, as far as a second budget goes, and backward computes the logits of the other rows again.
 
 Bits: each row is reduced on its own, so its neighbours matter only where a matrix product picks another kernel for another number of
 rows. Measured on a CPU in float32: rows behind the last multiple of 4 may differ (with one thread only in products of 1 to 3 rows, with
 2 to 16 threads in products of up to 27), and no multiple of 4 ever did. On a GPU even large products differ. So chunks are filled up
-with zero rows, to a multiple of 4 on a CPU and to one constant size on a GPU.
+with zero rows, to a multiple of 4 on a CPU and to one constant size on a GPU; only gradients of rows that were kept come from one product
+of them all.
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 256 * 2**20
+GPU_CHUNK_BYTES = 640 * 2**20  # 1,024 rows of the largest common vocabularies: with fewer, adding to the weight's gradient is all waiting
+GPU_KEPT_BYTES = 2 * 2**30  # 7,000 rows of a vocabulary of 151,936: each saves backward one of three products of the output layer
 _CPU_ROWS = 4
 _GPU_ROWS = 1024  # at most: enough to fill the device, and a small vocabulary must not make a huge chunk to fill up
+_GPU_TILE = 128  # rows of a matrix product's tile: a part of one costs as much as a whole one
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,7 @@ class _Head:
     softcap: float | None
     scale: float
     rows: int  # of one chunk
+    kept: int  # rows whose one-hot minus softmax stays until backward
     multiple: int  # of which the rows of the last chunk, filled up, are one
     shard: VocabularyShard | None
 
@@ -52,7 +58,8 @@ def token_logprobs(  # noqa: PLR0913 (what a head may do to a logit)
     temperature: float = 1.0,
     softcap: float | None = None,
     scale: float = 1.0,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
+    kept_bytes: int | None = None,
     shard: VocabularyShard | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target [N] under its row's softmax, and that distribution's entropy [N] in nats, without gradient.
@@ -61,9 +68,10 @@ def token_logprobs(  # noqa: PLR0913 (what a head may do to a logit)
     (Gemma 2, arXiv 2408.00118 §2), over `temperature`. Logits and results are float32 also for bfloat16 weights (float64 for
     float64); on a GPU the product then takes bfloat16 in and gives float32 out. N may be 0: all gradients are then 0.
 
-    `chunk_bytes` limits one chunk of logits; forward and backward hold up to two and a half such chunks. Backward sums the weight's
-    gradient over chunks in float32 (4 · V · H bytes) and rounds once to the weight's type: a bfloat16 sum would drop whatever a chunk
-    adds below 1/256 of it, and would depend on the chunk size.
+    `chunk_bytes` limits one chunk of logits (default `CHUNK_BYTES`, on a GPU `GPU_CHUNK_BYTES`) and `kept_bytes` what forward keeps for
+    backward (default nothing, on a GPU `GPU_KEPT_BYTES`). Forward and backward hold up to three chunks, on a GPU one and a half, with a
+    softcap two and a half. Backward sums the weight's gradient over chunks in float32 (4 · V · H bytes) and rounds once to the weight's
+    type: a bfloat16 sum would drop whatever a chunk adds below 1/256 of it, and would depend on the chunk size.
 
     With `shard`, `weight_VH` and `bias` are that shard's and targets are counted over the whole vocabulary. All ranks of the group give the
     same hidden states and get the same results; the hidden states' gradient is then each rank's part of a sum.
@@ -78,16 +86,27 @@ def token_logprobs(  # noqa: PLR0913 (what a head may do to a logit)
             f"{tuple(weight_VH.shape)} {weight_VH.dtype}; both need one type and one last size"
         )
     rows, multiple = _chunk_rows(weight_VH, chunk_bytes)
-    head = _Head(temperature, softcap, scale, rows, multiple, shard)
+    goes_back = torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad)
+    kept = _kept_rows(weight_VH, kept_bytes, len(hidden_NH), rows) if goes_back else 0
+    head = _Head(temperature, softcap, scale, rows, kept, multiple, shard)
     return _TokenLogprobs.apply(hidden_NH, weight_VH, bias, targets_N, head)  # pyright: ignore[reportReturnType]
 
 
-def _chunk_rows(weight_VH: torch.Tensor, chunk_bytes: int) -> tuple[int, int]:
-    fitting = chunk_bytes // (weight_VH.shape[0] * _compute_dtype(weight_VH).itemsize)
-    if weight_VH.is_cuda:
-        rows = min(max(fitting, 1), _GPU_ROWS)
-        return rows, rows
-    return max(fitting // _CPU_ROWS, 1) * _CPU_ROWS, _CPU_ROWS
+def _chunk_rows(weight_VH: torch.Tensor, chunk_bytes: int | None) -> tuple[int, int]:
+    allowed = (GPU_CHUNK_BYTES if weight_VH.is_cuda else CHUNK_BYTES) if chunk_bytes is None else chunk_bytes
+    fitting = allowed // (weight_VH.shape[0] * _compute_dtype(weight_VH).itemsize)
+    if not weight_VH.is_cuda:
+        return max(fitting // _CPU_ROWS, 1) * _CPU_ROWS, _CPU_ROWS
+    rows = min(fitting, _GPU_ROWS)
+    rows = rows // _GPU_TILE * _GPU_TILE if rows > _GPU_TILE else max(rows, 1)
+    return rows, rows
+
+
+def _kept_rows(weight_VH: torch.Tensor, kept_bytes: int | None, count: int, rows: int) -> int:
+    """All rows, or as many whole chunks of them as fit."""
+    allowed = (GPU_KEPT_BYTES if weight_VH.is_cuda else 0) if kept_bytes is None else kept_bytes
+    fitting = allowed // (weight_VH.shape[0] * _operand_dtype(weight_VH).itemsize)
+    return count if count <= fitting else fitting // rows * rows
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -95,17 +114,20 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, targets_N: torch.Tensor, head: _Head
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs_N, entropy_N = (hidden_NH.new_empty(len(hidden_NH), dtype=_compute_dtype(weight_VH)) for _ in range(2))
+        logprobs_N, entropy_N, lse_N = (hidden_NH.new_empty(len(hidden_NH), dtype=_compute_dtype(weight_VH)) for _ in range(3))
         operand_VH = _operand(weight_VH)
-        for chunk in _chunks(len(hidden_NH), head.rows):
-            hidden_CH, targets_C = (_filled(t[chunk], head.multiple) for t in (hidden_NH, targets_N))
-            logs_CV = _log_softmax(_logits(hidden_CH, operand_VH, bias_V, head), head.shard)
-            own = slice(chunk.stop - chunk.start)
-            logprobs_C, entropy_C = _of_targets(logs_CV, targets_C, head.shard), -(logs_CV.exp().mul_(logs_CV).sum(dim=1))
-            if head.shard is not None:
-                logprobs_C, entropy_C = _summed(torch.stack((logprobs_C, entropy_C)), head.shard)
-            logprobs_N[chunk], entropy_N[chunk] = logprobs_C[own], entropy_C[own]
-        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N)
+        kept_KV = operand_VH.new_empty(head.kept, len(weight_VH))
+        own_N = _own_targets(targets_N, head.shard)
+        for chunk in _chunks(0, len(hidden_NH), head.rows):
+            hidden_CH, targets_C = (_filled(t[chunk], head.multiple) for t in (hidden_NH, own_N))
+            logits_CV = _logits(hidden_CH, operand_VH, bias_V, head)
+            found = _of_all_words(_row_sums(logits_CV, targets_C, _factor(head)), head.shard)
+            for whole_N, found_C in zip((logprobs_N, entropy_N, lse_N), found, strict=True):
+                whole_N[chunk] = found_C[: chunk.stop - chunk.start]
+            if chunk.stop <= head.kept:
+                own = slice(chunk.stop - chunk.start)
+                _slope(logits_CV[own], lse_N[chunk], own_N[chunk], head, kept_KV[chunk])
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, lse_N, kept_KV)
         ctx.head = head
         ctx.mark_non_differentiable(entropy_N)
         return logprobs_N, entropy_N
@@ -113,95 +135,137 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_NH, weight_VH, bias_V, targets_N = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        compute = _compute_dtype(weight_VH)
-        grad_hidden_NH = torch.empty_like(hidden_NH) if needs_hidden else None
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=compute) if needs_weight else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=compute) if needs_bias else None
-        operand_VH = _operand(weight_VH)
-        for chunk in _chunks(len(hidden_NH), ctx.head.rows):
-            hidden_CH, targets_C, grad_C = (_filled(t[chunk], ctx.head.multiple) for t in (hidden_NH, targets_N, grads[0]))
-            logits_CV = _logits(hidden_CH, operand_VH, bias_V, ctx.head)
-            grad_CV = _grad_of_product(logits_CV, targets_C, grad_C, ctx.head)
-            if grad_bias_V is not None:
-                grad_bias_V += grad_CV.sum(dim=0)
-            # A GPU multiplies bfloat16: round here, as autograd does behind a `.float()` of bfloat16 logits.
-            grad_CV = grad_CV.to(operand_VH.dtype)
-            if grad_hidden_NH is not None:
-                grad_hidden_NH[chunk] = _product(grad_CV, operand_VH)[: chunk.stop - chunk.start]
-            if grad_weight_VH is not None:
-                _add_product(grad_weight_VH, grad_CV.t(), hidden_CH.to(operand_VH.dtype))
-        return (
-            grad_hidden_NH,
-            None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype),
-            None if grad_bias_V is None else grad_bias_V.to(bias_V.dtype),
-            None,
-            None,
-        )
+        hidden_NH, weight_VH, bias_V, targets_N, lse_N, kept_KV = ctx.saved_tensors
+        head, operand_VH = ctx.head, _operand(weight_VH)
+        sums = _Gradients(ctx.needs_input_grad, hidden_NH, operand_VH, bias_V, grads[0])
+        if head.kept:
+            sums.add(slice(head.kept), kept_KV, hidden_NH[: head.kept])
+        own_N = _own_targets(targets_N, head.shard)
+        for chunk in _chunks(head.kept, len(hidden_NH), head.rows):
+            hidden_CH, targets_C = (_filled(t[chunk], head.multiple) for t in (hidden_NH, own_N))
+            lse_C = _filled(lse_N[chunk], head.multiple, torch.inf)  # a softmax of 0, whatever the bias
+            logits_CV = _logits(hidden_CH, operand_VH, bias_V, head)
+            slope_CV = _slope(logits_CV, lse_C, targets_C, head, torch.empty_like(logits_CV, dtype=operand_VH.dtype))
+            sums.add(chunk, slope_CV, hidden_CH)
+        return (*sums.results(weight_VH, bias_V), None, None)
+
+
+class _Gradients:
+    """Gradients of hidden states, weight and bias, summed over chunks. Those that nobody needs are not made.
+
+    A row's upstream gradient multiplies its hidden state on the way to the weight, and the product on the way to the hidden state: the
+    slopes are never read just to be scaled.
+    """
+
+    def __init__(
+        self, needs: tuple[bool, ...], hidden_NH: torch.Tensor, operand_VH: torch.Tensor, bias_V: torch.Tensor | None, grad_N: torch.Tensor
+    ) -> None:
+        compute = _compute_dtype(operand_VH)
+        self._operand_VH, self._grad_N = operand_VH, grad_N
+        self._hidden_NH = torch.empty_like(hidden_NH) if needs[0] else None
+        self._weight_VH = torch.zeros_like(operand_VH, dtype=compute) if needs[1] else None
+        self._bias_V = torch.zeros_like(bias_V, dtype=compute) if bias_V is not None and needs[2] else None
+
+    def add(self, chunk: slice, slope_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
+        """Of the rows of `chunk`. Slopes and hidden states may have more rows, to fill the chunk up."""
+        own_C = self._grad_N[chunk]
+        grad_C1 = _filled(own_C, len(slope_CV))[:, None]
+        if self._bias_V is not None:
+            self._bias_V += (slope_CV.to(self._bias_V.dtype) * grad_C1).sum(dim=0)
+        if self._hidden_NH is not None:
+            self._hidden_NH[chunk] = _product(slope_CV, self._operand_VH)[: len(own_C)] * own_C[:, None]
+        if self._weight_VH is not None:
+            _add_product(self._weight_VH, slope_CV.t(), (hidden_CH * grad_C1).to(slope_CV.dtype))
+
+    def results(self, weight_VH: torch.Tensor, bias_V: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        weight = None if self._weight_VH is None else self._weight_VH.to(weight_VH.dtype)
+        return self._hidden_NH, weight, None if self._bias_V is None or bias_V is None else self._bias_V.to(bias_V.dtype)
 
 
 def _logits(hidden_CH: torch.Tensor, operand_VH: torch.Tensor, bias_V: torch.Tensor | None, head: _Head) -> torch.Tensor:
-    """Logits as they enter the softmax. The same call in forward and backward, so that both see the same bits."""
+    """Logits but for `_factor`. The same call in forward and backward, so that both see the same bits."""
     logits_CV = _product(hidden_CH.to(operand_VH.dtype), operand_VH.t())
     if bias_V is not None:
         logits_CV += bias_V
-    if head.scale != 1:  # each pass over a chunk costs memory bandwidth
-        logits_CV *= head.scale
     if head.softcap is not None:
-        logits_CV.div_(head.softcap).tanh_().mul_(head.softcap)
-    return logits_CV if head.temperature == 1 else logits_CV.div_(head.temperature)
+        logits_CV.mul_(head.scale / head.softcap).tanh_().mul_(head.softcap)
+    return logits_CV
 
 
-def _grad_of_product(logits_CV: torch.Tensor, targets_C: torch.Tensor, grad_C: torch.Tensor, head: _Head) -> torch.Tensor:
-    """Gradient of the matrix product: grad · (one-hot − softmax), through temperature, cap and scale."""
-    if head.shard is None:
-        probs_CV = torch.softmax(logits_CV, dim=1)
-        probs_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] -= 1
-    else:
-        probs_CV = _log_softmax(logits_CV, head.shard).exp_()
-        rows_C, local_C = _own_targets(targets_C, probs_CV.shape[1], head.shard)
-        probs_CV[rows_C, local_C] -= 1
+def _factor(head: _Head) -> float:
+    """What logits are multiplied by as they are read: a pass over a chunk costs memory bandwidth."""
+    return (1.0 if head.softcap is not None else head.scale) / head.temperature
+
+
+def _row_sums(logits_CV: torch.Tensor, targets_C: torch.Tensor, factor: float) -> torch.Tensor:
+    """[4, C]: with z = factor · logit, of each row m = max z, Σ exp(z − m), Σ exp(z − m) · (z − m), and the target's z.
+
+    A target outside the row, which is in another rank's shard, counts as 0.
+    """
+    if _fused(logits_CV):
+        from verst.training import logprob_kernels  # needs triton
+
+        return logprob_kernels.row_sums(logits_CV, targets_C, factor)
+    below_CV = logits_CV * factor
+    inside_C, at_C = _inside(targets_C, logits_CV.shape[1])
+    target_C = below_CV.gather(1, at_C[:, None])[:, 0] * inside_C
+    top_C = below_CV.amax(dim=1)
+    below_CV -= top_C[:, None]
+    weights_CV = below_CV.exp()
+    return torch.stack((top_C, weights_CV.sum(dim=1), weights_CV.mul_(below_CV).sum(dim=1), target_C))
+
+
+def _of_all_words(sums_4C: torch.Tensor, shard: VocabularyShard | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probability of the target, entropy and log-sum-exp of each row, over the words of all ranks."""
+    top_C, total_C, weighted_C, target_C = sums_4C
+    if shard is not None:
+        own_top_C, top_C = top_C, top_C.clone()
+        dist.all_reduce(top_C, op=dist.ReduceOp.MAX, group=shard.group)
+        shift_C = own_top_C - top_C
+        sums_3C = torch.stack((shift_C.exp() * total_C, shift_C.exp() * (weighted_C + total_C * shift_C), target_C))
+        dist.all_reduce(sums_3C, group=shard.group)
+        total_C, weighted_C, target_C = sums_3C
+    lse_C = top_C + total_C.log()
+    return target_C - lse_C, total_C.log() - weighted_C / total_C, lse_C
+
+
+def _slope(logits_CV: torch.Tensor, lse_C: torch.Tensor, targets_C: torch.Tensor, head: _Head, out_CV: torch.Tensor) -> torch.Tensor:
+    """Writes to `out_CV`, and returns, the slope of each row's log-probability along its matrix product: one-hot − softmax, through
+    temperature, cap and scale. On a GPU that rounds it to the weight's type, which the next products need. The logits may be overwritten.
+    """
+    factor = _factor(head)
+    if _fused(logits_CV) and head.softcap is None:
+        from verst.training import logprob_kernels
+
+        return logprob_kernels.slope(logits_CV, lse_C, targets_C, factor, out_CV)
+    slope_CV = out_CV if out_CV.dtype == logits_CV.dtype else torch.empty_like(logits_CV)
+    torch.mul(logits_CV, factor, out=slope_CV).sub_(lse_C[:, None]).exp_().neg_()
+    inside_C, at_C = _inside(targets_C, logits_CV.shape[1])
+    slope_CV.scatter_add_(1, at_C[:, None], inside_C[:, None].to(slope_CV.dtype))
+    slope_CV.mul_(factor)
     if head.softcap is not None:  # tanh' = 1 − tanh²
-        probs_CV *= logits_CV.mul_(head.temperature / head.softcap).square_().neg_().add_(1)
-    return probs_CV.mul_(grad_C[:, None] * (-head.scale / head.temperature))
+        slope_CV *= logits_CV.div_(head.softcap).square_().neg_().add_(1).mul_(head.scale)
+    return out_CV.copy_(slope_CV)
 
 
-def _log_softmax(logits_CV: torch.Tensor, shard: VocabularyShard | None) -> torch.Tensor:
-    if shard is None:
-        return torch.log_softmax(logits_CV, dim=1)
-    top_C = logits_CV.amax(dim=1)
-    dist.all_reduce(top_C, op=dist.ReduceOp.MAX, group=shard.group)
-    total_C = _summed((logits_CV - top_C[:, None]).exp_().sum(dim=1), shard)
-    return logits_CV - (top_C + total_C.log())[:, None]
+def _fused(logits_CV: torch.Tensor) -> bool:
+    return logits_CV.is_cuda and logits_CV.dtype == torch.float32
 
 
-def _of_targets(logs_CV: torch.Tensor, targets_C: torch.Tensor, shard: VocabularyShard | None) -> torch.Tensor:
-    """The targets' entries; with a shard 0 for those of other ranks."""
-    if shard is None:
-        return logs_CV.gather(1, targets_C[:, None])[:, 0]
-    rows_C, local_C = _own_targets(targets_C, logs_CV.shape[1], shard)
-    found_C = logs_CV.new_zeros(len(targets_C))
-    found_C[rows_C] = logs_CV[rows_C, local_C]
-    return found_C
+def _own_targets(targets_N: torch.Tensor, shard: VocabularyShard | None) -> torch.Tensor:
+    """Targets counted from this rank's first word: those of other ranks lie outside its rows."""
+    return targets_N if shard is None else targets_N - shard.start
 
 
-def _own_targets(targets_C: torch.Tensor, size: int, shard: VocabularyShard) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows whose target this rank holds, and the target's place there."""
-    local_C = targets_C - shard.start
-    (rows_C,) = ((local_C >= 0) & (local_C < size)).nonzero(as_tuple=True)
-    return rows_C, local_C[rows_C]
+def _inside(targets_C: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether each target is among so many words, and its place there, or any place if it is not."""
+    return (targets_C >= 0) & (targets_C < size), targets_C.clamp(0, size - 1)
 
 
-def _summed(tensor: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
-    dist.all_reduce(tensor, group=shard.group)
-    return tensor
-
-
-def _filled(tensor_C: torch.Tensor, multiple: int) -> torch.Tensor:
+def _filled(tensor_C: torch.Tensor, multiple: int, value: float = 0) -> torch.Tensor:
     """The rows of a chunk and zeros behind them. With a gradient of zero such rows add nothing to the weight's."""
     missing = -len(tensor_C) % multiple
-    return torch.cat((tensor_C, tensor_C.new_zeros(missing, *tensor_C.shape[1:]))) if missing else tensor_C
+    return torch.cat((tensor_C, tensor_C.new_full((missing, *tensor_C.shape[1:]), value))) if missing else tensor_C
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -217,7 +281,11 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 
 def _operand(weight_VH: torch.Tensor) -> torch.Tensor:
     """The weight as it enters a matrix product: a CPU has no product of bfloat16 with float32 results, so it is widened once there."""
-    return weight_VH if weight_VH.is_cuda else weight_VH.to(_compute_dtype(weight_VH))
+    return weight_VH.to(_operand_dtype(weight_VH))
+
+
+def _operand_dtype(weight_VH: torch.Tensor) -> torch.dtype:
+    return weight_VH.dtype if weight_VH.is_cuda else _compute_dtype(weight_VH)
 
 
 def _widens(operand: torch.Tensor) -> bool:
@@ -228,5 +296,5 @@ def _compute_dtype(weight_VH: torch.Tensor) -> torch.dtype:
     return torch.float64 if weight_VH.dtype == torch.float64 else torch.float32
 
 
-def _chunks(count: int, rows: int) -> list[slice]:
-    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+def _chunks(first: int, count: int, rows: int) -> list[slice]:
+    return [slice(start, min(start + rows, count)) for start in range(first, count, rows)]

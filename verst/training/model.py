@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from verst.errors import ModelError
 from verst.training.logprobs import token_logprobs
+
+DYNAMIC = True
+"""Sizes stay symbols in compiled layers, from the first call on: else the first batch and the next ones would each make graphs."""
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -76,6 +79,11 @@ def named(names: Sequence[str], shown: int = 4) -> str:
     return ", ".join(names[:shown]) + more
 
 
+def compiled(forward: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+    """A layer's forward, compiled for any number of sequences and tokens: rollouts seldom have the same lengths twice."""
+    return torch.compile(forward, dynamic=DYNAMIC, backend=backend)
+
+
 class Policy(nn.Module):
     """Log-probabilities of chosen tokens. Only their hidden states meet the vocabulary matrix.
 
@@ -130,12 +138,12 @@ class Policy(nn.Module):
             scale=self.head.scale,
         )
 
-    def prepare_layers(self, *, recompute: bool, compiled: bool) -> None:
+    def prepare_layers(self, *, recompute: bool, compile_each: bool) -> None:
         """Gradient checkpointing and `torch.compile` of each layer. They go inside the hooks that sharding adds to a layer's call."""
         for layer in self.layers:
             forward: Any = layer.forward
-            if compiled:
-                forward = torch.compile(forward)
+            if compile_each:
+                forward = compiled(forward)
             if recompute:
                 # Not transformers' own switch: that one needs training mode, and training mode means dropout.
                 forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)

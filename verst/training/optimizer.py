@@ -49,6 +49,14 @@ class ScheduledOptimizer(ABC):
     def zero_grad(self) -> None: ...
 
     @abstractmethod
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that this rank updates, by its name in a checkpoint: `model/NAME` (float32 master), `exp_avg/NAME`, `exp_avg_sq/NAME`."""
+
+    @abstractmethod
+    def gradient_buffers(self) -> list[torch.Tensor]:
+        """Memory of gradients that `zero_grad` keeps."""
+
+    @abstractmethod
     def _measure(self, broken: float) -> tuple[float, float]:
         """The norm of the gradient over all ranks, not finite if the gradient is not, and the sum of `broken` over them. A collective."""
 
@@ -128,10 +136,15 @@ class MasterAdamW(ScheduledOptimizer):
                 "exp_avg_sq": torch.zeros_like(master),
             }
 
-    def moments(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Running means of the gradient and of its square, of this rank's part."""
-        state = self._adamw.state[self.masters[name]]
-        return state["exp_avg"], state["exp_avg_sq"]
+    def tensors(self) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for name, master in self.masters.items():
+            state = self._adamw.state[master]
+            found |= {f"model/{name}": master, f"exp_avg/{name}": state["exp_avg"], f"exp_avg_sq/{name}": state["exp_avg_sq"]}
+        return found
+
+    def gradient_buffers(self) -> list[torch.Tensor]:
+        return []
 
     def zero_grad(self) -> None:
         for name, parameter in self.parameters.items():
@@ -165,15 +178,14 @@ class MasterAdamW(ScheduledOptimizer):
         return [m.grad for m in self.masters.values() if m.grad is not None]
 
     def _square_norm(self) -> float:
-        norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in self._gradients()])
+        norms = torch.stack(torch._foreach_norm(self._gradients()))  # pyright: ignore[reportPrivateImportUsage]
         return float(norms.double().square().sum())
 
     @torch.no_grad()
     def _apply(self, rate: float, norm: float) -> None:
         factor = min(1.0, self._train.clip_norm / (norm + _CLIP_EPS))
         if factor < 1.0:
-            for gradient in self._gradients():
-                gradient.mul_(factor)
+            torch._foreach_mul_(self._gradients(), factor)  # pyright: ignore[reportPrivateImportUsage]
         for group in self._adamw.param_groups:
             group["lr"] = rate
         self._adamw.step()
@@ -181,8 +193,10 @@ class MasterAdamW(ScheduledOptimizer):
 
     @torch.no_grad()
     def _round_into_model(self) -> None:
-        for name in self._copied:
-            self.parameters[name].copy_(self.masters[name])
+        if self._copied:
+            rounded: list[torch.Tensor] = [self.parameters[n] for n in self._copied]
+            masters: list[torch.Tensor] = [self.masters[n] for n in self._copied]
+            torch._foreach_copy_(rounded, masters)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

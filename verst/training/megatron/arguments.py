@@ -105,7 +105,7 @@ def parse(config: Config, arguments: Mapping[str, Any], hf_config: Any, family: 
     except argparse.ArgumentError as error:
         raise ConfigError(f"{_KEY}: {error}") from error
     vars(args).update({name: value for name, value in _defaults(config).items() if name not in _dests(parser, arguments)} | derived)
-    _raise(fits(args, world))
+    _raise(fits(args, world) + (_not_compiled(args) if config.train.compile else []))
     _validate(args)
     return args
 
@@ -177,8 +177,6 @@ def _reason(dest: str, group: str, derived: Mapping[str, Any]) -> str:
 def _conflicts(config: Config, arguments: Mapping[str, Any]) -> list[str]:
     problems = []
     given = {_plain(name) for name in arguments}
-    if config.train.compile:
-        problems.append("train.compile: Megatron does not compile whole layers; leave it false with train.backend megatron")
     if config.train.gradient_checkpointing and "recompute_granularity" in given:
         problems.append(f"{_KEY}.recompute_granularity: train.gradient_checkpointing already recomputes whole layers; set one of the two")
     if arguments.get("transformer_impl") == "transformer_engine" and not _has_transformer_engine():
@@ -186,6 +184,17 @@ def _conflicts(config: Config, arguments: Mapping[str, Any]) -> list[str]:
             f"{_KEY}.transformer_impl: the package transformer_engine is not installed; leave it out to use plain PyTorch layers"
         )
     return problems
+
+
+def _not_compiled(args: argparse.Namespace) -> list[str]:
+    """Why layers of this model and layout cannot be compiled as a whole."""
+    reasons = {
+        "TransformerEngine's layers are fused already": args.transformer_impl == "transformer_engine",
+        "layers with experts wait for the CPU in their middle": bool(args.num_experts),
+        "latent attention is not tested with it": args.multi_latent_attention,
+        "layers that communicate are not tested with it": args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1,
+    }
+    return [f"train.compile: {reason}; leave it false with train.backend megatron here" for reason, holds in reasons.items() if holds]
 
 
 def _tokens(parser: argparse.ArgumentParser, arguments: Mapping[str, Any], problems: list[str]) -> list[str]:

@@ -37,7 +37,6 @@ _MODULES = (
     "megatron.core.optimizer.distrib_optimizer",
     "megatron.core.distributed",
     "megatron.core.pipeline_parallel",
-    "megatron.core.dist_checkpointing",
     "megatron.core.transformer.moe.router_replay",
     "megatron.training.arguments",
     "megatron.training.training",
@@ -65,6 +64,7 @@ def require() -> None:
             importlib.import_module(module)
         if not torch.cuda.is_available():
             _cpu_inside_megatron()
+        importlib.import_module("verst.training.megatron.multi_tensor").install()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import get_model_config
 from torch.autograd.function import once_differentiable
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -15,13 +16,16 @@ from verst.errors import ModelError
 from verst.training.logprobs import VocabularyShard, token_logprobs
 from verst.training.megatron import groups
 from verst.training.megatron.packed import Packed
-from verst.training.megatron.specs import block_spec, packed_sequences
+from verst.training.megatron.specs import block_spec, compile_layers, packed_sequences, rotate_once
 from verst.training.megatron.table.rows import padded
 
 
-def build_chunks(config: Any, hf_config: Any, virtual: int, device: torch.device) -> list[GPTModel]:
+def build_chunks(config: Any, hf_config: Any, virtual: int, device: torch.device, *, compiled: bool) -> list[GPTModel]:
     """The model chunks of this rank's pipeline stage, on the device, with weights not yet read."""
-    return [_chunk(config, hf_config, stage if virtual > 1 else None, device) for stage in range(virtual)]
+    chunks = [_chunk(config, hf_config, stage if virtual > 1 else None, device) for stage in range(virtual)]
+    for chunk in chunks if compiled else []:
+        compile_layers(chunk)
+    return chunks
 
 
 def _chunk(config: Any, hf_config: Any, stage: int | None, device: torch.device) -> GPTModel:
@@ -40,6 +44,7 @@ def _chunk(config: Any, hf_config: Any, stage: int | None, device: torch.device)
         vp_stage=stage,
     )
     _set_rope(model, hf_config)
+    rotate_once(model, config)
     return model.to(device)
 
 
@@ -67,7 +72,7 @@ def forward(model: Any, packed: Packed, temperature: float, vocabulary: int) -> 
         tokens,
         torch.zeros_like(tokens),  # rotary positions follow from the sequences' lengths
         None,
-        packed_seq_params=packed_sequences(packed.lengths, tokens.device),
+        packed_seq_params=packed_sequences(packed.lengths, local, get_model_config(model)),
         output_processor=_score,
         output_processor_context=(packed, local, temperature, vocabulary),
     )
@@ -85,17 +90,12 @@ def _score(
         hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states)
     else:
         hidden_states = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
-    own, rows = _own_positions(packed, local)
-    logprobs_N, entropy_N = token_logprobs(
-        hidden_states.flatten(0, 1).index_select(0, rows),
-        *_own_vocabulary(weight, vocabulary),
-        packed.targets_N[own],
-        temperature=temperature,
-        shard=_shard(weight),
-    )
-    scores = torch.stack((logprobs_N, entropy_N))
+    options: dict[str, Any] = {"temperature": temperature, "shard": _shard(weight)}
+    weight, hidden_states = _own_vocabulary(weight, vocabulary), hidden_states.flatten(0, 1)
     if groups.context().size() == 1:
-        return scores
+        return torch.stack(token_logprobs(hidden_states.index_select(0, packed.positions_N), weight, packed.targets_N, **options))
+    own, rows = _own_positions(packed, local)
+    scores = torch.stack(token_logprobs(hidden_states.index_select(0, rows), weight, packed.targets_N[own], **options))
     whole: Any = _FromAllRanks.apply(scores, own, len(packed.targets_N), groups.context())
     return whole
 
@@ -109,10 +109,10 @@ def _own_positions(packed: Packed, local: torch.Tensor) -> tuple[torch.Tensor, t
     return own, rows[own]
 
 
-def _own_vocabulary(weight: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor]:
-    """This rank's rows, without those that only fill up the vocabulary."""
-    start = groups.tensor().rank() * len(weight)
-    return (weight[: min(len(weight), vocabulary - start)],)
+def _own_vocabulary(weight: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """This rank's rows, without those that only fill up the vocabulary. A slice's gradient would be one more copy."""
+    rows = vocabulary - groups.tensor().rank() * len(weight)
+    return weight if rows >= len(weight) else weight[:rows]
 
 
 def _shard(weight: torch.Tensor) -> VocabularyShard | None:

@@ -121,13 +121,29 @@ def _memory_plan(config: Config, facts: ModelFacts) -> list[str]:
     reference = config.algorithm.name == "grpo" and config.algorithm.kl_coefficient > 0
     # fp32 master weights, two AdamW moments and gradients; a bfloat16 model keeps its own copy of the weights beside the master's
     trainer = facts.parameters * (4 + 4 + 4 + 4 + (2 if element == 2 else 0) + (element if reference else 0)) / config.train.ranks
+    weights = facts.parameters * element
     cache = config.rollout.max_running * config.max_trajectory_tokens * facts.kv_elements_per_token * element
     return [
         f"model: {facts.parameters:,} parameters, {config.model.dtype}, vocabulary {facts.vocabulary:,}",
         f"memory of a trainer rank: {_size(trainer)} (weights, optimizer, gradients{', reference' if reference else ''}) and activations",
-        f"memory of each replica: {_size(facts.parameters * element)} weights + {_size(cache)} KV cache "
+        f"memory of each replica: {_size(weights)} weights + {_size(cache)} KV cache "
         f"({config.rollout.max_running} sequences x {config.max_trajectory_tokens:,} tokens)",
-        f"published weights: {_size(facts.parameters * element)} in shared memory, twice while a version replaces another",
+        *_shared_plan(config, trainer, weights, weights + cache),
+        f"published weights: {_size(weights)} in shared memory, twice while a version replaces another",
+    ]
+
+
+def _shared_plan(config: Config, trainer: float, weights: int, replica: int) -> list[str]:
+    """What lies on a GPU in each turn, if there is one for each rank and the replicas share them (`verst.runtime.placement`)."""
+    ranks, transport = config.train.ranks, config.weights.transport
+    if config.rollout.replicas % ranks or transport == "group":
+        return []
+    rolling = config.rollout.replicas // ranks * replica
+    by_file = transport == "file" or (transport is None and ranks > 1)
+    transfer = _size(rolling) if by_file else f"{_size(rolling + weights)} (the trainer's weights too)"
+    return [
+        f"if {config.rollout.replicas} replica(s) share the GPU(s) of {ranks} rank(s), a GPU holds {_size(trainer)} and activations while "
+        f"training, {transfer} in a transfer, {_size(rolling)} while rolling; what the trainer gives up waits in host memory"
     ]
 
 

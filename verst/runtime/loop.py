@@ -9,7 +9,8 @@
     pull       a committed version freed slots           every engine's verified pull     consumer
 
 C is the capacity, P the groups of a step. Synchronous training is C = P: nothing is admitted until the engines hold the step's weights. A
-larger C lets rollout run ahead. There are no modes: the same lines run either way.
+larger C lets rollout run ahead. There are no modes: the same lines run either way. Where trainer and engines share devices, a step up to
+its checkpoint is the trainers' turn on them, and the pull waits for its end (`verst.runtime.lease`).
 
 The commit precedes the pull, so engines never serve a version that a crash could take back. A producer that ends is an error. A failed
 trajectory is data; a broken invariant stops the run.
@@ -213,25 +214,28 @@ class Loop:
         if journaled is None:
             await asyncio.to_thread(self._parts.journal.append_batch, BatchRecord(step, batch.groups, tuple(self._dropped)))
         dropped, self._dropped = list(self._dropped.values()), {}
-        with spans("load"):
-            scores = await trainers.load_batch(batch)
-        advantages = batching.advantages(batch, self._config.algorithm, scores.reference_kl)
-        tally = Tally().merge(scores.tally)
-        for update in range(trainers.num_updates):
-            with spans("forward_backward"):
-                tally.merge(await trainers.forward_backward(update, advantages))
-            with spans("optimizer"):
-                tally.merge(await trainers.optimizer_step(update))
-        with spans("publish"):
-            manifest, probe = await self._publish(step)
-        with spans("commit"):
-            await self._commit(step, manifest.digest, journaled)
-        for seq in batch.groups:
-            self._cursors.pop(seq, None)
-        with spans("pull_wait"):
-            await self._pulled()
-        held = [] if journaled else batch.groups
-        self._pulling = self._tasks.create_task(self._pull(manifest, probe, held))
+        async with self._parts.lease.training(spans, then=self._pulled):
+            with spans("load"):
+                scores = await trainers.load_batch(batch)
+            advantages = batching.advantages(batch, self._config.algorithm, scores.reference_kl)
+            tally = Tally().merge(scores.tally)
+            for update in range(trainers.num_updates):
+                with spans("forward_backward"):
+                    tally.merge(await trainers.forward_backward(update, advantages))
+                with spans("optimizer"):
+                    tally.merge(await trainers.optimizer_step(update))
+            with spans("publish"):
+                manifest, probe = await self._publish(step)
+            with spans("commit"):
+                await self._commit(step, manifest.digest, journaled)
+            for seq in batch.groups:
+                self._cursors.pop(seq, None)
+            with spans("pull_wait"):
+                await self._pulled()
+            held = [] if journaled else batch.groups
+            self._pulling = self._tasks.create_task(self._pull(manifest, probe, held))
+            with spans("checkpoint"):
+                await self._saver.after_step(self._state())
         metrics = batching.describe([*groups, *dropped], advantages, step - 1) | tally.report() | {"groups/dropped": float(len(dropped))}
         await self._after([*groups, *dropped], metrics)
 
@@ -243,20 +247,18 @@ class Loop:
             message = (
                 f"step {step} was trained again from the journal and its weights hash is {digest}, not {journaled.digest} as committed"
             )
-            if self._config.run.deterministic:
+            if self._config.run.deterministic and self._restored.same_sums:
                 raise InvariantViolation(message + ": machine, library versions or thread count may differ from before")
             self._parts.observer.note(f"warning: {message}")
         self.version = step
 
     async def _after(self, groups: Sequence[Group], metrics: dict[str, float]) -> None:
-        """What follows a commit and is not training: evaluation, checkpoint, report."""
+        """What follows a step: evaluation and report."""
         metrics |= {"slots/held": float(self._slots.held), "version": float(self.version)}
         if self._evaluates_at(self.version):
             await self._pulled()
             with self._spans("evaluate"):
                 metrics |= await self._parts.evaluate()
-        with self._spans("checkpoint"):
-            await self._saver.after_step(self._state())
         self._parts.observer.step(self.version, groups, metrics, self._spans)
 
     # ---- weights
@@ -265,7 +267,8 @@ class Loop:
         """Gives the engines the restored weights before the first prompt is admitted."""
         await self._pulled()
         self._spans = Spans()
-        manifest, probe = await self._publish(self.version)
+        async with self._parts.lease.training(self._spans):
+            manifest, probe = await self._publish(self.version)
         await self._pull(manifest, probe, [])
         if self._config.eval.every_steps and self.version == 0:
             self._parts.observer.evaluation(0, await self._parts.evaluate())
@@ -280,14 +283,16 @@ class Loop:
     async def _pull(self, manifest: Manifest, probe: Probe, seqs: Sequence[int]) -> None:
         """All engines load and verify a version; only then are the slots free whose gradient it includes."""
         if manifest.location:
-            pulled = await self._parts.transfer.bring(manifest, probe)
+            async with self._parts.lease.transfer(reads_trainers=self._parts.transfer.reads_trainers):
+                pulled = await self._parts.transfer.bring(manifest, probe)
             self._parts.observer.published(manifest.version, pulled)
         await self._slots.free(seqs)
 
     async def _pulled(self) -> None:
         """Waits for the pull in progress, if there is one."""
         if self._pulling is not None:
-            await within(asyncio.shield(self._pulling), 2 * self._config.weights.deadline_s + 10, f"engines to pull version {self.version}")
+            limit_s = 2 * self._config.weights.deadline_s + 10 + self._parts.lease.hand_over_s
+            await within(asyncio.shield(self._pulling), limit_s, f"engines to pull version {self.version}")
             self._pulling = None
 
     def _evaluates_at(self, version: int) -> bool:

@@ -12,6 +12,7 @@ from verst.config.schema import Config
 from verst.data.stream import PromptStream
 from verst.journal.log import Journal
 from verst.observe.metrics import Tally
+from verst.runtime.lease import Lease
 from verst.runtime.observer import Observer
 from verst.runtime.pools import Replicas, Trainers
 from verst.runtime.rundir import RunDirectory
@@ -32,6 +33,7 @@ class Parts:
     observer: Observer
     probe_tokens: NDArray[np.int32]
     transfer: Transfer
+    lease: Lease
     eval_prompts: list[Prompt]
 
     @property

@@ -10,10 +10,14 @@ from verst.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """GPUs (or the part of one) of each trainer rank and each rollout replica; 0 means CPU."""
+    """GPUs (or the part of one) of each trainer rank and each rollout replica; 0 means CPU.
+
+    `shared`: rank i has the GPU of replicas i, i + ranks, … and they use it in turn (`verst.runtime.lease`).
+    """
 
     trainer_gpus: float
     replica_gpus: float
+    shared: bool = False
 
     @property
     def device(self) -> str:
@@ -21,20 +25,25 @@ class Placement:
 
 
 def place(config: Config, gpus: int) -> Placement:
-    """One GPU for each rank and replica; if there is only one GPU they share it; without GPUs everything runs on the CPU.
+    """One GPU for each rank and replica; with a GPU for each rank only, the replicas share them; without GPUs everything runs on the CPU.
 
     Raises:
-        ConfigError: there are GPUs, but too few.
+        ConfigError: there are GPUs, but too few; or the transport of weights does not work within one GPU.
     """
-    wanted = config.train.ranks + config.rollout.replicas
+    ranks, replicas = config.train.ranks, config.rollout.replicas
     if gpus == 0:
         return Placement(0.0, 0.0)
-    if gpus >= wanted:
+    if gpus >= ranks + replicas:
         return Placement(1.0, 1.0)
-    if gpus == 1 and config.train.ranks == 1:
-        share = 1.0 / wanted
-        return Placement(share, share)
-    raise ConfigError(
-        f"train.ranks ({config.train.ranks}) and rollout.replicas ({config.rollout.replicas}) need {wanted} GPUs, there are {gpus}; "
-        "one rank and its replicas may also share a single GPU"
-    )
+    if gpus != ranks or replicas % ranks:
+        raise ConfigError(
+            f"train.ranks ({ranks}) and rollout.replicas ({replicas}) need {ranks + replicas} GPUs, there are {gpus}; "
+            "replicas may also share the GPUs of the ranks, equally many on each, where there is one GPU for each rank"
+        )
+    if config.weights.transport == "group" or (config.weights.transport == "shared" and ranks > 1):
+        raise ConfigError(
+            f"weights.transport {config.weights.transport} does not work where replicas share the GPUs of {ranks} rank(s): NCCL connects "
+            "no two processes on one GPU, and buffers are shared on one GPU only. Remove it"
+        )
+    share = ranks / (ranks + replicas)
+    return Placement(share, share, shared=True)

@@ -66,14 +66,20 @@ class Trainers:
     async def publish(self, version: int, location: str | None, probe_T: NDArray[np.int32] | None) -> tuple[Manifest, NDArray[np.float32]]:
         return (await self._all("publish", version, location, probe_T))[0]
 
-    async def host_group(self, name: str, world: int) -> GroupAddress:
-        return await self._first("host_group", name, world)
+    async def host_group(self, name: str, world: int, *, shared: bool) -> GroupAddress:
+        return await self._first("host_group", name, world, shared)
 
     async def join_group(self, address: GroupAddress) -> None:
         await self._first("join_group", address)
 
     async def send(self, manifest: Manifest) -> None:
         await self._all("send", manifest)
+
+    async def release_memory(self, *, weights: bool) -> None:
+        await self._all("release_memory", weights)
+
+    async def resume_memory(self) -> None:
+        await self._all("resume_memory")
 
     async def snapshot(self, directory: str, step: int) -> dict[str, Any]:
         return (await self._all("snapshot", directory, step))[0]
@@ -106,9 +112,10 @@ class Trainers:
 class Replicas:
     """Every rollout replica. Groups go to the one with the fewest in flight; new weights go to all."""
 
-    def __init__(self, workers: Sequence[Worker], config: Config) -> None:
+    def __init__(self, workers: Sequence[Worker], config: Config, *, shared: bool = False) -> None:
         self._workers = workers
         self._config = config
+        self._shared = shared
         self._in_flight = [0] * len(workers)
 
     async def _all(self, method: str, deadline_s: float, *args: Any) -> list[Any]:
@@ -120,7 +127,8 @@ class Replicas:
     def deadline_s(self, groups: int) -> float:
         """Limit of one group among so many on one replica: each brings its own time along for engine places and reward workers."""
         rollout = self._config.rollout
-        return rolling_deadline_s(self._config, groups) + groups * rollout.group_size * (self._config.reward.deadline_s + _RESTART_S)
+        scoring_s = groups * rollout.group_size * (self._config.reward.deadline_s + _RESTART_S)
+        return rolling_deadline_s(self._config, groups, shared=self._shared) + scoring_s
 
     async def roll(self, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:
         """One group, rolled and scored by the least busy replica: encoded, for the journal, and decoded."""
@@ -137,15 +145,23 @@ class Replicas:
     async def pull(self, manifest: Manifest, probe: Probe | None) -> Pulled:
         """Every replica loads and verifies one version. Returns the largest probe difference, and what the engines count in sum."""
         pulled: list[Pulled] = await self._all("pull", self._config.weights.deadline_s + 5, manifest, probe)
-        stats = {name: sum(p.stats[name] for p in pulled) for name in pulled[0].stats}
+        stats = {name: (max if name.startswith("weights_") else sum)(p.stats[name] for p in pulled) for name in pulled[0].stats}
         return Pulled(max(p.difference for p in pulled), stats)
 
-    @property
-    def count(self) -> int:
-        return len(self._workers)
+    async def release_memory(self) -> None:
+        await self._all("release_memory", self._config.weights.deadline_s)
 
-    async def join_group(self, address: GroupAddress) -> None:
-        await self._all("join_group", self._config.weights.deadline_s + 5, address)
+    async def resume_memory(self) -> None:
+        await self._all("resume_memory", self._config.weights.deadline_s)
+
+    async def weight_ranks(self) -> list[int]:
+        """Members of the weight group that each replica becomes."""
+        return await self._all("weight_ranks", self._config.weights.deadline_s)
+
+    async def join_group(self, address: GroupAddress, first_ranks: Sequence[int]) -> None:
+        limit_s = self._config.weights.deadline_s + 15  # a rank that waited in vain says so itself
+        calls = {w.name: w.call("join_group", address, first) for w, first in zip(self._workers, first_ranks, strict=True)}
+        await gather_named({name: within(call, limit_s, f"{name}: join_group") for name, call in calls.items()})
 
     async def probe_tokens(self, prompt: Prompt) -> NDArray[np.int32]:
         return await within(self._workers[0].call("probe_tokens", prompt), self._config.weights.deadline_s, "replica 0: probe tokens")

@@ -12,6 +12,7 @@ from typing import Any
 
 from verst.config.schema import Config
 from verst.errors import CheckpointError
+from verst.observe.spans import Spans
 from verst.runtime.parts import Parts
 from verst.runtime.recovery import LoopState
 from verst.training.checkpoints import commit_checkpoint, discard_partial
@@ -27,18 +28,23 @@ class Saver:
         self._saved = saved  # step of the newest checkpoint
 
     async def after_step(self, state: LoopState) -> None:
-        """Begins a checkpoint if one is due. Waits for the one before it, which is the only cost beside the copy."""
+        """Begins a checkpoint if one is due, in the trainers' turn. Waits for the one before it, the only cost beside the copy."""
         if state.step % self._config.checkpoint.every_steps == 0:
             await self._begin(state)
 
     async def finish(self, state: LoopState) -> None:
         """Saves the last state if that is not done yet, waits until it is on disk, and exports the model."""
         await self._written()
-        if state.step > self._saved:
-            await self._begin(state)
-        await self._written()
-        if self._config.checkpoint.export_final and state.step >= self._config.run.steps:
-            await self._parts.trainers.export(str(self._parts.run.final))
+        unsaved = state.step > self._saved
+        exports = self._config.checkpoint.export_final and state.step >= self._config.run.steps
+        if not (unsaved or exports):
+            return
+        async with self._parts.lease.training(Spans()):
+            if unsaved:
+                await self._begin(state)
+                await self._written()
+            if exports:
+                await self._parts.trainers.export(str(self._parts.run.final))
 
     async def abandon(self) -> None:
         """Gives up what is still being written, when the run ends early: nothing may appear in its directory after it has let go of it."""

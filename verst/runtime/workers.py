@@ -7,6 +7,7 @@ one trainer rank. Groups and batches cross the process boundary encoded (`verst.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,20 +38,30 @@ class Probe:
 
     tokens_T: NDArray[np.int32]
     logprobs_T: NDArray[np.float32]
-    limit: float  # largest |trainer - engine| that may serve
+    limit: float  # largest mean |trainer - engine| that may serve
 
 
-def rolling_deadline_s(config: Config, groups: int) -> float:
-    """Limit of rolling one group among so many: those that wait for a place in the engine get the time of those before them."""
-    rollout = config.rollout
-    return rollout.deadline_s * (1 + groups * rollout.group_size // rollout.max_running)
+def turn_limit_s(config: Config) -> float:
+    """Limit of a step up to its checkpoint, hand-overs of shared devices included. Every call in it has a limit of its own."""
+    return (8 + 2 * config.train.minibatches * config.train.epochs) * config.train.deadline_s
+
+
+def rolling_deadline_s(config: Config, groups: int, *, shared: bool) -> float:
+    """Limit of rolling one group among so many: those that wait for a place in the engine get the time of those before them.
+
+    `shared`: the trainer uses the device in between, once for each step that rollout may be ahead.
+    """
+    rollout, step = config.rollout, config.train.groups_per_step
+    limit_s = rollout.deadline_s * (1 + groups * rollout.group_size // rollout.max_running)
+    ahead = math.ceil((config.capacity_groups - step) / step)
+    return limit_s + (ahead * turn_limit_s(config) if shared else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
     """What a replica reports with a new version."""
 
-    difference: float  # largest |trainer - engine| of the probe's log-probabilities; 0 without a probe
+    difference: float  # mean |trainer - engine| of the probe's log-probabilities; 0 without a probe
     stats: dict[str, float]  # the engine's counters and gauges
 
 
@@ -60,12 +71,13 @@ class RolloutWorker:
     Scoring lies here, and not in one place for all replicas, because groups are here already and replicas grow in number with the run.
     """
 
-    def __init__(self, config: Config, extensions: Extensions, replica: int, device: str, logs: Path) -> None:
+    def __init__(self, config: Config, extensions: Extensions, replica: int, device: str, logs: Path, shared: bool = False) -> None:
         self._config = config
         self._extensions = extensions
         self._device = device
         self._replica = replica
         self._logs = logs
+        self._shared = shared
         self.engine: Any = None
         self._scorer: Scorer | None = None
         self._rolling = 0
@@ -79,7 +91,8 @@ class RolloutWorker:
         config, rollout = self._config, self._config.rollout
         self._renderer = ChatRenderer(load_tokenizer(config.model.path))
         self._environment = environment_factory(self._extensions.environment or rollout.environment, rollout.environment_options)
-        self.engine = make_engine(config, replica=self._replica, device=self._device, log=self._logs / f"replica-{self._replica}.log")
+        log = self._logs / f"replica-{self._replica}.log"
+        self.engine = make_engine(config, replica=self._replica, device=self._device, shared=self._shared, log=log)
         if scores:
             await self._start_scorer()
         await self.engine.start()
@@ -131,7 +144,7 @@ class RolloutWorker:
         assert self._scorer is not None
         self._rolling += 1
         try:
-            limit_s = rolling_deadline_s(self._config, self._rolling)
+            limit_s = rolling_deadline_s(self._config, self._rolling, shared=self._shared)
             group = await within(
                 self._rollers[how == "evaluation"].roll(seq, prompt), limit_s, f"the engine: rolling group {seq} ({prompt.id})"
             )
@@ -156,19 +169,28 @@ class RolloutWorker:
 
     def _update(self, manifest: Manifest) -> WeightUpdate:
         from verst.weights.files import FileUpdate
-        from verst.weights.group import BUCKET_BYTES, GroupUpdate
+        from verst.weights.group import GroupUpdate
+        from verst.weights.layout import BUCKET_BYTES
 
         if manifest.location != GROUP:
             return FileUpdate(manifest)
-        return GroupUpdate(manifest, self._group, bucket_bytes=BUCKET_BYTES, deadline_s=self._config.weights.deadline_s)
+        return GroupUpdate(manifest, BUCKET_BYTES, self._config.weights.deadline_s)
 
-    async def join_group(self, address: GroupAddress) -> None:
-        """Takes this replica's place among those the trainer broadcasts to. A collective."""
-        from verst.weights.group import join
+    async def release_memory(self) -> None:
+        """Gives all of the engine's device memory to the trainer. What is in flight waits, and goes on after the next `pull`."""
+        await self.engine.pause()
+        await self.engine.release_memory()
 
-        self._group = await asyncio.to_thread(
-            join, address, 1 + self._replica, device=self._device, timeout_s=self._config.weights.deadline_s
-        )
+    async def resume_memory(self) -> None:
+        await self.engine.resume_memory()
+
+    async def weight_ranks(self) -> int:
+        """Members of the weight group that this replica's engine becomes."""
+        return self.engine.weight_ranks
+
+    async def join_group(self, address: GroupAddress, first_rank: int) -> None:
+        """The engine takes its places among those the trainer broadcasts to. A collective."""
+        await self.engine.join_weight_group(address, first_rank, self._config.weights.deadline_s)
 
     async def probe_tokens(self, prompt: Prompt) -> NDArray[np.int32]:
         """The tokens both sides score at every publish: the start of a real prompt."""
@@ -248,24 +270,25 @@ class TrainerWorker:
         remove_versions(location, keep={version - 1, version})  # the one before may still be on its way into an engine
         return manifest, logprobs
 
-    def host_group(self, name: str, world: int) -> GroupAddress:
+    def host_group(self, name: str, world: int, shared: bool) -> GroupAddress:
         """Opens the place where the weight group meets. Rank 0 only; `join_group` follows."""
         from verst.training.distributed import own_address
         from verst.weights.group import GroupAddress, open_store
 
-        host = own_address()
+        host = "127.0.0.1" if shared else own_address()
         self._store = open_store(host, timeout_s=self._config.weights.deadline_s, listen=True)
-        return GroupAddress(host, self._store.port, name, world)
+        return GroupAddress(host, self._store.port, name, world, shared)
 
     def join_group(self, address: GroupAddress) -> None:
         """Becomes the sender. Rank 0 only; a collective with the replicas."""
-        from verst.weights.group import SENDER, WeightGroup
+        from verst.weights.group import SENDER, enter
 
-        self._group = WeightGroup(self._store, address, SENDER, device=self._device, timeout_s=self._config.weights.deadline_s)
+        self._group = enter(self._store, address, SENDER, device=self._device, timeout_s=self._config.weights.deadline_s)
 
     def send(self, manifest: Manifest) -> None:
         """Broadcasts the weights that `publish` described, before anything changes them. A collective of the trainer's ranks."""
-        from verst.weights.group import BUCKET_BYTES, send
+        from verst.weights.group import send
+        from verst.weights.layout import BUCKET_BYTES
 
         weights = self.backend.weights()
         if self._rank:
@@ -273,6 +296,12 @@ class TrainerWorker:
                 pass
         else:
             send(self._group, manifest, weights, bucket_bytes=BUCKET_BYTES, deadline_s=self._config.weights.deadline_s)
+
+    def release_memory(self, weights: bool) -> None:
+        self.backend.release_memory(weights=weights)
+
+    def resume_memory(self) -> None:
+        self.backend.resume_memory()
 
     def snapshot(self, directory: str, step: int) -> dict[str, Any]:
         """Copies this rank's state and begins to write it in the background. Returns the model's fingerprint."""

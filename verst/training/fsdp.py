@@ -14,24 +14,25 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from verst.algorithms.kl import kl_per_sample
-from verst.algorithms.table import algorithm_for
 from verst.config.schema import Config
-from verst.errors import InvariantViolation
 from verst.observe.metrics import Tally
 from verst.protocols import BackendState
+from verst.training.base import Backend
 from verst.training.distributed import device_of, release, require_group, shard, whole
 from verst.training.loss import policy_loss
 from verst.training.microbatch import Microbatch, split
 from verst.training.model import Policy, load_model
 from verst.training.optimizer import MasterAdamW
 from verst.training.state import RankState, capture, restore
-from verst.training.step import LoadedStep, PerSample, StepScores, kl_estimator, plan_batch, require_known_tokens
+from verst.training.step import LoadedStep, PerSample, StepScores, kl_estimator, plan_batch
 from verst.types import Batch
+from verst.weights.offload import own_memory
 
 
-class FsdpBackend:
+class FsdpBackend(Backend[MasterAdamW]):
     """One trainer rank. From two ranks on, `init_distributed` comes first; the constructor is a collective then.
 
     `device` is `cpu`, `cuda` or `cuda:N`; None takes a GPU if there is one. Raises `ModelError` if the model cannot be loaded or followed.
@@ -39,13 +40,10 @@ class FsdpBackend:
 
     def __init__(self, config: Config, *, rank: int, world: int, device: str | None) -> None:
         require_group(rank, world)
-        self._config = config
+        super().__init__(config, device_of(device, deterministic=config.run.deterministic))
         self._rank = rank
         self._world = world
-        self._device = device_of(device, deterministic=config.run.deterministic)
         self._dtype = getattr(torch, config.model.dtype)
-        self._temperature = config.rollout.temperature  # of the distribution that was sampled
-        self._algorithm = algorithm_for(config.algorithm)
         self._policy = self._load(trainable=True)
         self._reference = self._load(trainable=False) if self._algorithm.needs_reference(config.algorithm) else None
         # Taken while the model is sharded: during a forward pass the modules hold gathered parameters under the same names.
@@ -53,25 +51,17 @@ class FsdpBackend:
         self._parameters = parameters
         trainable = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self._optimizer = MasterAdamW(trainable, config.train, self.num_updates, config.run.steps)
-        self._step: LoadedStep | None = None
-        self._loss_is_finite = True
-
-    @property
-    def num_updates(self) -> int:
-        """Updates each step makes: minibatches times epochs."""
-        return self._config.train.minibatches * self._config.train.epochs
 
     # ---- one step
 
-    def load_batch(self, batch: Batch) -> StepScores:
-        """Plans a decoded batch and computes the log-probabilities that the algorithm needs before its first update.
+    @property
+    def _vocabulary(self) -> int:
+        return self._policy.vocabulary
 
-        The mismatch is tallied here if the trainer's are among them, else by the first `forward_backward`.
-        Raises `ModelError` if a token is not in the model's vocabulary.
-        """
-        require_known_tokens(batch, self._policy.vocabulary, self._config.model.path)
-        self._optimizer.zero_grad()
-        step = self._step = plan_batch(self._config, batch, self._rank, self._world, self._device)
+    def _plan(self, batch: Batch) -> LoadedStep:
+        return plan_batch(self._config, batch, self._rank, self._world, self._device)
+
+    def _score_step(self, step: LoadedStep) -> StepScores:
         tally, reference_kl = Tally(), {}
         scored = self._algorithm.needs_old_logprobs(self._config.algorithm, self.num_updates)
         for update in range(self._config.train.minibatches):  # every epoch has the same microbatches
@@ -89,13 +79,7 @@ class FsdpBackend:
                     reference_kl |= kl_per_sample(policy, reference, microbatch.sample_of_token(), kl_estimator(self._config))
         return StepScores(tally, reference_kl)
 
-    def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
-        """Accumulates one update's gradients. `advantages` has one entry for each sample of the whole batch."""
-        step = self._loaded()
-        if len(advantages) != len(step.batch.samples):
-            raise InvariantViolation(f"step {step.batch.step}: {len(advantages)} advantages for {len(step.batch.samples)} samples")
-        self._optimizer.zero_grad()
-        self._loss_is_finite = True
+    def _accumulate(self, step: LoadedStep, update: int, advantages: Sequence[float]) -> Tally:
         weights = step.weights(update)
         tally = Tally()
         for microbatch in step.microbatches(update):
@@ -108,17 +92,11 @@ class FsdpBackend:
             self._backward(step, microbatch, (logprobs_N, entropy_N), weights, advantages, tally)
         return tally
 
-    def optimizer_step(self, update: int) -> Tally:
-        """Clips and steps, or skips: the same decision on every rank. Raises `TrainingDiverged` after too many skips in a row."""
-        if self._loaded().is_empty(update):
-            return self._optimizer.pass_over()
-        return self._optimizer.step(loss_is_finite=self._loss_is_finite)
-
     # ---- weights and state
 
     @torch.no_grad()
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Full tensors by transformers' name, in the model's dtype, tied ones once; then the model's saved buffers, in their own."""
+    def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """In the model's dtype, tied ones once; then the model's saved buffers, in their own."""
         for name, parameter in self._parameters.items():
             yield name, whole(parameter, self._dtype)
         saved = self._policy.model.state_dict().keys()
@@ -126,41 +104,45 @@ class FsdpBackend:
             if name in saved:
                 yield name, buffer.detach()
 
-    def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Log-probability [T] of each token given those before it, at temperature 1; entry 0 is 0. A collective."""
-        logprobs_T = np.zeros(len(tokens_T), dtype=np.float32)
-        if len(tokens_T) > 1:
-            tokens = torch.tensor(tokens_T, dtype=torch.int64, device=self._device)
-            positions = torch.arange(len(tokens) - 1, device=self._device)
-            microbatch = Microbatch((0,), tokens[None, :-1], positions, tokens[1:], (len(positions),))
-            logprobs_T[1:] = self._score(self._policy, microbatch, temperature=1.0)
-        return logprobs_T
+    def _probe(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
+        tokens = torch.tensor(tokens_T, dtype=torch.int64, device=self._device)
+        positions = torch.arange(len(tokens) - 1, device=self._device)
+        microbatch = Microbatch((0,), tokens[None, :-1], positions, tokens[1:], (len(positions),))
+        return self._score(self._policy, microbatch, temperature=1.0)
 
     def state(self) -> RankState:
         """A private CPU copy of this rank's shards of masters and moments, of the counters and of torch's random state."""
+        self._require("state")
         return capture(self._optimizer)
 
     def load_state(self, state: BackendState) -> None:
         """Restores `state()` bit for bit, from this rank's shards or from full tensors. Raises `CheckpointError` on another model's."""
+        self._require("load_state")
         restore(self._optimizer, state, self._rank, self._world)
         self._step = None
+
+    def _policy_modules(self) -> list[nn.Module]:
+        return [self._policy]
+
+    def _reference_modules(self) -> list[nn.Module]:
+        return [] if self._reference is None else [self._reference]
+
+    def _settle(self) -> None:
+        """Nothing runs between two calls."""
 
     # ---- inside
 
     def _load(self, *, trainable: bool) -> Policy:
         policy = Policy(load_model(self._config.model.path, self._dtype), self._config.model.path)
         train = self._config.train
-        policy.prepare_layers(recompute=trainable and train.gradient_checkpointing, compiled=train.compile)
+        policy.prepare_layers(recompute=trainable and train.gradient_checkpointing, compile_each=train.compile)
         if not trainable:
             policy.requires_grad_(False)
-        if self._world > 1:
+        if self._world > 1:  # each shard is a copy
             shard(policy, self._device, self._world, master_dtype=torch.float32 if trainable else self._dtype)
-        return policy.to(self._device)
-
-    def _loaded(self) -> LoadedStep:
-        if self._step is None:
-            raise InvariantViolation("no batch is loaded: load_batch comes before forward_backward and optimizer_step")
-        return self._step
+            return policy.to(self._device)
+        own_memory(policy.to(self._device))
+        return policy
 
     def _forward(self, policy: Policy, microbatch: Microbatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         return policy(microbatch.tokens_BT, microbatch.positions_N, microbatch.targets_N, temperature)

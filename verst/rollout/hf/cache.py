@@ -57,6 +57,10 @@ class SlotCache(Cache):
         """0: positions are always given to the model, which then has no need to ask."""
         return 0
 
+    def release(self) -> None:
+        """Gives up all memory, and with it the content of every slot. It is taken again when a layer next writes."""
+        self._layers.clear()
+
     def copy(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copies the first `length` positions of slots to others, bit for bit. All are read before the first is written."""
         device = self._all_rows.device

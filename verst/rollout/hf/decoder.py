@@ -21,9 +21,9 @@ from verst.rollout.hf.prompts import HeldPrompts
 from verst.rollout.hf.sampling import RowSampling, sample, uniforms
 from verst.rollout.hf.slots import SlotTable
 from verst.rollout.hf.stop_strings import StopStrings
-from verst.rollout.hf.weights import load_weights
+from verst.rollout.hf.weights import check_manifest, load_weights
 from verst.rollout.limits import check_request, check_tokens
-from verst.types import FinishReason, GenerateRequest, Generation
+from verst.types import FinishReason, GenerateRequest, Generation, Manifest
 
 
 class Decoder:
@@ -41,6 +41,7 @@ class Decoder:
         self._stop_ids = model.stop_ids()
         self._stop_strings: StopStrings | None = None
         self._sampling: RowSampling | None = None  # of the last step; None once a row came or moved
+        self._retracted = False  # the running rows' keys and values are gone
 
     @property
     def running(self) -> int:
@@ -66,6 +67,8 @@ class Decoder:
     def step(self) -> list[Generation]:
         """One token for each running and each admitted sequence; returns the generations that ended with it."""
         started = time.perf_counter()
+        if self._retracted:
+            self._refill()
         logits = self._decode()
         prefill_started = time.perf_counter()
         admitted = self._admit()
@@ -97,12 +100,35 @@ class Decoder:
         check_tokens("the probe", tokens_T, self._model.vocab_size, self._model.max_tokens)
         return self._model.logprobs(tokens_T)
 
+    def check_manifest(self, manifest: Manifest) -> None:
+        """Raises `WeightMismatch` if a version does not fit the model."""
+        check_manifest(self._model.model, manifest)
+
     def load_weights(self, update: WeightUpdate) -> dict[str, str]:
         """Loads a version; from the next step on tokens carry it. Running sequences keep their older keys and values."""
         self._held.clear()
         checksums = load_weights(self._model.model, update)
         self.version = update.manifest.version
         return checksums
+
+    def release_memory(self, *, weights: bool) -> None:
+        """Gives up keys and values, and with `weights` the parameters. Running sequences are computed again when decoding goes on."""
+        self._held.clear()
+        self._retracted = True
+        self._model.release_memory(weights=weights)
+
+    def resume_memory(self) -> None:
+        self._model.resume_memory()
+
+    def _refill(self) -> None:
+        """Computes the keys and values of running sequences anew, but for the newest token's, which the next step computes."""
+        table = self._table
+        for slot, request in enumerate(table.requests):
+            if request is not None:
+                tokens_T = np.concatenate((request.tokens_T, table.tokens_ST[slot, : table.generated_S[slot] - 1]))
+                self._model.prefill(tokens_T, slot)
+                self.prefill_tokens += len(tokens_T)
+        self._retracted = False
 
     def _decode(self) -> torch.Tensor | None:
         """Logits `[rows, V]` after the newest token of each running row."""

@@ -22,6 +22,7 @@ from verst.rollout.hf.decoder import Decoder
 from verst.rollout.hf.model import SlotModel
 from verst.rollout.hf.worker import DecodeThread
 from verst.types import GenerateRequest, Generation
+from verst.weights.group import GroupAddress, GroupUpdate, Member, join
 
 T = TypeVar("T")
 
@@ -54,9 +55,11 @@ class HFEngine:
         self._thread: DecodeThread | None = None
         self._decoder: Decoder | None = None
         self._fresh: list[tuple[GenerateRequest, Future[Generation]]] = []  # of this turn of the event loop
+        self._member: Member | None = None
         # Below: touched by the decode thread only.
         self._paused = False
-        self._half_loaded: str | None = None
+        self._half_loaded: str | None = None  # why the weights are no whole version
+        self._released = False
         self._pending: dict[str, Future[Generation]] = {}
 
     async def start(self) -> None:
@@ -92,15 +95,31 @@ class HFEngine:
         await self._call(lambda: self._set_paused(True))
 
     async def resume(self) -> None:
-        """Raises `EngineFailure` after an update that broke off: its weights are neither the old nor the new version."""
+        """Raises `EngineFailure` while the weights are no whole version: after an update that broke off, or after their release."""
         await self._call(lambda: self._set_paused(False))
 
     async def update_weights(self, update: WeightUpdate) -> Mapping[str, str]:
         """See `Engine.update_weights`. Raises `WeightMismatch`, naming the tensors, if names, shapes or types do not fit."""
+        if isinstance(update, GroupUpdate):
+            update = update.at(self._member)
         return await self._call(lambda: self._update(update))
 
+    @property
+    def weight_ranks(self) -> int:
+        return 1
+
+    async def join_weight_group(self, address: GroupAddress, first_rank: int, timeout_s: float) -> None:
+        self._member = await asyncio.to_thread(join, address, first_rank, device=self._device, timeout_s=timeout_s)
+
     async def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
-        return await self._call(lambda: self._loaded().logprobs(tokens_T))
+        """See `Engine.logprobs`. Raises `EngineFailure` while the weights are no whole version."""
+        return await self._call(lambda: self._logprobs(tokens_T))
+
+    async def release_memory(self, *, weights: bool = True) -> None:
+        await self._call(lambda: self._release(weights))
+
+    async def resume_memory(self) -> None:
+        await self._call(self._take_back)
 
     @property
     def version(self) -> int:
@@ -187,15 +206,41 @@ class HFEngine:
         self._deliver(self._loaded().abort(ids))
 
     def _set_paused(self, paused: bool) -> None:
-        if self._half_loaded is not None and not paused:
-            raise EngineFailure(f"cannot resume: {self._half_loaded} broke off; push the version again, whole")
+        if not paused:
+            self._require_memory("resume")
+            if self._half_loaded is not None:
+                raise EngineFailure(f"cannot resume: {self._half_loaded}; push the version again, whole")
         self._paused = paused
+
+    def _logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
+        self._require_memory("compute a probe")
+        if self._half_loaded is not None:
+            raise EngineFailure(f"no probe: {self._half_loaded}")
+        return self._loaded().logprobs(tokens_T)
+
+    def _release(self, weights: bool) -> None:
+        if not self._paused:
+            raise EngineFailure("the engine's memory is in use: pause() first")
+        self._released = True
+        if weights:
+            self._half_loaded = "its weights were released"
+        self._loaded().release_memory(weights=weights)
+
+    def _take_back(self) -> None:
+        self._loaded().resume_memory()
+        self._released = False
+
+    def _require_memory(self, what: str) -> None:
+        if self._released:
+            raise EngineFailure(f"cannot {what}: the engine's memory is released; resume_memory() first")
 
     def _update(self, update: WeightUpdate) -> Mapping[str, str]:
         version = update.manifest.version
         if not self._paused:
             raise EngineFailure(f"weights of version {version} came while decoding: pause() first")
-        self._half_loaded = f"the update to version {version}"
+        self._require_memory(f"load version {version}")
+        self._loaded().check_manifest(update.manifest)
+        self._half_loaded = f"the update to version {version} broke off"
         checksums = self._loaded().load_weights(update)
         self._half_loaded = None
         self._version = version

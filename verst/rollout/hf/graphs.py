@@ -2,7 +2,7 @@
 
 A small model's decode step is some hundred kernels of a few microseconds each. Launched one by one from Python they take ten times longer
 than they run. A recording reads its inputs from, and works in, memory that stays in place; weights and the key-value cache do too, since
-updates are copied into them.
+updates are copied into them, until the engine gives its memory up.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ class ForwardGraphs:
 
     def __len__(self) -> int:
         return len(self._recordings)
+
+    def clear(self) -> None:
+        """Forgets the recordings, with their memory: they read weights and a cache whose memory is about to move."""
+        self._recordings.clear()
+        self._pool = None
 
     def run(self, key: Hashable, function: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
         """`function(inputs)`; `inputs` are on the CPU and go to the device."""

@@ -21,6 +21,7 @@ from verst.errors import EngineFailure, ModelError
 from verst.rollout.hf.attention import NAME, DecodePlan, attended_lengths, decoding, register
 from verst.rollout.hf.cache import SlotCache
 from verst.rollout.hf.graphs import ForwardGraphs
+from verst.weights.offload import Offload, own_memory, return_unused
 
 _LAYERS_SUPPORTED = {"full_attention", "sliding_attention"}
 _WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim")
@@ -45,6 +46,7 @@ class SlotModel:
         self._prefill_experts = getattr(self.model.config, "_experts_implementation", None)
         self.cache = SlotCache(self.rows, max_tokens)
         self._graphs = ForwardGraphs(device)
+        self._weights_memory = Offload(device)
         if exact and device.type == "cuda":
             # As the trainer's deterministic algorithms do: in bfloat16 another attention kernel alone is worth 0.2 of a log-probability.
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -119,6 +121,18 @@ class SlotModel:
         logits = self._forward(input_ids=tokens, position_ids=positions, use_cache=False)[0, :-1]
         found = torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens[0, 1:, None])[:, 0]
         return np.concatenate((np.zeros(1, np.float32), found.cpu().numpy()))
+
+    def release_memory(self, *, weights: bool) -> None:
+        """Gives up the cache and, with `weights`, the parameters: their contents are gone. Buffers, which no update brings, stay."""
+        self._graphs.clear()
+        self.cache.release()
+        if weights and not self._weights_memory.is_away:
+            self._weights_memory.release(dropped=self.model.parameters())
+        return_unused(self.device)
+
+    def resume_memory(self) -> None:
+        """Takes the parameters' memory back, as zeros. The cache's is taken when it is next written."""
+        self._weights_memory.take_back()
 
     def stop_ids(self) -> tuple[int, ...]:
         """End-of-sequence ids, of the generation config if it names any, else of the model's config."""
@@ -221,7 +235,7 @@ def _load(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedMode
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path} cannot be loaded as a causal language model: {error}") from error
-    torch.nn.Module.to(model, device)
+    own_memory(torch.nn.Module.to(model, device))
     _widen_head(model)
     return model.requires_grad_(False).eval()
 

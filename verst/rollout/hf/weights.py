@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 
@@ -13,12 +13,11 @@ from verst.types import Manifest
 
 @torch.no_grad()
 def load_weights(model: torch.nn.Module, update: WeightUpdate) -> dict[str, str]:
-    """Copies every tensor of the update into the parameter of its name; returns the checksum of each as the model now holds it.
+    """Copies every tensor of an update whose manifest fits; returns the checksum of each as the model now holds it.
 
-    Raises `WeightMismatch` naming the tensors. Names, shapes and types are compared before the first copy.
+    Raises `WeightMismatch` naming tensors that come other than the manifest says.
     """
     targets = model.state_dict(keep_vars=True)
-    _check_manifest(model, targets, update.manifest)
     announced = {entry.name for entry in update.manifest.entries}
     loaded: set[str] = set()
     for name, tensor in update.tensors():
@@ -32,8 +31,12 @@ def load_weights(model: torch.nn.Module, update: WeightUpdate) -> dict[str, str]
     return {entry.name: update.checksum(targets[entry.name].detach()) for entry in update.manifest.entries}
 
 
-def _check_manifest(model: torch.nn.Module, targets: Mapping[str, torch.Tensor], manifest: Manifest) -> None:
-    """Every listed tensor must fit, and every parameter must be listed under one of its names (tied weights have several)."""
+def check_manifest(model: torch.nn.Module, manifest: Manifest) -> None:
+    """Every listed tensor must fit, and every parameter must be listed under one of its names (tied weights have several).
+
+    Raises `WeightMismatch` naming the tensors.
+    """
+    targets = model.state_dict(keep_vars=True)
     listed = {entry.name: entry for entry in manifest.entries}
     if unknown := listed.keys() - targets.keys():
         raise WeightMismatch(f"version {manifest.version} has {_names(unknown)}, which the engine's model does not have")

@@ -1,0 +1,160 @@
+"""What every backend does alike: the frame of a step, the probe, and the memory that is given up between two steps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from verst.algorithms.table import algorithm_for
+from verst.config.schema import Config
+from verst.errors import InvariantViolation
+from verst.observe.metrics import Tally
+from verst.training.distributed import local_part
+from verst.training.optimizer import ScheduledOptimizer
+from verst.training.step import LoadedStep, StepScores, require_known_tokens
+from verst.types import Batch
+from verst.weights.offload import Offload
+
+Optimizer = TypeVar("Optimizer", bound=ScheduledOptimizer)
+
+
+class Backend(ABC, Generic[Optimizer]):
+    """One trainer rank; see `verst.protocols.TrainBackend` for who calls what when. The constructor of a backend makes `_optimizer`."""
+
+    _optimizer: Optimizer
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        self._temperature = config.rollout.temperature  # of the distribution that was sampled
+        self._algorithm = algorithm_for(config.algorithm)
+        self._step: LoadedStep | None = None
+        self._loss_is_finite = True
+        self._training_memory, self._weights_memory = Offload(device), Offload(device)
+
+    @property
+    def num_updates(self) -> int:
+        """Updates each step makes: minibatches times epochs."""
+        return self._config.train.minibatches * self._config.train.epochs
+
+    # ---- one step
+
+    def load_batch(self, batch: Batch) -> StepScores:
+        """Plans a decoded batch and computes the log-probabilities that the algorithm needs before its first update.
+
+        The mismatch is tallied here if the trainer's are among them, else by the first `forward_backward`.
+        Raises `ModelError` if a token is not in the model's vocabulary.
+        """
+        self._require("load_batch")
+        require_known_tokens(batch, self._vocabulary, self._config.model.path)
+        self._optimizer.zero_grad()
+        self._step = self._plan(batch)
+        return self._score_step(self._step)
+
+    def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
+        """Accumulates one update's gradients. `advantages` has one entry for each sample of the whole batch."""
+        step = self._loaded("forward_backward")
+        if len(advantages) != len(step.batch.samples):
+            raise InvariantViolation(f"step {step.batch.step}: {len(advantages)} advantages for {len(step.batch.samples)} samples")
+        self._optimizer.zero_grad()
+        self._loss_is_finite = True
+        return self._accumulate(step, update, advantages)
+
+    def optimizer_step(self, update: int) -> Tally:
+        """Clips and steps, or skips: the same decision on every rank. Raises `TrainingDiverged` after too many skips in a row."""
+        if self._loaded("optimizer_step").is_empty(update):
+            return self._optimizer.pass_over()
+        return self._optimizer.step(loss_is_finite=self._loss_is_finite)
+
+    # ---- weights
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full tensors by Hugging Face name; see `verst.protocols.TrainBackend`. A collective."""
+        self._require("weights", all_of_it=False)
+        return self._full_tensors()
+
+    def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Log-probability [T] of each token given those before it, at temperature 1; entry 0 is 0. A collective."""
+        self._require("logprobs", all_of_it=False)
+        logprobs_T = np.zeros(len(tokens_T), dtype=np.float32)
+        if len(tokens_T) > 1:
+            logprobs_T[1:] = self._probe(tokens_T)
+        return logprobs_T
+
+    # ---- memory
+
+    def release_memory(self, *, weights: bool) -> None:
+        """Gives up the device memory of optimizer, gradients and reference and, with `weights`, of parameters and buffers.
+
+        Repeating it changes nothing. Gradients are gone, so `load_batch` comes first afterwards.
+        """
+        if not self._training_memory.is_away:
+            self._step = None
+            self._optimizer.zero_grad()
+            self._settle()
+            kept = (*self._optimizer.tensors().values(), *_tensors_of(self._reference_modules()))
+            policy = _tensors_of(self._policy_modules())
+            self._training_memory.release(kept, self._optimizer.gradient_buffers(), but=policy)
+        if weights and not self._weights_memory.is_away:
+            self._weights_memory.release(_tensors_of(self._policy_modules()))
+
+    def resume_memory(self) -> None:
+        """Takes all of it back, bit for bit. Raises `ConfigError` if others hold too much of the device."""
+        self._weights_memory.take_back()
+        self._training_memory.take_back()
+
+    def _require(self, what: str, *, all_of_it: bool = True) -> None:
+        """Raises `InvariantViolation` if memory is given up that this call would touch."""
+        if self._weights_memory.is_away or (all_of_it and self._training_memory.is_away):
+            raise InvariantViolation(f"{what} needs memory that release_memory gave up: resume_memory comes first")
+
+    def _loaded(self, what: str) -> LoadedStep:
+        self._require(what)
+        if self._step is None:
+            raise InvariantViolation("no batch is loaded: load_batch comes before forward_backward and optimizer_step")
+        return self._step
+
+    # ---- what a backend fills in
+
+    @property
+    @abstractmethod
+    def _vocabulary(self) -> int:
+        """Tokens the model knows."""
+
+    @abstractmethod
+    def _plan(self, batch: Batch) -> LoadedStep: ...
+
+    @abstractmethod
+    def _score_step(self, step: LoadedStep) -> StepScores: ...
+
+    @abstractmethod
+    def _accumulate(self, step: LoadedStep, update: int, advantages: Sequence[float]) -> Tally:
+        """Forward and backward of one update's microbatches; what this rank tells of them."""
+
+    @abstractmethod
+    def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+    @abstractmethod
+    def _probe(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
+        """[T − 1], without the first token's."""
+
+    @abstractmethod
+    def _policy_modules(self) -> Sequence[nn.Module]: ...
+
+    @abstractmethod
+    def _reference_modules(self) -> Sequence[nn.Module]: ...
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """Ends what still runs on the memory of the policy."""
+
+
+def _tensors_of(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
+    """Parameters and buffers; of those that are sharded this rank's part."""
+    return [local_part(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())]

@@ -31,9 +31,8 @@ stack: $(STACK)
 # Three processes: Megatron-Core and Ray change the process they are imported into, and what follows must not depend on that
 test: $(DEV) $(STACK)
 	$(BIN)/python -m pytest -q tests/unit tests/gpu tests/loop tests/contracts
-	$(BIN)/python -m pytest -q tests/stack/test_megatron.py tests/stack/test_megatron_ranks.py
-	$(BIN)/python -m pytest -q tests/stack/test_sglang.py tests/stack/test_sglang_api.py tests/stack/test_sglang_plugin.py \
-		tests/stack/test_sglang_server.py tests/stack/test_stack.py
+	$(BIN)/python -m pytest -q tests/stack/test_megatron*.py
+	$(BIN)/python -m pytest -q tests/stack --ignore-glob='*/test_megatron*'
 
 test-fast: $(DEV) $(STACK)
 	$(BIN)/python -m pytest -q -m "not slow" tests/unit tests/gpu tests/loop tests/contracts tests/stack

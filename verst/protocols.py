@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from verst.observe.metrics import Tally
+    from verst.weights.group import GroupAddress
 
 
 @runtime_checkable
@@ -86,6 +87,30 @@ class Engine(Protocol):
         """
         ...
 
+    @property
+    def weight_ranks(self) -> int:
+        """Processes that receive weights, which is how many members of a weight group this engine becomes."""
+        ...
+
+    async def join_weight_group(self, address: GroupAddress, first_rank: int, timeout_s: float) -> None:
+        """Becomes members `first_rank` and following of a weight group; a `GroupUpdate` comes by it. A collective of all members.
+
+        Raises `DeadlineExceeded` or `EngineFailure` if not all members came within `timeout_s`.
+        """
+        ...
+
+    async def release_memory(self, *, weights: bool = True) -> None:
+        """Only while paused. Gives up the device memory of keys and values and, with `weights`, of the weights, to others on the device.
+
+        What it held is gone: requests in flight keep their place and their tokens, whose keys and values are computed anew after
+        `resume`; weights have to be pushed before it. Repeating it changes nothing. `logprobs` and `update_weights` have to wait too.
+        """
+        ...
+
+    async def resume_memory(self) -> None:
+        """Takes all of it back. Repeating it changes nothing."""
+        ...
+
     async def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
         """Log-probability of each token given those before it, at temperature 1, by a prefill; entry 0 is 0.
 
@@ -133,6 +158,18 @@ class TrainBackend(Protocol):
         """As `Engine.logprobs`, by the trainer: the other side of the probe. A collective."""
         ...
 
+    def release_memory(self, *, weights: bool) -> None:
+        """Between two steps: gives up the device memory of optimizer, gradients and reference to others on the device.
+
+        With `weights` also that of the parameters; without, `weights` and `logprobs` still work. All other calls raise
+        `InvariantViolation` until `resume_memory`. Repeating it changes nothing. On all ranks alike.
+        """
+        ...
+
+    def resume_memory(self) -> None:
+        """Takes all of it back, bit for bit. Raises `ConfigError` if others hold too much of the device."""
+        ...
+
     def state(self) -> BackendState:
         """A private CPU copy of this rank's model and optimizer shards, schedule and RNG, safe to write while training goes on."""
         ...
@@ -148,7 +185,10 @@ class TrainBackend(Protocol):
 
 
 class BackendState(Protocol):
-    """Tensors by name, plus JSON values. `full_shapes` says what each sharded tensor is a part of (split along dim 0)."""
+    """Tensors by name, plus JSON values.
+
+    `full_shapes` says what each sharded tensor is a part of (split along dim 0); empty where `values` say it, in the backend's own way.
+    """
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]: ...

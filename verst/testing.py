@@ -22,6 +22,8 @@ from verst.types import Completion, FinishReason, GenerateRequest, Generation, M
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from verst.weights.group import GroupAddress
+
 Completer = Callable[[GenerateRequest], Sequence[int]]
 
 CHATML = (
@@ -121,6 +123,22 @@ class FakeEngine:
             checksums[name] = update.checksum(self.weights[name])
         self._version = update.manifest.version
         return checksums
+
+    async def release_memory(self, *, weights: bool = True) -> None:
+        """Raises `InvariantViolation` unless paused."""
+        if not self._paused:
+            raise InvariantViolation("memory of an engine that is not paused was to be released")
+        self.events.append(("release_memory", weights))
+
+    async def resume_memory(self) -> None:
+        self.events.append(("resume_memory", None))
+
+    @property
+    def weight_ranks(self) -> int:
+        return 1
+
+    async def join_weight_group(self, address: GroupAddress, first_rank: int, timeout_s: float) -> None:
+        self.events.append(("join", (address, first_rank, timeout_s)))
 
     async def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
         return np.asarray([0.0, *(self.logprob(int(token)) for token in tokens_T[1:])], np.float32)[: len(tokens_T)]

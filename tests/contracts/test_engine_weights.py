@@ -108,3 +108,60 @@ async def test_an_update_that_breaks_off_must_be_repeated_before_resume(served: 
     await engine.update_weights(Update(state, version=4))
     await engine.resume()
     assert (await engine.generate(ask("a", prompt(1)))).versions_T[0] == 4
+
+
+# ---- memory that is given up
+
+
+async def test_requests_in_flight_go_on_after_a_loan_of_memory(opened: Opened, models: Callable[[str], Path]):
+    """Some run, one waits, two are of one prompt: all are computed anew from the tokens they have, by the weights of then."""
+    engine = await opened(max_running=4, deterministic=False)
+    asked = [ask(str(n), prompt(max(n, 1)), seed=n, max_new_tokens=40, temperature=1.5) for n in range(5)]
+    answers = [asyncio.ensure_future(engine.generate(request)) for request in asked]
+    await reached(engine, "generated_tokens", 20)
+    update = Update(perturbed(models("llama")), version=4)
+    await engine.pause()
+    await engine.release_memory(weights=False)
+    await engine.release_memory()
+    await engine.release_memory()
+    await engine.resume_memory()
+    await engine.resume_memory()
+    await engine.update_weights(update)
+    await engine.resume()
+    reference = {3: load(models("llama")), 4: load(models("llama"))}
+    reference[4].load_state_dict(dict(update.tensors()), strict=False)
+    mixed = 0
+    for request, answer in zip(asked, await asyncio.gather(*answers), strict=True):
+        whole = np.concatenate((request.tokens_T, answer.tokens_T))
+        for version in (3, 4):
+            chosen = answer.versions_T == version
+            # Also of those generated after the loan: no key or value of the older weights is left.
+            expected = reference_logprobs(reference[version], whole, 1.5)[len(request.tokens_T) - 1 :]
+            np.testing.assert_allclose(answer.logprobs_T[chosen], expected[chosen], atol=1e-5)
+        mixed += {3, 4} == set(answer.versions_T)
+    assert mixed >= 3
+
+
+async def test_memory_is_given_up_only_while_paused_and_weights_have_to_be_pushed_again(served: Opened, models: Callable[[str], Path]):
+    engine = await served()
+    with pytest.raises(EngineFailure, match=r"in use: pause\(\) first"):
+        await engine.release_memory()
+    state = perturbed(models("llama"))
+    await engine.pause()
+    await engine.release_memory(weights=False)
+    for call in (engine.resume, lambda: engine.logprobs(prompt(1)), lambda: engine.update_weights(Update(state, 4))):
+        with pytest.raises(EngineFailure, match=r"memory is released; resume_memory\(\) first"):
+            await call()
+    await engine.resume_memory()
+    before = await engine.logprobs(prompt(1))  # the weights were not given up
+    await engine.resume()
+    await engine.pause()
+    await engine.release_memory()
+    await engine.resume_memory()
+    for call in (engine.resume, lambda: engine.logprobs(prompt(1))):
+        with pytest.raises(EngineFailure, match="its weights were released"):
+            await call()
+    await engine.update_weights(Update(state, 4))
+    assert not np.array_equal(before, await engine.logprobs(prompt(1)))
+    await engine.resume()
+    assert (await engine.generate(ask("a", prompt(1)))).versions_T[0] == 4

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from verst.errors import CheckpointError
 from verst.journal.codec import encode_group
 from verst.journal.log import Journal
 from verst.observe.metrics import Tally
+from verst.runtime.lease import Lease
+from verst.runtime.pools import Replicas, Trainers
 from verst.runtime.workers import Pulled, Scores
 from verst.types import FinishReason, Group, Manifest, Message, Prompt, Status, Trajectory, Turn
 
@@ -100,6 +102,12 @@ class FakeTrainers:
         self.events.append(f"publish {version}")
         return Manifest(version, location or "", (), " ".join(map(str, self.trained))), np.zeros(3, np.float32)
 
+    async def release_memory(self, *, weights: bool) -> None:
+        self.events.append(f"trainers release {'all' if weights else 'state'}")
+
+    async def resume_memory(self) -> None:
+        self.events.append("trainers resume")
+
     async def snapshot(self, directory: str, step: int) -> dict[str, Any]:
         self.events.append(f"snapshot {step}")
         self._saving = step
@@ -122,7 +130,9 @@ class FakeTrainers:
 class FakeParts:
     """What a `Loop` works with. `roll` decides what a group becomes, and may wait, raise or count."""
 
-    def __init__(self, config: Config, root: Path, roll: Callable[[int, int], Any] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, config: Config, root: Path, roll: Callable[[int, int], Any] | None = None, seed: int = 0, shared: bool = False
+    ) -> None:
         self.config = config
         self.events: list[str] = []
         self.rolled: list[tuple[int, int]] = []  # (seq, version that the engines served)
@@ -139,6 +149,8 @@ class FakeParts:
         self.probe_tokens = np.array([1, 2, 3], np.int32)
         self.transfer = self
         self.location = "somewhere"
+        self.reads_trainers = False
+        self.lease = Lease(config, cast(Trainers, self.trainers), cast(Replicas, self), shared=shared)
         self.group_deadline_s = 5.0
         self.serving = -1
         self.pull_s = 0.0
@@ -154,6 +166,12 @@ class FakeParts:
         result = self._roll(seq, version)
         finished = await result if asyncio.iscoroutine(result) else result
         return encode_group(finished), finished
+
+    async def release_memory(self) -> None:
+        self.events.append("engines release")
+
+    async def resume_memory(self) -> None:
+        self.events.append("engines resume")
 
     async def evaluate(self) -> dict[str, float]:
         self.events.append(f"evaluate {self.serving}")

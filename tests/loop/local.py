@@ -13,6 +13,7 @@ from verst.config.load import load_config
 from verst.observe.sinks import read_rows
 from verst.runtime.actors import LocalWorker
 from verst.runtime.extensions import Extensions
+from verst.runtime.placement import Placement
 from verst.runtime.preflight import preflight
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.service import RunService
@@ -34,9 +35,9 @@ class LocalRun:
     def metric(self, name: str) -> list[float]:
         return [row[name] for row in self.rows if row.get(name) is not None]
 
-    async def go(self) -> LocalRun:
+    async def go(self, placement: Placement | None = None) -> LocalRun:
         """Runs, or continues, to the end; `lines` has what was told, also after an error."""
-        service = RunService(str(self.run.root), local_spawn)
+        service = RunService(str(self.run.root), local_spawn, placement)
         try:
             await service.run()
         finally:

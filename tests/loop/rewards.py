@@ -1,10 +1,17 @@
-"""Rewards that reward processes import by name: in a module that imports nothing, so that they start fast."""
+"""Rewards that reward processes import by name: in a module that imports next to nothing, so that they start fast."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 
 def spread(trajectory: Any, fields: Any) -> float:
     """Varies between the members of a group, so that every step has a gradient."""
     return float(sum(map(ord, trajectory.completion)) % 7)
+
+
+def slow(trajectory: Any, fields: Any) -> float:
+    """The same, taking so long that a step of four trajectories takes a fifth of a second on any machine."""
+    time.sleep(0.05)
+    return spread(trajectory, fields)

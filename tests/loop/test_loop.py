@@ -295,3 +295,108 @@ async def test_a_run_that_ends_early_lets_no_checkpoint_appear_afterwards(tmp_pa
     events.append("ended")
     await asyncio.sleep(0.5)
     assert events == ["committed", "ended"]
+
+
+# ---- devices that trainer and engines share
+
+
+def turns(parts: FakeParts) -> list[str]:
+    """What happened, without what does not touch the devices."""
+    return [e for e in parts.events if not e.startswith(("optimizer", "report", "pull"))]
+
+
+@pytest.mark.parametrize("reads_trainers", [False, True])
+async def test_trainer_and_engines_use_shared_devices_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads_trainers: bool):
+    monkeypatch.setattr("verst.runtime.saving.commit_checkpoint", lambda *args, **kwargs: None)
+    cfg = config(checkpoint={"every_steps": 2, "export_final": True}, data={"holdout": 0.1}, eval={"every_steps": 3})
+    parts = FakeParts(cfg, tmp_path, shared=True)
+    parts.reads_trainers = reads_trainers
+    await run(cfg, parts)
+    assert parts.trainers.trained == [0, 1, 2, 3, 4, 5]
+    to_trainers = ["engines release", "trainers resume"]
+
+    def to_engines(version: int) -> list[str]:
+        if not reads_trainers:
+            return ["trainers release all", "engines resume", f"serve {version}"]
+        return ["trainers release state", "engines resume", f"serve {version}", "trainers release all"]
+
+    assert turns(parts) == [
+        *("publish 0", *to_engines(0), "evaluate 0"),
+        *(*to_trainers, "publish 1", *to_engines(1)),
+        *(*to_trainers, "publish 2", "snapshot 2", *to_engines(2)),  # the state is saved before it is given up
+        *(*to_trainers, "publish 3", *to_engines(3), "evaluate 3"),
+        *(*to_trainers, "snapshot 3", "export"),
+    ]
+
+
+async def test_devices_of_their_own_cost_no_message(tmp_path: Path):
+    parts = FakeParts(config(), tmp_path)
+    await run(config(), parts)
+    assert not [e for e in parts.events if "release" in e or "resume" in e]
+
+
+async def test_on_shared_devices_rollout_runs_ahead_within_its_bound(tmp_path: Path):
+    cfg = config(run={"steps": 8}, rollout={"group_size": 2, "capacity_groups": 5})
+    parts = FakeParts(cfg, tmp_path, shared=True)
+    parts.pull_s = 0.01
+    await run(cfg, parts)
+    assert 0 < max(row["staleness/max"] for row in parts.rows.values()) <= 2
+    assert parts.trainers.trained == list(range(16))
+
+
+async def test_nothing_is_handed_over_while_the_engines_are_not_needed(tmp_path: Path):
+    cfg = Config.model_validate(
+        {
+            "run": {"steps": 3},
+            "model": {"path": "unused"},
+            "train": {"groups_per_step": 2},
+            "algorithm": {"name": "sft"},
+            "checkpoint": {"export_final": False},
+        }
+    )
+    parts = FakeParts(cfg, tmp_path, shared=True)
+    await run(cfg, parts)
+    first = ["publish 0", "trainers release all", "engines resume", "serve 0", "engines release", "trainers resume"]
+    assert turns(parts) == [*first, "publish 1", "publish 2", "publish 3", "snapshot 3"]
+
+
+async def test_a_replay_and_a_resumed_run_take_turns_too(tmp_path: Path):
+    parts = FakeParts(config(), tmp_path)
+    await run(config(), parts)
+    cfg = config(run={"steps": 4})
+    again = FakeParts(cfg, tmp_path, shared=True)
+    batches = tuple(JournaledBatch(s, (2 * s - 2, 2 * s - 1), again.journal.commit(s).digest) for s in (1, 2, 3))
+    await run(cfg, again, Restored(0, Cursor(0, {"read": 0}), batches, frozenset(), frozenset(range(6))))
+    assert again.trainers.trained == list(range(8))
+    served = [e for e in again.events if e.startswith("serve")]
+    assert served == ["serve 1", "serve 2", "serve 3", "serve 3", "serve 4"]
+    owner = "trainers"
+    for event in again.events:
+        who, _, what = event.partition(" ")
+        if what == "resume":
+            assert owner == "nobody", event
+            owner = who
+        elif what.startswith("release"):
+            assert owner == who, event
+            owner = "nobody"
+        elif who in ("publish", "snapshot", "optimizer"):
+            assert owner == "trainers", event
+        elif who == "serve":
+            assert owner == "engines", event
+
+
+async def test_what_the_hand_overs_take_is_a_phase_of_the_step(tmp_path: Path):
+    seconds: list[dict[str, float]] = []
+    parts = FakeParts(config(), tmp_path, shared=True)
+    parts.pull_s = 0.05
+    report = parts.step
+
+    def step(step: int, groups: Any, metrics: dict[str, float], spans: Any) -> None:
+        seconds.append(spans.report())
+        report(step, groups, metrics, spans)
+
+    parts.step = step
+    await run(config(), parts)
+    assert len(seconds) == 3
+    assert all(times["time/lease_s"] > 0.05 for times in seconds)
+    assert all(abs(times["time/other_s"]) < 0.04 for times in seconds)  # nothing is counted twice

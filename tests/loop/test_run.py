@@ -16,6 +16,7 @@ import torch
 from tests.loop.local import LocalRun, local_run
 from verst.errors import CheckpointError, ConfigError, DataError, ExtensionError, JournalError, ModelError, VerstError
 from verst.journal.log import Journal, JournalReader
+from verst.runtime.placement import Placement
 from verst.testing import tiny_model
 from verst.types import NO_VERSION, Completion, Message, Prompt, Reply, Status
 from verst.weights.location import publish_directory
@@ -150,7 +151,7 @@ async def test_kl_against_the_reference_is_zero_at_first_and_then_measured(tmp_p
     assert kl[0] < kl[-1] / 2
 
 
-async def stopped_after(run: LocalRun, step: int) -> None:
+async def stopped_after(run: LocalRun, step: int, placement: Placement | None = None) -> None:
     """Runs until so many steps are committed, then ends as a crash would: no checkpoint, no goodbye."""
     from verst.runtime.loop import Loop
 
@@ -163,7 +164,7 @@ async def stopped_after(run: LocalRun, step: int) -> None:
     patch = pytest.MonkeyPatch()
     patch.setattr(Loop, "_after", crash)
     with pytest.raises(VerstError, match="crashed on purpose"):
-        await run.go()
+        await run.go(placement)
     patch.undo()
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,12 +60,15 @@ def test_export_after_import_has_the_bits_of_the_files(paths: dict[str, str], tm
     assert {n: t.dtype for n, t in exported.items()} == {n: t.dtype for n, t in files.items()}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3"])
-def test_steps_equal_those_of_the_fsdp_backend(paths: dict[str, str], family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "longest"), [("llama", 11), ("qwen3_moe", 11), ("deepseek_v3", 11), ("qwen3", 6)], ids=lambda value: f"{value}"
+)  # six tokens is also the shortest length: sequences of one length are attended to as rows
+def test_steps_equal_those_of_the_fsdp_backend(paths: dict[str, str], family: str, longest: int) -> None:
+    batches = [make_batch(step, longest=longest) for step in (1, 2, 3)]
     config = make_config(
         paths[family], train={"lr": 1e-3, "minibatches": 2, "schedule": "cosine"}, algorithm={"name": "grpo", "kl_coefficient": 0.1}
     )
-    ours, theirs = (train(backend, config, BATCHES) for backend in (make_megatron(config), make_backend(config)))
+    ours, theirs = (train(backend, config, batches) for backend in (make_megatron(config), make_backend(config)))
     for own, other in zip(ours, theirs, strict=True):
         report, expected = own.report(), other.report()
         assert report.keys() == expected.keys()
@@ -72,6 +76,85 @@ def test_steps_equal_those_of_the_fsdp_backend(paths: dict[str, str], family: st
             assert report[metric] == pytest.approx(expected[metric], rel=5e-5, abs=5e-5), metric
         for metric, value in expected.items():
             assert report[metric] == pytest.approx(value, rel=2e-3, abs=2e-4), metric
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's compiler, about torch itself
+@pytest.mark.parametrize(
+    ("options", "longest", "graphs"),
+    [
+        ({"microbatch_tokens": 24}, 6, 1),  # four sequences of one length
+        ({"microbatch_tokens": 24}, 11, 3),  # 2, 3 or 4 sequences of any length, in any of 4 layers; on a GPU their number makes no graph
+        ({"microbatch_tokens": 100, "gradient_checkpointing": True}, 11, 3),  # one of them for the forward without a gradient
+    ],
+    ids=["even", "ragged", "recompute"],
+)
+def test_compiled_layers_train_the_same_bits_with_few_graphs(
+    paths: dict[str, str], options: dict[str, object], longest: int, graphs: int
+) -> None:
+    batches, results = [make_batch(step, longest=longest) for step in (1, 2)], []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        config = make_config(paths["qwen3"], train=options | {"compile": compiled})
+        backend = make_megatron(config)
+        reports = [tally.report() for tally in train(backend, config, batches)]
+        results.append((weights_of(backend), reports))
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert results[0][1] == results[1][1]
+    assert same_bits(results[0][0], results[1][0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_packed_attention_of_a_gpu_compiles_twice_for_all_lengths(paths: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    make_megatron(make_config(paths["qwen3"]))  # the groups that attention asks for
+    from verst.training.megatron import specs
+
+    monkeypatch.setattr(specs, "_flash_takes", lambda query, value: True)  # on "meta" the GPU's operator computes shapes alone
+    config = SimpleNamespace(transformer_impl="local", multi_latent_attention=False, kv_channels=64)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    attend = torch.compile(specs.Attention(config), dynamic=True, fullgraph=True, backend="aot_eager_decomp_partition")
+    for lengths in ((100, 50, 30), (64,), (77, 20), (300, 1, 5, 6), (64, 64), (128, 128, 128), (33,), (50, 50), (17, 21)):
+        packed = specs.packed_sequences(lengths, torch.arange(sum(lengths)), config)
+        for name in ("cu_seqlens_q", "cu_seqlens_kv", "places"):
+            setattr(packed, name, getattr(packed, name).to("meta"))
+        heads = [torch.empty(sum(lengths), 1, h, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for h in (4, 2, 2)]
+        for head in heads:
+            torch._dynamo.mark_static(head, 2)  # in a layer the number of heads is that of its weights
+        out = attend(*heads, packed_seq_params=packed)
+        out.sum().backward()
+        assert out.shape == (sum(lengths), 1, 4 * 64)
+        assert all(h.grad is not None and h.grad.shape == h.shape for h in heads)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # for sequences of one length, and for all others
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "reason"),
+    [
+        ("qwen3_moe", {}, "layers with experts wait for the CPU"),
+        ("deepseek_v3_dense", {}, "latent attention is not tested"),
+        ("qwen3", {"tensor_model_parallel_size": 2}, "layers that communicate are not tested"),
+    ],
+)
+def test_layers_that_cannot_be_compiled_are_named(paths: dict[str, str], family: str, arguments: dict[str, object], reason: str) -> None:
+    from verst.training.megatron.arguments import check
+
+    with pytest.raises(ConfigError, match=f"train.compile: {reason}"):
+        check(make_config(paths[family], train={"compile": True}), arguments, 2)
+
+
+def test_gradients_are_measured_and_scaled_all_at_once(paths: dict[str, str]) -> None:
+    make_megatron(make_config(paths["qwen3"]))  # brings Megatron, and its optimizer's functions
+    from megatron.core.optimizer import clip_grads
+
+    gradients = [torch.full((3, 4), 2.0), torch.arange(5.0)]  # squares: 12 · 4 and 0 + 1 + 4 + 9 + 16
+    norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, None, [gradients], False)
+    assert norm.shape == (1,)
+    assert norm.item() == pytest.approx(78**0.5)
+    clip_grads.multi_tensor_applier(clip_grads.multi_tensor_scale_impl, None, [gradients, gradients], 0.5)
+    assert gradients[0].unique().tolist() == [1.0]
+    assert gradients[1].tolist() == [0.0, 0.5, 1.0, 1.5, 2.0]
 
 
 def test_bfloat16_publishes_the_rounded_masters(paths: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ The gloo ranks of all layouts of one size run in one set of processes, since sta
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from tests.unit.fsdp_cases import advantages_of, largest_difference, make_batch,
 from verst.config.schema import Config
 from verst.errors import CheckpointError
 from verst.observe.metrics import Tally, merged
+from verst.training.checkpoints import CheckpointWriter, commit_checkpoint, load_state
 from verst.training.distributed import free_rendezvous, init_distributed, leave_distributed
 from verst.types import Batch
 
@@ -71,11 +73,17 @@ FOUR: Mapping[str, Case] = {
 RESHARDED = {
     "tp2": "pp2",
     "dp2": "tp2 sp",
+    "dp2 plain optimizer": "dp2",
     "pp2 vpp2": "dp2",
+    "pp2 tied": "tp2 padded vocabulary",
     "tp2 padded vocabulary": "pp2 tied",
     "tp2 sp latent": "cp2 latent",
+    "ep2": "tp2 sp experts",
+    "tp2 sp ep2": "pp2 experts",
 }
 """Layouts that save after two steps, and those that load and go on."""
+GROWN = {"ep2": "pp2 ep2", "tp2": "tp2 pp2 sp"}
+"""Layouts of two ranks that save, and those of four that go on."""
 FAMILIES = sorted({c.family for c in (*TWO.values(), *FOUR.values())})
 
 
@@ -103,6 +111,15 @@ def taken(backend: Any) -> dict[str, torch.Tensor]:
 # ---- what each rank does; results go to files, and the tests below judge them
 
 
+def lend(backend: Any) -> None:
+    """Between two steps all memory goes and comes back, and in between the weights can still be read."""
+    before = taken(backend)
+    backend.release_memory(weights=False)
+    assert same_bits(taken(backend), before)
+    backend.release_memory(weights=True)
+    backend.resume_memory()
+
+
 def run_layout(config: Config, arguments: Mapping[str, Any], rank: int, world: int) -> dict[str, Any]:
     backend = make_megatron(config, rank, world, **arguments)
     first = taken(backend)
@@ -113,21 +130,51 @@ def run_layout(config: Config, arguments: Mapping[str, Any], rank: int, world: i
     state = backend.state()
     backend.load_state(middle)
     for batch in batches()[2:]:
+        lend(backend)
         run_step(backend, config, batch)
+    lend(backend)
     again = same_bits(state.tensors, backend.state().tensors) and same_bits(weights, taken(backend))
     return {"first": first, "tallies": tallies, "weights": weights, "probe": probe, "again": again, "state": middle}
 
 
-def run_resharded(config: Config, saving: Case, loading: Case, rank: int, directory: Path) -> dict[str, torch.Tensor]:
+def save(backend: Any, directory: Path, rank: int, world: int) -> None:
+    """A checkpoint after step 2, as a run writes it."""
+    writer = CheckpointWriter(directory, 2, rank=rank, world=world)
+    writer.begin(backend.state())
+    records: list[Any] = [None] * world
+    torch.distributed.all_gather_object(records, writer.finish())
+    if rank == 0:
+        commit_checkpoint(directory, 2, records, fingerprint={}, loop={}, keep=1)
+    torch.distributed.barrier()
+
+
+def load(config: Config, arguments: Mapping[str, Any], directory: Path, rank: int, world: int) -> Any:
+    backend = make_megatron(config, rank, world, **arguments)
+    backend.load_state(load_state(directory, 2, rank=rank, world=world))
+    return backend
+
+
+def go_on(backend: Any, config: Config) -> dict[str, Any]:
+    """What it was loaded with, and what the remaining steps make of it."""
+    loaded = taken(backend)
+    tallies = [run_step(backend, config, batch) for batch in batches()[2:]]
+    return {"loaded": loaded, "tallies": tallies, "weights": taken(backend)}
+
+
+def run_resharded(config: Config, saving: Case, loading: Case, rank: int, directory: Path) -> dict[str, Any]:
+    """Saved on one layout, loaded on another and saved again there, and loaded on the first: masters and moments must have their bits."""
     first = make_megatron(config, rank, 2, **saving.arguments)
     for batch in batches()[:2]:
         run_step(first, config, batch)
-    first.save_resharded(directory)
-    second = make_megatron(config, rank, 2, **loading.arguments)
-    second.load_resharded(directory)
-    for batch in batches()[2:]:
-        run_step(second, config, batch)
-    return taken(second)
+    state, saved = first.state(), taken(first)
+    save(first, directory, rank, 2)
+    second = load(config, loading.arguments, directory, rank, 2)
+    save(second, directory / "again", rank, 2)
+    results = go_on(second, config)
+    back = load(config, saving.arguments, directory / "again", rank, 2).state()
+    same = same_bits(state.tensors, back.tensors) and same_bits(saved, results["loaded"])
+    counters = {key: value for key, value in state.values.items() if key not in ("rng", "layout", "pieces")}
+    return results | {"same": same and all(back.values[key] == value for key, value in counters.items()), "saved": saved}
 
 
 def run_skip(config: Config, rank: int, world: int) -> dict[str, Any]:
@@ -144,7 +191,7 @@ def run_skip(config: Config, rank: int, world: int) -> dict[str, Any]:
     return {"skipped": skipped, "unchanged": same_bits(before, taken(backend))}
 
 
-def run_rank(rank: int, world: int, directory: str, rendezvous: str, paths: Mapping[str, str]) -> None:
+def run_rank(rank: int, world: int, directory: str, rendezvous: str, paths: Mapping[str, str], former: str) -> None:
     torch.set_num_threads(1)
     init_distributed(rank, world, rendezvous, timeout_s=60)
     cases = TWO if world == 2 else FOUR
@@ -154,24 +201,35 @@ def run_rank(rank: int, world: int, directory: str, rendezvous: str, paths: Mapp
     if world == 2:
         results["skip"] = run_skip(config_of(paths, TWO["dp2"]), rank, world)
         foreign = make_megatron(config_of(paths, TWO["pp2"]), rank, world, **PP2)
-        with pytest.raises(CheckpointError, match="does not fit this model"):
-            foreign.load_resharded(Path(directory) / "absent")
         with pytest.raises(CheckpointError, match=r"saved by 2 ranks of the megatron backend \(TP2\)"):
             foreign.load_state(results["tp2"]["state"])
         for saving, loading in RESHARDED.items():
-            chosen, place = TWO[saving], Path(directory) / saving.replace(" ", "_")
-            results[f"{saving} to {loading}"] = run_resharded(config_of(paths, chosen), chosen, TWO[loading], rank, place)
+            chosen = TWO[saving]
+            results[f"{saving} to {loading}"] = run_resharded(
+                config_of(paths, chosen), chosen, TWO[loading], rank, place(directory, saving)
+            )
+        halved = make_config(paths["qwen3"], model={"dtype": "bfloat16"}, train={"lr": 1e-3, "microbatch_tokens": 40})
+        for saving in ("dp2 plain optimizer", "dp2"):  # whose masters lie beside the model's parameters, or are slices of them
+            results[f"{saving}, bfloat16"] = run_resharded(halved, TWO[saving], TWO["tp2"], rank, place(directory, f"{saving} bfloat16"))
+    for saving, loading in GROWN.items() if world == 4 else ():
+        config = config_of(paths, FOUR[loading])
+        results[f"{saving} to {loading}"] = go_on(load(config, FOUR[loading].arguments, place(former, saving), rank, world), config)
     torch.save(results, f"{directory}/rank{rank}.pt")
     leave_distributed()
+
+
+def place(directory: str | Path, saving: str) -> Path:
+    """Where a layout's checkpoint lies."""
+    return Path(directory) / saving.replace(" ", "_")
 
 
 # ---- the judges
 
 
-def start(world: int, directory: Path, paths: Mapping[str, str]) -> list[dict[str, Any]]:
+def start(world: int, directory: Path, paths: Mapping[str, str], former: str = "") -> list[dict[str, Any]]:
     context = torch.multiprocessing.get_context("spawn")
     rendezvous = free_rendezvous()
-    ranks = [context.Process(target=run_rank, args=(r, world, str(directory), rendezvous, paths)) for r in range(world)]
+    ranks = [context.Process(target=run_rank, args=(r, world, str(directory), rendezvous, paths, former)) for r in range(world)]
     for process in ranks:
         process.start()
     try:
@@ -192,13 +250,19 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def two(paths: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return start(2, tmp_path_factory.mktemp("two"), paths)
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the checkpoints of two ranks lie."""
+    return tmp_path_factory.mktemp("two")
 
 
 @pytest.fixture(scope="module")
-def four(paths: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return start(4, tmp_path_factory.mktemp("four"), paths)
+def two(paths: dict[str, str], saved: Path) -> list[dict[str, Any]]:
+    return start(2, saved, paths)
+
+
+@pytest.fixture(scope="module")
+def four(paths: dict[str, str], tmp_path_factory: pytest.TempPathFactory, two: list[dict[str, Any]], saved: Path) -> list[dict[str, Any]]:
+    return start(4, tmp_path_factory.mktemp("four"), paths, str(saved))
 
 
 @pytest.fixture(scope="module")
@@ -249,10 +313,60 @@ def test_four_ranks_equal_one(four: list[dict[str, Any]], alone: dict[str, Any],
     judge(four, name, alone[FOUR[name].family])
 
 
+def judge_resumed(results: dict[str, Any], saved: Mapping[str, torch.Tensor], expected: dict[str, Any]) -> None:
+    assert same_bits(results["loaded"], saved)
+    assert largest_difference(saved, expected["first"]) > 1e-3
+    assert largest_difference(results["weights"], expected["weights"]) < 2e-4
+
+
 @pytest.mark.parametrize("saving", RESHARDED)
 def test_another_layout_goes_on_from_a_checkpoint(two: list[dict[str, Any]], alone: dict[str, Any], saving: str) -> None:
-    weights = two[0][f"{saving} to {RESHARDED[saving]}"]
-    assert largest_difference(weights, alone[TWO[saving].family]["weights"]) < 2e-4
+    name, expected = f"{saving} to {RESHARDED[saving]}", alone[TWO[saving].family]
+    for rank in two:
+        assert rank[name]["same"], "masters or moments have other bits after their way to another layout and back"
+        judge_resumed(rank[name], rank[name]["saved"], expected)
+    for i, one in enumerate(expected["tallies"][2:]):
+        together, report = merged([rank[name]["tallies"][i] for rank in two]).report(), one.report()
+        for metric in ("loss/total", "update/grad_norm"):
+            assert together[metric] == pytest.approx(report[metric], rel=TOLERANCE, abs=TOLERANCE), (i, metric)
+
+
+@pytest.mark.parametrize("saving", ["dp2 plain optimizer", "dp2"])
+def test_float32_masters_of_a_bfloat16_model_reach_another_layout(two: list[dict[str, Any]], saving: str) -> None:
+    for rank in two:
+        assert rank[f"{saving}, bfloat16"]["same"]
+        assert same_bits(rank[f"{saving}, bfloat16"]["loaded"], rank[f"{saving}, bfloat16"]["saved"])
+
+
+@pytest.mark.parametrize("saving", GROWN)
+def test_twice_as_many_ranks_go_on_from_a_checkpoint(
+    two: list[dict[str, Any]], four: list[dict[str, Any]], alone: dict[str, Any], saving: str
+) -> None:
+    before = two[0][f"{saving} to {RESHARDED[saving]}"]["saved"]
+    for rank in four:
+        judge_resumed(rank[f"{saving} to {GROWN[saving]}"], before, alone[TWO[saving].family])
+
+
+@pytest.mark.parametrize("saving", ["tp2", "ep2", "dp2", "pp2 tied"])
+def test_one_rank_goes_on_from_a_checkpoint_of_two(
+    two: list[dict[str, Any]], paths: dict[str, str], saved: Path, alone: dict[str, Any], saving: str
+) -> None:
+    config = config_of(paths, TWO[saving])
+    results = go_on(load(config, {}, place(saved, saving), 0, 1), config)
+    leave_distributed()
+    judge_resumed(results, two[0][f"{saving} to {RESHARDED[saving]}"]["saved"], alone[TWO[saving].family])
+
+
+def test_a_checkpoint_of_another_model_or_with_a_lost_shard_is_named(
+    two: list[dict[str, Any]], paths: dict[str, str], saved: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"is of another model: .* of layer \d"):
+        load(config_of(paths, case("qwen3_moe")), {}, place(saved, "tp2"), 0, 1)
+    state = load_state(place(saved, "tp2"), 2, rank=0, world=1)
+    backend = make_megatron(config_of(paths, case("qwen3")))
+    with pytest.raises(CheckpointError, match="is not whole: the shards of"):
+        backend.load_state(dataclasses.replace(state, files=state.files[:1]))
+    leave_distributed()
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_skips_on_both(two: list[dict[str, Any]]) -> None:

@@ -43,19 +43,20 @@ def mixture(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("make", "layout"),
+    ("make", "layout", "transport"),
     [
-        pytest.param(tiny_model, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, id="dense-tp2"),
-        pytest.param(mixture, {"pipeline_model_parallel_size": 2}, id="moe-pp2"),
+        pytest.param(tiny_model, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, "group", id="dense-tp2-group"),
+        pytest.param(mixture, {"pipeline_model_parallel_size": 2}, "shared", id="moe-pp2-shared"),
     ],
 )
-def test_sglang_generates_and_megatron_trains(tmp_path: Path, make: Callable[[Path], Path], layout: dict[str, Any]):
+def test_sglang_generates_and_megatron_trains(tmp_path: Path, make: Callable[[Path], Path], layout: dict[str, Any], transport: str):
     config = {
         "run": {"dir": str(tmp_path), "steps": 3},
         "model": {"path": str(make(tmp_path / "model"))},
         "data": {"task": "chain_sum", "max_prompt_tokens": 128},
         "rollout": {"engine": "sglang", "group_size": 4, "max_new_tokens": 8, "max_running": 16},
         "reward": {"function": "tests.loop.rewards:spread"},
+        "weights": {"transport": transport},
         "train": {"backend": "megatron", "megatron": layout, "ranks": 2, "groups_per_step": 4, "lr": 1e-3, "microbatch_tokens": 256},
     }
     result = verst.train(config, echo=lambda line: None)

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,20 @@ def test_another_number_of_ranks_gets_full_tensors(tmp_path: Path, saved: int, l
         state = load_state(tmp_path, 10, rank=rank, world=loaded)
         assert_bits(state, full_tensors())
         assert state.values["rng"] == f"rank {rank if rank < saved else 0}"
+
+
+@pytest.mark.parametrize("loaded", [1, 2, 3])
+def test_a_state_that_says_itself_where_its_shards_belong_is_never_joined(tmp_path: Path, loaded: int):
+    """Its backend reads the files of all ranks, whatever their number."""
+    states = [replace(shard(rank, 2), full_shapes={}) for rank in range(2)]
+    writers = [CheckpointWriter(tmp_path, 1, rank=rank, world=2) for rank in range(2)]
+    for writer, state in zip(writers, states, strict=True):
+        writer.begin(state)
+    path = commit_checkpoint(tmp_path, 1, [writer.finish() for writer in writers], fingerprint={}, loop={}, keep=1)
+    for rank in range(loaded):
+        state = load_state(tmp_path, 1, rank=rank, world=loaded)
+        assert_bits(state, states[rank if rank < 2 else 0].tensors)
+        assert state.files == tuple(path / f"rank-0000{saved}-of-00002.safetensors" for saved in range(2))
 
 
 def test_the_layout_is_as_documented_and_readable_by_others(tmp_path: Path):

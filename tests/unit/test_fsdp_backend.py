@@ -221,6 +221,23 @@ def test_compiled_layers_train_the_same(path: str) -> None:
     assert largest_difference(*runs) < 5e-5
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_other_lengths_make_no_new_graphs(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from functools import partial
+
+    from verst.training import model
+
+    monkeypatch.setattr(model, "compiled", partial(model.compiled, backend="aot_eager"))  # makes the same graphs, without a compiler
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = make_config(path, train={"compile": True})
+    backend = make_backend(config)
+    train(backend, config, [make_batch(step) for step in range(1, 6)])
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # for one row, and for several, of any length
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 def test_a_repeated_forward_backward_starts_afresh(path: str) -> None:
     """After another rank failed, the update is computed again: gradients of the failed attempt must not remain."""
     config = make_config(path)

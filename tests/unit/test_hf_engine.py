@@ -187,3 +187,21 @@ def test_held_prompts_are_found_until_their_last_slot_is_taken():
     assert held.find(b"a") is None
     held.clear()
     assert held.find(b"b") is None
+
+
+async def test_memory_that_is_given_up_is_really_free(engine: HFEngine):
+    await engine.generate(ask("a", prompt(1)))
+    assert engine._decoder is not None
+    model = engine._decoder._model
+    weights = [parameter.untyped_storage() for parameter in model.model.parameters()]
+    before = sum(storage.nbytes() for storage in weights)
+    assert before > 0
+    assert model.cache._layers
+    await engine.pause()
+    await engine.release_memory(weights=False)
+    assert not model.cache._layers
+    assert sum(storage.nbytes() for storage in weights) == before
+    await engine.release_memory()
+    assert sum(storage.nbytes() for storage in weights) == 0
+    await engine.resume_memory()
+    assert sum(storage.nbytes() for storage in weights) == before

@@ -31,12 +31,36 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def test_a_first_signal_asks_and_a_second_one_ends_at_once(run: RunDirectory):
     told: list[str] = []
-    with launch._signals(run, told.append) as stop:
+    with launch._signals(run, told.append) as asked:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.is_set()
+        assert asked.stop.is_set()
         assert "SIGTERM: ending after the step in progress" in told[0]
         with pytest.raises(KeyboardInterrupt, match=r"ended at once by a second signal; .* verst resume .*/r"):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_closed_terminal_ends_the_watching_only_where_the_run_goes_on_without_it(run: RunDirectory):
+    before = signal.getsignal(signal.SIGHUP)
+    with launch._signals(run, print) as asked:
+        assert signal.getsignal(signal.SIGHUP) is before  # on a laptop the run ends with it
+    with launch._signals(run, print, leaves=True) as asked:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert (asked.leave.is_set(), asked.stop.is_set()) == (True, False)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with launch._signals(run, print, leaves=True):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # nohup
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_output_that_was_closed_ends_the_watching(run: RunDirectory):
+    def closed(line: str) -> None:
+        raise BrokenPipeError
+
+    asked = launch.Asked()
+    launch._while_open(closed, asked)("a line")
+    assert asked.leave.is_set()
 
 
 def test_ctrl_c_before_the_run_began_says_so(run: RunDirectory, monkeypatch: pytest.MonkeyPatch):
@@ -60,13 +84,22 @@ def test_the_command_line_tells_which_interruption_it_was(
     assert capsys.readouterr().err == text
 
 
+def test_overrides_may_stand_on_both_sides_of_an_option(capsys: pytest.CaptureFixture[str]):
+    options = cli._parse(["resume", "runs/r", "train.ranks=2", "--address", "auto", "run.steps=5"])
+    assert (options.overrides, options.address) == (["train.ranks=2", "run.steps=5"], "auto")
+    for words in (["train", "f", "--addres=auto2", "--nope"], ["check", "f", "--x=1"], ["watch", "r", "train.ranks=2"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli._parse(words)
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
 def test_ray_is_started_in_the_directory_the_run_began_in(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     began, elsewhere, seen, told = Path.cwd(), tmp_path / "elsewhere", [], []
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    monkeypatch.setattr(ray, "init", lambda **_: seen.append(Path.cwd()))
+    monkeypatch.setattr(ray, "init", lambda **options: seen.append((Path.cwd(), options["address"])))
     assert launch._start_ray(run, told.append)
-    assert (seen, told, Path.cwd()) == ([began], [], elsewhere)
+    assert (seen, told, Path.cwd()) == ([(began, "local")], [], elsewhere)  # also where RAY_ADDRESS names a cluster
     assert worker_env(1, run.module_path)["PYTHONPATH"].split(os.pathsep)[0] == str(began)
 
 

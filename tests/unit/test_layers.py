@@ -21,7 +21,7 @@ LAYERS = {
     "weights": 2.5,  # files, checksums and pushes: what engines and backends have in common
     **dict.fromkeys(["rollout", "training"], 3),
     "runtime": 4,
-    **dict.fromkeys(["recipes", "dashboard"], 5),
+    **dict.fromkeys(["recipes", "dashboard", "doctor"], 5),
     "cli": 6,
 }
 OUTSIDE = {"testing", "__init__"}  # fakes for every layer; the public names, loaded lazily
@@ -29,7 +29,7 @@ OUTSIDE = {"testing", "__init__"}  # fakes for every layer; the public names, lo
 # where a system may be imported at all, and where torch may not be imported at module level
 ONLY_IN = {"ray": ("runtime/",), "sglang": ("rollout/sglang",), "megatron": ("training/megatron/",)}
 NO_TORCH = (
-    *("types.py", "errors.py", "extend.py", "protocols.py", "cli.py"),
+    *("types.py", "errors.py", "extend.py", "protocols.py", "cli.py", "doctor.py"),
     *("observe/", "config/", "data/", "rewards/", "algorithms/", "journal/", "runtime/"),
 )
 

@@ -23,7 +23,7 @@ from verst.types import NO_VERSION
 
 @pytest.fixture
 def observer(tmp_path: Path) -> Iterator[Observer]:
-    run = SimpleNamespace(metrics=tmp_path / "metrics.jsonl", report=tmp_path / "report.png", root=tmp_path)
+    run = SimpleNamespace(metrics=tmp_path / "metrics.jsonl", report=tmp_path / "report.png", log=tmp_path / "run.log", root=tmp_path)
     observer = Observer(cast(Any, run), steps=5)
     yield observer
     observer.close()

@@ -194,15 +194,17 @@ class TrainConfig(Section):
 
 
 class WeightsConfig(Section):
-    transport: Literal["file", "group"] | None = Field(
+    transport: Literal["file", "group", "shared"] | None = Field(
         default=None,
-        description="How weights reach the engines: a file that they map, or a broadcast to a process group (gloo, NCCL). Default: "
-        "group where trainer and replicas have GPUs of their own, else file.",
+        description="How weights reach the engines: a file that they map, a broadcast to a process group (gloo, NCCL), or buffers shared "
+        "by processes on one device. Default: group where trainer and replicas have GPUs of their own, shared on one GPU, file on CPUs.",
     )
     location: Text | None = Field(
         default=None, description="Directory for published weights. Default: shared memory. Several nodes need one on a shared disk."
     )
-    probe_limit: Positive = Field(default=0.1, description="Largest |trainer - engine| probe log-probability; past it the run stops.")
+    probe_limit: Positive = Field(
+        default=0.1, description="Largest mean |trainer - engine| of the probe's log-probabilities; past it the run stops."
+    )
     deadline_s: Seconds = Field(
         default=600.0, description="Limit of bringing a published version into an engine, its repetition and probe included."
     )

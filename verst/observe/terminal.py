@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_PHASES = ("rollout", "load", "forward_backward", "optimizer", "publish", "commit", "pull_wait", "evaluate", "checkpoint")
+_PHASES = ("rollout", "lease", "load", "forward_backward", "optimizer", "publish", "commit", "pull_wait", "evaluate", "checkpoint")
 _SHOWN_IF_ANY = ("rollout/failed", "update/skipped", "checkpoint/failed")
 _SHORT = {"forward_backward": "fwd+bwd", "pull_wait": "pull"}
 

@@ -8,8 +8,11 @@ from verst.config.schema import Config
 from verst.protocols import Engine
 
 
-def make_engine(config: Config, *, replica: int, device: str, log: Path) -> Engine:
-    """One replica's engine, not yet started. `log` takes what its own processes print."""
+def make_engine(config: Config, *, replica: int, device: str, shared: bool, log: Path) -> Engine:
+    """One replica's engine, not yet started. `log` takes what its own processes print.
+
+    `shared`: it has to be able to give its device memory to others.
+    """
     rollout = config.rollout
     if rollout.engine == "hf":
         from verst.rollout.hf import HFEngine
@@ -24,6 +27,7 @@ def make_engine(config: Config, *, replica: int, device: str, log: Path) -> Engi
         )
     from verst.rollout.sglang import SGLangEngine
 
+    saver = {"enable_memory_saver": True} if shared and device != "cpu" else {}
     return SGLangEngine(
         config.model.path,
         dtype=config.model.dtype,
@@ -31,7 +35,7 @@ def make_engine(config: Config, *, replica: int, device: str, log: Path) -> Engi
         max_running=rollout.max_running,
         max_model_tokens=config.max_trajectory_tokens,
         deterministic=False,
-        arguments=rollout.sglang,
+        arguments=saver | rollout.sglang,
         url=rollout.urls[replica] if rollout.urls else None,
         log=log,
     )

@@ -126,9 +126,11 @@ class LocalWorker:
         """There is no process to end: whatever holds this call would hold its caller too."""
 
 
-def spawn(name: str, factory: Callable[..., Any], *args: Any, gpus: float = 0, env: Mapping[str, str] | None = None) -> RayWorker:
-    """Starts an actor around `factory(*args)`; `env` are environment variables of its process."""
-    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": _CONCURRENT_CALLS}
+def spawn(
+    role: str, factory: Callable[..., Any], *args: Any, gpus: float = 0, env: Mapping[str, str] | None = None, **ray_options: Any
+) -> RayWorker:
+    """Starts an actor around `factory(*args)`; `env` are environment variables of its process, `ray_options` what Ray shall know beside."""
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": _CONCURRENT_CALLS, **ray_options}
     if env:
         options["runtime_env"] = {"env_vars": dict(env)}
-    return RayWorker(name, _HOST.options(**options).remote(factory, *args))
+    return RayWorker(role, _HOST.options(**options).remote(factory, *args))

@@ -1,7 +1,8 @@
 """Starting and watching runs: what `verst train`, `verst resume`, `verst.train` and `verst.resume` have in common.
 
 The run lives in an actor; this side starts Ray if nobody has, shows the run's lines, and passes on signals. On a laptop it owns the Ray
-head and ends it with the run.
+head and ends it with the run. On a cluster (`address`) the run needs nobody to watch it: a closed terminal changes nothing, and `resume` of
+a run that still lives there takes its place.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,11 +30,15 @@ Echo = Callable[[str], None]
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run that ended: where it lies, its metric rows (`kind` "step" or "evaluation"), and whether it was stopped early by a signal."""
+    """A run that ended: where it lies, its metric rows (`kind` "step" or "evaluation"), and whether it was stopped early by a signal.
+
+    `detached`: it has not ended; the terminal was closed, and the run goes on on its cluster.
+    """
 
     path: Path
     rows: list[dict[str, Any]]
     interrupted: bool
+    detached: bool = False
 
     @property
     def model(self) -> Path:
@@ -48,6 +53,7 @@ def train(
     reward: Any = None,
     environment: Any = None,
     prompts: Any = None,
+    address: str | None = None,
     echo: Echo | None = None,
 ) -> RunResult:
     """Trains a new run and waits for its end; the same as `verst train FILE`.
@@ -57,10 +63,12 @@ def train(
         reward: `fn(trajectory, fields) -> number`, plain or async, in place of `reward.function`.
         environment: an Environment class, in place of `rollout.environment`.
         prompts: rows (mappings) in place of `data.path` or `data.task`: a list, or a function that returns an iterator.
+        address: HOST:PORT of the Ray cluster to run on, or "auto" for the one this machine belongs to; run.dir must be on a disk that all
+            its nodes share. Default: a Ray of the run's own, on this machine, which ends with it.
         echo: called with each line of progress; default: standard error.
 
     Raises:
-        VerstError: anything wrong with input or run, as a message for a person.
+        VerstError: anything wrong with input, cluster or run, as a message for a person.
     """
     resolved = config if isinstance(config, Config) else load_config(config, overrides)
     extensions = Extensions(reward, environment, prompts)
@@ -71,44 +79,114 @@ def train(
     found = preflight(resolved, extensions)
     for warning in found.warnings:
         echo(f"warning: {warning}")
-    run = RunDirectory.create(resolved, packed, found.stream)
-    return _supervise(run, resolved.run.steps, echo)
+    with contextlib.ExitStack() as opened:
+        if address is not None:
+            _connect(address, opened)  # before there is a directory that a wrong address would leave behind
+        run = RunDirectory.create(resolved, packed, found.stream)
+        return _supervise(run, resolved.run.steps, address, echo)
 
 
-def resume(path: str | Path, *, echo: Echo | None = None) -> RunResult:
+def resume(path: str | Path, *, overrides: Sequence[str] = (), address: str | None = None, echo: Echo | None = None) -> RunResult:
     """Continues a run from its last checkpoint and its journal; the same as `verst resume RUN`.
 
+    Args:
+        overrides: options to change from here on, such as `train.ranks=2`; only those that do not change what is learned
+            (`verst.runtime.changes`).
+        address: see `train`. If the run still lives there, this follows it as the process that began it did.
+
     Raises:
-        RunLocked: the run is still alive.
+        RunLocked: the run is still alive, and not on the cluster of `address`.
+        ConfigError: an override names an option that must stay as it is.
     """
     run, config = RunDirectory.open(path)
-    return _supervise(run, config.run.steps, echo or _to_stderr)
+    echo = echo or _to_stderr
+    with contextlib.ExitStack() as opened:
+        if address is not None:
+            _connect(address, opened)
+        if overrides:
+            from verst.runtime.changes import change
+
+            config = change(run, config, overrides, echo)
+        return _supervise(run, config.run.steps, address, echo)
+
+
+def _connect(address: str, opened: contextlib.ExitStack) -> None:
+    """Connects to the cluster for as long as `opened` is, unless the caller is connected already."""
+    _quiet_ray()
+    import ray
+
+    from verst.runtime import cluster
+
+    if not ray.is_initialized():
+        opened.callback(ray.shutdown)
+    cluster.connect(address)
 
 
 def _to_stderr(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
-def _supervise(run: RunDirectory, steps: int, echo: Echo) -> RunResult:
-    """Runs the service in an actor until it ends."""
-    with RunLock(run.root):
-        pass  # fails at once, before Ray is started, if the run is alive
+def _supervise(run: RunDirectory, steps: int, address: str | None, echo: Echo) -> RunResult:
+    """Runs the loop in an actor until it ends, or until the terminal is closed on one that lives on a cluster."""
     from verst.observe.sinks import read_rows
 
-    with _ray(run, echo), _signals(run, echo) as stopping:
+    with _ray(run, address, echo), _signals(run, echo, leaves=address is not None) as asked:
+        if address is not None:
+            echo = _while_open(echo, asked)
+        handle = _loop(run, address, echo)
+        try:
+            _watch(handle, asked, echo)
+        except KeyboardInterrupt:
+            if address is not None:  # else it ends with Ray
+                import ray
+
+                ray.kill(handle)
+            raise
+    rows = read_rows(run.metrics) if run.metrics.exists() else []
+    done = any(row["kind"] == "step" and row["step"] == steps for row in rows)
+    left = asked.leave.is_set()
+    return RunResult(run.root, rows, interrupted=asked.stop.is_set() and not done and not left, detached=left)
+
+
+def _loop(run: RunDirectory, address: str | None, echo: Echo) -> Any:
+    """The run's loop as an actor handle: a new one, or the one that lives on the cluster already."""
+    if address is None:
         from verst.runtime.actors import spawn
         from verst.runtime.service import RunService, worker_env
 
         echo(f"run {run.root}")
-        service = spawn("loop", RunService, str(run.root), env=worker_env(1, run.module_path))
-        _watch(service.handle, stopping, echo)
-    rows = read_rows(run.metrics)
-    done = any(row["kind"] == "step" and row["step"] == steps for row in rows)
-    return RunResult(run.root, rows, interrupted=stopping.is_set() and not done)
+        return spawn("loop", RunService, str(run.root), env=worker_env(1, run.module_path)).handle
+    from verst.runtime import cluster
+
+    handle = cluster.loop_of(run)
+    echo(f"run {run.root} {'lives' if handle else 'begins'} on the Ray cluster at {address}, and goes on when this terminal is closed")
+    echo(f"look again with: verst watch {run.root}; take it up, to end it with Ctrl-C: verst resume {run.root} --address {address}")
+    if handle is None:
+        _require_unlocked(run)
+        handle = cluster.begin_loop(run)
+    return handle
 
 
-def _watch(handle: Any, stopping: threading.Event, echo: Echo) -> None:
-    """Shows the run's lines until it ends; raises what it raised."""
+def _while_open(echo: Echo, asked: Asked) -> Echo:
+    """The same, where a closed terminal or pipe is no error but ends the watching."""
+
+    def tell(line: str) -> None:
+        try:
+            echo(line)
+        except OSError:
+            asked.leave.set()
+
+    return tell
+
+
+def _require_unlocked(run: RunDirectory) -> None:
+    """Raises `RunLocked` at once, before anything is started, if the run is alive."""
+    with RunLock(run.root):
+        pass
+
+
+def _watch(handle: Any, asked: Asked, echo: Echo) -> None:
+    """Shows the run's lines until it ends or the terminal is closed; raises what the run raised."""
     import ray
     from ray.exceptions import GetTimeoutError
 
@@ -116,7 +194,7 @@ def _watch(handle: Any, stopping: threading.Event, echo: Echo) -> None:
 
     running = handle.call.remote("run")
     seen, told = 0, False
-    while True:
+    while not asked.leave.is_set():
         ended = bool(ray.wait([running], timeout=0)[0])
         with unwrapped("loop", "watching"):
             try:
@@ -126,17 +204,21 @@ def _watch(handle: Any, stopping: threading.Event, echo: Echo) -> None:
         for line in lines:
             echo(line)
         if ended and not lines:
+            with unwrapped("loop", "run"):
+                ray.get(running, timeout=60)
             break
-        if stopping.is_set() and not told:
+        if asked.stop.is_set() and not told:
             told = True
             handle.call.remote("stop")
-    with unwrapped("loop", "run"):
-        ray.get(running, timeout=60)
 
 
 @contextlib.contextmanager
-def _ray(run: RunDirectory, echo: Echo) -> Iterator[None]:
-    """Ray, started here unless the caller has started it; then it is also ended here."""
+def _ray(run: RunDirectory, address: str | None, echo: Echo) -> Iterator[None]:
+    """Ray, started here unless there is a cluster or the caller has started it; then it is also ended here."""
+    if address is not None:
+        yield
+        return
+    _require_unlocked(run)
     try:
         started = _start_ray(run, echo)
     except KeyboardInterrupt:
@@ -152,24 +234,28 @@ def _ray(run: RunDirectory, echo: Echo) -> Iterator[None]:
 
 def _start_ray(run: RunDirectory, echo: Echo) -> bool:
     """Whether Ray was started here. Its processes live in the directory the run began in, where its modules are found."""
-    # Ray's usage statistics would reach for the network, and its banners would drown the run's own lines
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    _quiet_ray()
     import ray
-
-    # Ray guards its ports with a token of its own making, and says so each time
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
 
     if ray.is_initialized():
         return False
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with _began_in(run, echo):
         ray.init(
+            address="local",  # RAY_ADDRESS may name a cluster; runs go there by `address` only
             include_dashboard=False,
             log_to_driver=False,
             configure_logging=False,
             object_store_memory=min(2 << 30, memory // 4),
         )
     return True
+
+
+def _quiet_ray() -> None:
+    # Ray's usage statistics would reach for the network, and its banners would drown the run's own lines
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray guards its ports with a token of its own making, and says so each time
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
 
 
 def _began_in(run: RunDirectory, echo: Echo) -> contextlib.AbstractContextManager[None]:
@@ -179,23 +265,40 @@ def _began_in(run: RunDirectory, echo: Echo) -> contextlib.AbstractContextManage
     return contextlib.nullcontext()
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What signals have asked for: that the run ends at a consistent point; that this process leaves it to itself."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    leave: threading.Event = field(default_factory=threading.Event)
+
+
 @contextlib.contextmanager
-def _signals(run: RunDirectory, echo: Echo) -> Iterator[threading.Event]:
-    """The event is set by the first Ctrl-C or SIGTERM: the run ends at a consistent point. The second one ends it at once."""
-    stopping = threading.Event()
+def _signals(run: RunDirectory, echo: Echo, *, leaves: bool = False) -> Iterator[Asked]:
+    """The first Ctrl-C or SIGTERM asks the run to end at a consistent point, the second one ends it at once.
+
+    `leaves`: the run does not need this process, so SIGHUP (the terminal was closed) only ends the watching.
+    """
+    asked = Asked()
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        if stopping.is_set():
+        if asked.stop.is_set():
             raise KeyboardInterrupt(f"ended at once by a second signal; continue from the last commit with: verst resume {run.root}")
-        stopping.set()
+        asked.stop.set()
         echo(f"{signal.Signals(number).name}: ending after the step in progress; once more to end at once (nothing committed is lost)")
 
+    def on_hangup(_number: int, _frame: FrameType | None) -> None:
+        asked.leave.set()
+
     if threading.current_thread() is not threading.main_thread():
-        yield stopping  # Python delivers signals to the main thread only; its owner decides there
+        yield asked  # Python delivers signals to the main thread only; its owner decides there
         return
-    former = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers: dict[signal.Signals, Any] = {signal.SIGINT: on_signal, signal.SIGTERM: on_signal}
+    if leaves and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        handlers[signal.SIGHUP] = on_hangup
+    former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield stopping
+        yield asked
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -35,8 +36,14 @@ class Observer:
         self._generated = 0  # tokens since the last row
         self._failed_checkpoints = 0
 
+    def record(self, line: str) -> None:
+        """One line for those who look later (`verst watch`), also when nobody watches now."""
+        with contextlib.suppress(OSError), self._run.log.open("a", encoding="utf-8") as log:  # a full disk ends the run elsewhere
+            log.write(line + "\n")
+
     def note(self, line: str) -> None:
         """One line for the person who watches."""
+        self.record(line)
         self._lines.append(line)
         self._told += 1
         self._more.set()

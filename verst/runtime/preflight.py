@@ -45,7 +45,7 @@ def preflight(config: Config, extensions: Extensions) -> Findings:
         VerstError: what is missing, malformed or does not fit.
     """
     _check_model(config)
-    _check_stack(config)
+    check_stack(config)
     if algorithm_for(config.algorithm).learns_from == "policy" or config.eval.every_steps:
         _check_reward(config, extensions.reward)
         _check_environment(config, extensions.environment)
@@ -65,7 +65,7 @@ def _check_model(config: Config) -> None:
         )
 
 
-def _check_stack(config: Config) -> None:
+def check_stack(config: Config) -> None:
     """The arguments of SGLang and Megatron-Core, by their own parsers; says how to install what is missing."""
     if config.rollout.engine == "sglang":
         from verst.rollout.sglang import arguments as sglang

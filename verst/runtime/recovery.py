@@ -11,6 +11,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from verst.runtime.changes import reordered_since
 from verst.training.checkpoints import latest_checkpoint
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Restored:
     batches: tuple[JournaledBatch, ...] = ()
     finished: frozenset[int] = frozenset()  # in the journal and in no batch
     consumed: frozenset[int] = frozenset()  # in a batch, or dropped by one
+    same_sums: bool = True  # steps trained again add numbers in the same order as the first time: on the same ranks and threads
 
 
 async def recover(parts: Parts) -> Restored:
@@ -80,4 +82,7 @@ async def recover(parts: Parts) -> Restored:
             f"resumed at step {step} ({'checkpoint' if step else 'initial model'}): {len(batches)} journaled steps to train again, "
             f"{len(finished)} finished groups to train"
         )
-    return Restored(step, cursor, batches, finished, frozenset(journal.index.groups) - finished)
+    changed = reordered_since(parts.run, step)
+    if changed:
+        note(f"{', '.join(sorted(changed))} changed since: those steps will have the same weights up to rounding, not bit for bit")
+    return Restored(step, cursor, batches, finished, frozenset(journal.index.groups) - finished, same_sums=not changed)

@@ -1,10 +1,11 @@
 """A run's directory: everything that must outlive its processes.
 
 RUN/config.yaml      the resolved configuration
-RUN/run.json         run id, format, what it began with: packages, directory, module path, state of the prompt stream
+RUN/run.json         run id, format, what it began with: packages, directory, module path, state of the prompt stream; later changes
 RUN/extensions.pkl   functions given from Python (only then)
 RUN/journal/         groups, batches, commits
 RUN/checkpoints/     the last ones
+RUN/logs/            what rewards and engine servers print; run.log: the run's own lines
 RUN/metrics.jsonl    one row a step and one an evaluation
 RUN/report.png       the picture at the end
 RUN/final/           the trained model, a Hugging Face directory
@@ -17,8 +18,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,11 @@ class RunDirectory:
         return self.root / "logs"
 
     @property
+    def log(self) -> Path:
+        """What the run told, line by line, for those who look later."""
+        return self.logs / "run.log"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.png"
 
@@ -89,6 +96,27 @@ class RunDirectory:
     def module_path(self) -> list[str]:
         """Where the run's processes look for modules first: in the directory the run began in, then on the PYTHONPATH of then and now."""
         return list(dict.fromkeys([*self._described()["module_path"], *_python_path()]))
+
+    @property
+    def changes(self) -> Sequence[Mapping[str, Any]]:
+        """What `change` has recorded: `{"at": time, "step": last one committed, "options": {name: [before, after]}}` each."""
+        return self._described().get("changes", [])
+
+    def change(self, config: Config, options: Mapping[str, tuple[Any, Any]], *, step: int) -> None:
+        """Gives the run another configuration from here on, and records which options changed. The caller holds the run's lock.
+
+        Raises `ConfigError` if it cannot be written; the run is then as it was, or has the record without the configuration.
+        """
+        described = self._described()
+        at = datetime.now().astimezone().isoformat(timespec="seconds")
+        described["changes"] = [*self.changes, {"at": at, "step": step, "options": options}]
+        for path, content in ((self.root / "run.json", _json(described)), (self.config, dump_config(config).encode())):
+            try:
+                _replace(path, content)
+            except OSError as error:
+                raise ConfigError(
+                    f"{path} could not be written ({error.strerror}): make room or rights there, then resume again"
+                ) from error
 
     def _described(self) -> dict[str, Any]:
         path = self.root / "run.json"
@@ -137,11 +165,12 @@ class RunDirectory:
         }
         self.checkpoints.mkdir()
         self.logs.mkdir()
+        self.log.touch()
         if extensions is not None:
             _write(self.extensions, extensions)
         _write(self.config, dump_config(_anchored(config)).encode())
         Journal.create(self.journal, str(described["run_id"])).close()
-        _write(self.root / "run.json", (json.dumps(described, indent=1) + "\n").encode())
+        _write(self.root / "run.json", _json(described))
 
     @classmethod
     def open(cls, path: str | Path) -> tuple[RunDirectory, Config]:
@@ -192,6 +221,17 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file that is there in its old or its new form, whole, at every moment."""
+    partial = path.with_name(f"{path.name}.partial")
+    _write(partial, content)
+    partial.rename(path)
+
+
+def _json(described: Mapping[str, Any]) -> bytes:
+    return (json.dumps(described, indent=1) + "\n").encode()
 
 
 def _python_path() -> list[str]:

@@ -20,7 +20,9 @@ from verst.errors import VerstError
 from verst.journal.lock import RunLock
 from verst.journal.log import Journal
 from verst.runtime.actors import Worker, spawn
+from verst.runtime.bundles import reserve
 from verst.runtime.extensions import Extensions
+from verst.runtime.lease import Lease
 from verst.runtime.loop import Loop
 from verst.runtime.observer import Observer
 from verst.runtime.parts import Parts
@@ -29,7 +31,6 @@ from verst.runtime.pools import Replicas, Trainers
 from verst.runtime.recovery import recover
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.transfer import Transfer
-from verst.runtime.wait import gather_named
 from verst.runtime.workers import RolloutWorker, TrainerWorker
 from verst.types import Prompt
 from verst.weights.location import held, publish_directory
@@ -40,9 +41,10 @@ Spawn = Callable[..., Worker]
 class RunService:
     """Everything of one run that is not a model: lock, parts, loop."""
 
-    def __init__(self, root: str, spawn_worker: Spawn = spawn) -> None:
+    def __init__(self, root: str, spawn_worker: Spawn = spawn, placement: Placement | None = None) -> None:
         self._run, self._config = RunDirectory.open(root)
         self._spawn = spawn_worker
+        self._placement = placement
         self._observer = Observer(self._run, self._config.run.steps)
         self._weights_location = publish_directory(self._run.run_id, self._config.weights.location)
         self._stop = False
@@ -51,14 +53,21 @@ class RunService:
     async def run(self) -> None:
         """Trains to the end, or to the next consistent point after `stop`."""
         with RunLock(self._run.root):
-            async with contextlib.AsyncExitStack() as opened:
-                parts = await self._build(opened)
-                restored = await recover(parts)
-                self._loop = Loop(self._config, parts, restored)
-                if self._stop:
-                    self._loop.stop()
-                await self._loop.run()
-                await asyncio.to_thread(self._observer.finish)
+            try:
+                await self._train()
+            except Exception as error:
+                self._observer.record(f"ended by {type(error).__name__}: {error}")
+                raise
+
+    async def _train(self) -> None:
+        async with contextlib.AsyncExitStack() as opened:
+            parts = await self._build(opened)
+            restored = await recover(parts)
+            self._loop = Loop(self._config, parts, restored)
+            if self._stop:
+                self._loop.stop()
+            await self._loop.run()
+            await asyncio.to_thread(self._observer.finish)
 
     async def lines(self, after: int, wait_s: float) -> tuple[int, list[str]]:
         """Lines for the watcher, beyond the first `after` of them, and the number of the last."""
@@ -77,9 +86,10 @@ class RunService:
         opened.enter_context(held(self._weights_location))
         journal = await asyncio.to_thread(Journal.open, self._run.journal, self._run.run_id)  # reads all of it
         opened.callback(journal.close)
-        placement = place(config, int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0)
-        trainers = Trainers(self._spawn_trainers(placement), config, ray.put if ray.is_initialized() else _same)
-        replicas = Replicas(self._spawn_replicas(placement, extensions), config)
+        placement = self._placement or place(config, int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0)
+        on = await reserve(placement, config.train.ranks, opened, config.train.deadline_s)
+        trainers = Trainers(self._spawn_trainers(placement, on), config, ray.put if ray.is_initialized() else _same)
+        replicas = Replicas(self._spawn_replicas(placement, on, extensions), config, shared=placement.shared)
         for part in (trainers, replicas):
             opened.push_async_callback(self._close, part)
         source = open_source(config.data, extensions.rows)
@@ -87,7 +97,8 @@ class RunService:
         stream.restore(self._run.stream)  # refuses other data than the run began with
         held_out = await asyncio.to_thread(eval_prompts, source, config.data, config.eval.prompts) if config.eval.every_steps else []
         scores = bool(held_out) or algorithm_for(config.algorithm).learns_from == "policy"
-        await gather_named({"trainers": trainers.start(), "replicas": replicas.start(scores)})
+        lease = Lease(config, trainers, replicas, shared=placement.shared)
+        await lease.start(scores)
         transfer = Transfer(config, placement, trainers, replicas, str(self._weights_location))
         await transfer.open(self._run.run_id)
         return Parts(
@@ -100,6 +111,7 @@ class RunService:
             observer=self._observer,
             probe_tokens=await replicas.probe_tokens(await asyncio.to_thread(_first, stream)),
             transfer=transfer,
+            lease=lease,
             eval_prompts=held_out,
         )
 
@@ -114,14 +126,16 @@ class RunService:
         path = self._run.extensions
         return Extensions.unpack(path.read_bytes() if path.exists() else None)
 
-    def _spawn_trainers(self, placement: Placement) -> list[Worker]:
+    def _spawn_trainers(self, placement: Placement, on: Sequence[dict[str, Any]]) -> list[Worker]:
         env = worker_env(self._config.train.threads, self._run.module_path)
         return [
-            self._spawn(f"trainer rank {r}", TrainerWorker, self._config, r, placement.device, gpus=placement.trainer_gpus, env=env)
+            self._spawn(
+                f"trainer rank {r}", TrainerWorker, self._config, r, placement.device, gpus=placement.trainer_gpus, env=env, **on[r]
+            )
             for r in range(self._config.train.ranks)
         ]
 
-    def _spawn_replicas(self, placement: Placement, extensions: Extensions) -> list[Worker]:
+    def _spawn_replicas(self, placement: Placement, on: Sequence[dict[str, Any]], extensions: Extensions) -> list[Worker]:
         env = worker_env(self._config.train.threads, self._run.module_path)
         return [
             self._spawn(
@@ -132,8 +146,10 @@ class RunService:
                 i,
                 placement.device,
                 self._run.logs,
+                placement.shared,
                 gpus=placement.replica_gpus,
                 env=env,
+                **on[i % len(on)],
             )
             for i in range(self._config.rollout.replicas)
         ]
@@ -159,5 +175,7 @@ def worker_env(threads: int, module_path: Sequence[str]) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONHASHSEED": "0",  # some reasoning-gym tasks make their rows by iterating over sets of strings
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # makes cuBLAS repeat its sums; read once, when CUDA starts
+        # NCCL waits for ever if the members of a group differ in this, and SGLang sets it so in its servers
+        "NCCL_CUMEM_ENABLE": os.environ.get("NCCL_CUMEM_ENABLE", "0"),
         "PYTHONPATH": os.pathsep.join(module_path),
     }

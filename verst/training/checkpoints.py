@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,11 +72,15 @@ class Checkpoint:
 
 @dataclass
 class LoadedState:
-    """A `BackendState` read back: this rank's own shards if as many ranks load as saved, else full tensors."""
+    """A `BackendState` read back: this rank's own shards if as many ranks load as saved, else full tensors.
+
+    `files` are those of all ranks that saved, in order: safetensors, whose header holds `values` as JSON.
+    """
 
     tensors: Mapping[str, torch.Tensor]
     values: Mapping[str, Any]
     full_shapes: Mapping[str, tuple[int, ...]]
+    files: tuple[Path, ...] = ()
 
 
 class CheckpointWriter:
@@ -174,25 +178,27 @@ def load_state(directory: Path, step: int, *, rank: int, world: int) -> LoadedSt
     `latest_checkpoint` has verified every byte, for all ranks at once; here only the files' sizes are looked at again.
 
     With the same number a rank gets back the tensors and values it had saved. With another it gets full tensors, joined along dim 0, and
-    the values (random numbers among them) of the saved rank with its number, or of rank 0 if there was none.
+    the values (random numbers among them) of the saved rank with its number, or of rank 0 if there was none. A state without `full_shapes`
+    is never joined: its backend reads what it needs from `files`.
     Raises `CheckpointError` if a file is missing or has another size, or the shards do not make up the full shapes.
     """
     path = _step_path(directory, step)
     manifest = _read_manifest(path)
     saved_world = manifest["world"]
-    ranks = [rank] if saved_world == world else list(range(saved_world))
+    names = [_rank_name(saved, saved_world) for saved in range(saved_world)]
     for record in manifest["files"]:
-        if record["name"] in {_rank_name(saved, saved_world) for saved in ranks}:
+        if record["name"] in names:
             _require_size(path, FileRecord(**record))
-    states = [_read_state(path / _rank_name(saved, saved_world)) for saved in ranks]
-    if saved_world == world:
-        return states[0]
-    full_shapes = states[0].full_shapes
+    files = tuple(path / name for name in names)
+    own = replace(_read_state(files[rank if rank < saved_world else 0]), files=files)
+    if saved_world == world or not own.full_shapes:
+        return own
+    states = [_read_state(file) for file in files]
     tensors = {}
     for name in dict.fromkeys(name for state in states for name in state.tensors):
         parts = [state.tensors[name] for state in states if name in state.tensors]
-        tensors[name] = _join(f"{path}: {name}", parts, full_shapes.get(name, tuple(parts[0].shape)))
-    return LoadedState(tensors, states[rank if rank < saved_world else 0].values, full_shapes)
+        tensors[name] = _join(f"{path}: {name}", parts, own.full_shapes.get(name, tuple(parts[0].shape)))
+    return replace(own, tensors=tensors)
 
 
 def _step_path(directory: Path, step: int, suffix: str = "") -> Path:

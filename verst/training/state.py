@@ -27,7 +27,7 @@ class RankState:
 
 def capture(optimizer: MasterAdamW) -> RankState:
     """Copies this rank's state to the CPU. Random numbers are the process's own: torch's on the CPU and, if used, on the GPU."""
-    tensors = {name: part.detach().to("cpu", copy=True) for name, part in _parts(optimizer).items()}
+    tensors = {name: part.detach().to("cpu", copy=True) for name, part in optimizer.tensors().items()}
     return RankState(tensors, {**optimizer.counters(), "rng": random_state()}, _full_shapes(optimizer))
 
 
@@ -36,7 +36,7 @@ def restore(optimizer: MasterAdamW, state: BackendState, rank: int, world: int) 
 
     Raises `CheckpointError`, before anything is changed, if names or shapes are not those of this model.
     """
-    parts, full_shapes = _parts(optimizer), _full_shapes(optimizer)
+    parts, full_shapes = optimizer.tensors(), _full_shapes(optimizer)
     require_names(set(parts), set(state.tensors))
     _require_shapes(full_shapes, state.full_shapes)
     fitting = {}
@@ -55,14 +55,6 @@ def restore(optimizer: MasterAdamW, state: BackendState, rank: int, world: int) 
             part.copy_(fitting[name])
     optimizer.restored(state.values)
     set_random_state(state.values["rng"])
-
-
-def _parts(optimizer: MasterAdamW) -> dict[str, torch.Tensor]:
-    parts: dict[str, torch.Tensor] = {}
-    for name, master in optimizer.masters.items():
-        parts[f"model/{name}"] = master
-        parts[f"exp_avg/{name}"], parts[f"exp_avg_sq/{name}"] = optimizer.moments(name)
-    return parts
 
 
 def _full_shapes(optimizer: MasterAdamW) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Awaitable, Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,9 +26,10 @@ from verst.rollout.sglang.api import ServerApi, ServerLost
 from verst.rollout.sglang.checkpoint import check_fits, headers
 from verst.rollout.sglang.connection import Connection, Settings
 from verst.rollout.sglang.filters import filters
-from verst.rollout.sglang.runs import Run
-from verst.rollout.sglang.updates import load_unverified, load_verified
+from verst.rollout.sglang.runs import PauseMode, Run
+from verst.rollout.sglang.updates import join_group, load_unverified, load_verified
 from verst.types import FinishReason, GenerateRequest, Generation
+from verst.weights.group import GroupAddress
 
 T = TypeVar("T")
 
@@ -38,14 +38,8 @@ PAUSE_DEADLINE_S = 60.0
 UPDATE_DEADLINE_S = 3600.0
 _ASK_AGAIN_S = 0.1
 _LAST_WORDS_S = 10.0
-
-
-class PauseMode(StrEnum):
-    """What a pause does with the requests in flight, in SGLang's words."""
-
-    IN_PLACE = "in_place"  # they go on after `resume` from the keys and values they have, also under newer weights
-    RETRACT = "retract"  # they go on after `resume`; keys and values are computed again, by the weights of then
-    ABORT = "abort"  # they end with `FinishReason.ABORT`
+_CACHE, _WEIGHTS = "kv_cache", "weights"
+"""What SGLang can release, by its own names."""
 
 
 class SGLangEngine:
@@ -93,6 +87,7 @@ class SGLangEngine:
         self._paused = False
         self._retracted = False
         self._half_loaded: str | None = None
+        self._released: list[str] = []
         self._runs: dict[str, Run] = {}
         self._sent: dict[str, Run] = {}  # by the server's id
         self._returned = asyncio.Event()
@@ -100,6 +95,7 @@ class SGLangEngine:
         self._background: set[asyncio.Task[None]] = set()
         self._nonce = secrets.token_hex(8)
         self._asked = 0
+        self._loading: dict[str, float] = {}  # of the last version
         self._counters = dict.fromkeys(("generated_tokens", "prompt_tokens", "prefill_tokens"), 0)
 
     async def start(self) -> None:
@@ -156,7 +152,7 @@ class SGLangEngine:
 
     async def resume(self) -> None:
         """Raises `EngineFailure` while the weights are no whole version: after an update that broke off, or after their release."""
-        self._live()
+        self._require_memory("resume")
         if self._half_loaded is not None:
             raise EngineFailure(f"cannot resume: {self._half_loaded}; push the version again, whole")
         if self._retracted:
@@ -172,8 +168,8 @@ class SGLangEngine:
 
         Raises `EngineFailure` for a server without our plugin, unless that is allowed: it cannot say what it holds.
         """
-        self._live()
         version = update.manifest.version
+        self._require_memory(f"load version {version}")
         if not self._paused or self._sent:
             raise EngineFailure(f"weights of version {version} came while decoding: pause() first")
         verified = self._connection.verified
@@ -186,16 +182,28 @@ class SGLangEngine:
         check_fits(update.manifest, self._checkpoint, self._settings.dtype, tied=tied)
         self._half_loaded = f"the update to version {version} broke off"
         if verified:
-            checksums = await self._or_failure(load_verified(self._api, update, self._connection.ranks, UPDATE_DEADLINE_S))
+            loaded = await self._or_failure(load_verified(self._api, update, self._connection.ranks, UPDATE_DEADLINE_S))
         else:
-            checksums = await self._or_failure(load_unverified(self._api, update, self._settings.model_path, UPDATE_DEADLINE_S))
+            loaded = await self._or_failure(load_unverified(self._api, update, self._settings.model_path, UPDATE_DEADLINE_S))
         self._half_loaded = None
         self._version = version
-        return checksums
+        self._loading = {f"weights_{phase}_s": seconds for phase, seconds in loaded.seconds.items()}
+        return loaded.checksums
+
+    @property
+    def weight_ranks(self) -> int:
+        return self._connection.ranks
+
+    async def join_weight_group(self, address: GroupAddress, first_rank: int, timeout_s: float) -> None:
+        """See `Engine.join_weight_group`. Raises `EngineFailure` for a server without our plugin: it cannot be a member."""
+        self._live()
+        if not self._connection.verified:
+            raise EngineFailure(f"SGLang at {self._api.url} runs without Verst's plugin and cannot join: set weights.transport=file")
+        await self._or_failure(join_group(self._api, address, first_rank, self._connection.ranks, timeout_s))
 
     async def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
         """See `Engine.logprobs`. Raises `EngineFailure` while the weights are no whole version."""
-        self._live()
+        self._require_memory("compute a probe")
         if self._half_loaded is not None:
             raise EngineFailure(f"no probe: {self._half_loaded}")
         check_tokens("the probe", tokens_T, self._connection.vocab_size, self._settings.max_model_tokens)
@@ -215,23 +223,23 @@ class SGLangEngine:
         return np.array([0.0, *found[1:]], np.float32)
 
     async def release_memory(self, *, weights: bool = True) -> None:
-        """Frees the memory of the KV cache and the weights for others on the device. Only while paused; then `resume_memory`.
-
-        The weights' contents are gone: a version must be pushed before `resume`. SGLang frees memory if its server has
-        `enable_memory_saver`; without it nothing is freed.
-        """
+        """See `Engine.release_memory`. SGLang frees memory if its server has `enable_memory_saver`; without it nothing is freed."""
         self._live()
         if not self._paused or self._sent:
             raise EngineFailure("the engine's memory is in use: pause() first")
+        self._retracted = True
         if weights:
             self._half_loaded = "its weights were released"
-        self._retracted = True  # keys and values are gone as well
-        await self._or_failure(self._api.memory("release", _tags(weights), UPDATE_DEADLINE_S))
+        given = [tag for tag in (_CACHE, _WEIGHTS) if tag not in self._released and (weights or tag == _CACHE)]
+        self._released += given
+        if given:
+            await self._or_failure(self._api.memory("release", tuple(given), UPDATE_DEADLINE_S))
 
-    async def resume_memory(self, *, weights: bool = True) -> None:
-        """Takes the memory back that `release_memory` with the same argument freed."""
+    async def resume_memory(self) -> None:
         self._live()
-        await self._or_failure(self._api.memory("resume", _tags(weights), UPDATE_DEADLINE_S))
+        if self._released:
+            await self._or_failure(self._api.memory("resume", tuple(self._released), UPDATE_DEADLINE_S))
+        self._released = []
 
     @property
     def version(self) -> int:
@@ -246,13 +254,14 @@ class SGLangEngine:
         """Counted here: `generated_tokens`, `prompt_tokens`, `prefill_tokens` (not found in the prefix cache), of answers that arrived.
 
         The server's own, once a second: `server_generated_tokens`, `server_prompt_tokens`, `server_cached_tokens`, `server_running`,
-        `server_queued`, `cache_hit_rate`, `server_tokens_per_s`. SGLang does not tell decoding from prefilling: those times are 0.
+        `server_queued`, `cache_hit_rate`, `server_tokens_per_s`. Of the last version: `weights_receive_s`, `weights_load_s`. SGLang does
+        not tell decoding from prefilling: those times are 0.
         """
         server = self._connection.metrics
         queued = min(server.get("server_queued", 0.0), len(self._sent))
         own = {name: float(value) for name, value in self._counters.items()}
         gauges = {"running": len(self._sent) - queued, "waiting": len(self._runs) - len(self._sent) + queued}
-        return {"decode_steps": 0.0, "decode_s": 0.0, "prefill_s": 0.0, **server, **own, **gauges}
+        return {"decode_steps": 0.0, "decode_s": 0.0, "prefill_s": 0.0, **server, **own, **gauges, **self._loading}
 
     async def close(self) -> None:
         """Ends the server and fails what is pending."""
@@ -363,6 +372,11 @@ class SGLangEngine:
         if not self._connection.is_open:
             raise EngineFailure("the sglang engine is used before start()")
 
+    def _require_memory(self, what: str) -> None:
+        self._live()
+        if self._released:
+            raise EngineFailure(f"cannot {what}: the engine's memory is released; resume_memory() first")
+
     @property
     def _api(self) -> ServerApi:
         return self._connection.api
@@ -383,7 +397,3 @@ class SGLangEngine:
         task = asyncio.ensure_future(quietly())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-def _tags(weights: bool) -> tuple[str, ...]:
-    return ("kv_cache", "weights") if weights else ("kv_cache",)

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from transformers import AutoConfig
 
 from verst.algorithms.kl import kl_per_sample
-from verst.algorithms.table import algorithm_for
 from verst.config.schema import Config
-from verst.errors import InvariantViolation
+from verst.errors import ConfigError
 from verst.observe.metrics import Tally
 from verst.protocols import BackendState
+from verst.training.base import Backend
 from verst.training.distributed import device_of, require_group
 from verst.training.loss import policy_loss
 from verst.training.megatron import arguments as megatron_arguments
@@ -37,14 +37,17 @@ from verst.training.megatron.table.families import family_of
 from verst.training.microbatch import split
 from verst.training.model import require_files
 from verst.training.state import RankState
-from verst.training.step import LoadedStep, PerSample, StepScores, kl_estimator, plan_batch, require_known_tokens
+from verst.training.step import LoadedStep, PerSample, StepScores, kl_estimator, plan_batch
 from verst.types import Batch
+
+_KEEPS_ADDRESSES: Mapping[str, Any] = {"cuda_graph_impl": "none", "nccl_ub": False}
+"""Megatron's arguments under which recorded graphs or NCCL hold addresses of parameters and gradients, and their values without that."""
 
 OnOutput = Callable[[Packed, torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes a microbatch with its log-probabilities [N] and entropies [N] on the last pipeline stage; returns the loss to go back from."""
 
 
-class MegatronBackend:
+class MegatronBackend(Backend[Any]):
     """One trainer rank. From two ranks on, `init_distributed` comes first; the constructor is a collective then.
 
     `arguments` are Megatron's own, by name. Raises `ConfigError` if they do not fit each other, the model or the number of ranks, or if
@@ -54,37 +57,26 @@ class MegatronBackend:
     def __init__(self, config: Config, *, rank: int, world: int, device: str | None, arguments: Mapping[str, Any]) -> None:
         require_group(rank, world)
         compat.require()
-        self._config = config
-        self._device = device_of(device, deterministic=config.run.deterministic)
+        super().__init__(config, device_of(device, deterministic=config.run.deterministic))
         require_files(Path(config.model.path).expanduser())
         self._hf_config = AutoConfig.from_pretrained(Path(config.model.path).expanduser())
         self._family = family_of(self._hf_config, config.model.path)
         self._args = megatron_arguments.parse(config, arguments, self._hf_config, self._family, world)
         self._layout = megatron_arguments.layout_of(self._args)
         join(self._layout, self._device.type, config.train.deadline_s)
-        self._temperature = config.rollout.temperature  # of the distribution that was sampled
-        self._algorithm = algorithm_for(config.algorithm)
         self._place = _Place()
         self._build()
-        self._step: LoadedStep | None = None
-        self._loss_is_finite = True
-
-    @property
-    def num_updates(self) -> int:
-        """Updates each step makes: minibatches times epochs."""
-        return self._config.train.minibatches * self._config.train.epochs
 
     # ---- one step
 
-    def load_batch(self, batch: Batch) -> StepScores:
-        """Plans a decoded batch and computes the log-probabilities that the algorithm needs before its first update.
+    @property
+    def _vocabulary(self) -> int:
+        return self._hf_config.vocab_size
 
-        The mismatch is tallied here if the trainer's are among them, else by the first `forward_backward`.
-        Raises `ModelError` if a token is not in the model's vocabulary.
-        """
-        require_known_tokens(batch, self._hf_config.vocab_size, self._config.model.path)
-        self._optimizer.zero_grad()
-        step = self._step = plan_batch(self._config, batch, self._place.data, self._layout.data, self._device, packed=True)
+    def _plan(self, batch: Batch) -> LoadedStep:
+        return plan_batch(self._config, batch, self._place.data, self._layout.data, self._device, packed=True)
+
+    def _score_step(self, step: LoadedStep) -> StepScores:
         scored = self._algorithm.needs_old_logprobs(self._config.algorithm, self.num_updates)
         for update in range(self._config.train.minibatches):  # every epoch has the same microbatches
             microbatches = self._microbatches(step, update)
@@ -94,66 +86,51 @@ class MegatronBackend:
                 step.reference |= self._score(self._reference, microbatches)
         return self._scores(step) if self._place.reports else StepScores(Tally(), {})
 
-    def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
-        """Accumulates one update's gradients. `advantages` has one entry for each sample of the whole batch."""
-        step = self._loaded()
-        if len(advantages) != len(step.batch.samples):
-            raise InvariantViolation(f"step {step.batch.step}: {len(advantages)} advantages for {len(step.batch.samples)} samples")
-        self._optimizer.zero_grad()
-        self._loss_is_finite = True
+    def _accumulate(self, step: LoadedStep, update: int, advantages: Sequence[float]) -> Tally:
         tally = Tally()
         take = partial(self._loss, step, update, step.weights(update), advantages, tally)
         self._run(self._chunks, self._microbatches(step, update), take, self._temperature)
         return tally if self._place.reports else Tally()
 
-    def optimizer_step(self, update: int) -> Tally:
-        """Clips and steps, or skips: the same decision on every rank. Raises `TrainingDiverged` after too many skips in a row."""
-        if self._loaded().is_empty(update):
-            return self._optimizer.pass_over()
-        return self._optimizer.step(loss_is_finite=self._loss_is_finite)
-
     # ---- weights and state
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Full tensors by Hugging Face name, in the model's dtype, tied ones once; the bias of expert choice in float32. A collective."""
-        self._settle_parameters()
+    def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """In the model's dtype, tied ones once; the bias of expert choice in float32."""
+        self._settle()
         yield from self._tensors.full()
 
-    def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Log-probability [T] of each token given those before it, at temperature 1; entry 0 is 0. A collective."""
-        logprobs_T = np.zeros(len(tokens_T), dtype=np.float32)
-        if len(tokens_T) > 1:
-            packed = pack_probe(tokens_T, self._layout, self._device)
-            found = self._score(self._chunks, [packed], temperature=1.0)
-            values = torch.from_numpy(found[0]) if found else torch.zeros(len(tokens_T) - 1)
-            logprobs_T[1:] = self._place.from_last_stage(values.to(self._device)).cpu().numpy()
-        return logprobs_T
+    def _probe(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
+        found = self._score(self._chunks, [pack_probe(tokens_T, self._layout, self._device)], temperature=1.0)
+        values = torch.from_numpy(found[0]) if found else torch.zeros(len(tokens_T) - 1)
+        return self._place.from_last_stage(values.to(self._device)).cpu().numpy()
 
     def state(self) -> RankState:
         """A private CPU copy of this rank's shards of masters and moments, of the counters and of torch's random state."""
         from verst.training.megatron.state import capture
 
-        return capture(self._optimizer, self._layout)
+        self._require("state")
+        return capture(self._optimizer, self._layout, self._tensors)
 
     def load_state(self, state: BackendState) -> None:
-        """Restores `state()` bit for bit, on the same layout. Raises `CheckpointError` on another model's or another layout's."""
+        """Restores `state()` bit for bit; one that was read from a checkpoint also on another layout. Raises `CheckpointError`."""
         from verst.training.megatron.state import restore
 
-        restore(self._optimizer, state, self._layout)
+        self._require("load_state")
+        restore(self._optimizer, state, self._layout, self._tensors)
         self._step = None
 
-    def save_resharded(self, directory: Path) -> None:
-        """Writes a checkpoint that any layout of this model can load. A collective; `directory` is on a disk that all ranks share."""
-        from verst.training.megatron.reshard import save
+    def release_memory(self, *, weights: bool) -> None:
+        """See `Backend.release_memory`. Raises `ConfigError` for options of Megatron that remember where memory lies."""
+        for name, without in _KEEPS_ADDRESSES.items():
+            if getattr(self._args, name, without) != without:
+                raise ConfigError(f"train.megatron.{name} keeps addresses of memory that is handed over where GPUs are shared: remove it")
+        super().release_memory(weights=weights)
 
-        save(directory, self._chunks, self._optimizer)
+    def _policy_modules(self) -> list[Any]:
+        return [chunk.module for chunk in self._chunks]
 
-    def load_resharded(self, directory: Path) -> None:
-        """Takes up what `save_resharded` has written on this or another layout. A collective. Raises `CheckpointError`."""
-        from verst.training.megatron.reshard import load
-
-        load(directory, self._chunks, self._optimizer)
-        self._step = None
+    def _reference_modules(self) -> list[Any]:
+        return self._reference or []
 
     # ---- inside
 
@@ -182,20 +159,15 @@ class MegatronBackend:
     def _loaded_chunks(self, config: Any) -> list[Any]:
         from verst.training.megatron.model import build_chunks
 
-        return build_chunks(config, self._hf_config, self._layout.virtual, self._device)
+        return build_chunks(config, self._hf_config, self._layout.virtual, self._device, compiled=self._config.train.compile)
 
-    def _settle_parameters(self) -> None:
+    def _settle(self) -> None:
         """Ends the gathering of parameters that overlaps with the next forward, before they are read otherwise."""
         for chunk in self._chunks:
             if chunk.ddp_config.overlap_param_gather:
                 with compat.quiet():
                     chunk.disable_forward_pre_hook()
                     chunk.enable_forward_pre_hook()
-
-    def _loaded(self) -> LoadedStep:
-        if self._step is None:
-            raise InvariantViolation("no batch is loaded: load_batch comes before forward_backward and optimizer_step")
-        return self._step
 
     def _microbatches(self, step: LoadedStep, update: int) -> list[Packed]:
         return [pack(step.batch.samples, i, self._layout, self._device) for i in step.plan.updates[update].ranks[self._place.data]]

@@ -49,6 +49,31 @@ class MegatronAdamW(ScheduledOptimizer):
                 for i, parameter in enumerate(group["params"]):
                     yield f"{p}.{g}.{i}", part, parameter
 
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor, int]]:
+        """For each name of `masters` the model's parameter, and the place in it, flattened, where the master's elements begin."""
+        for p, part in enumerate(self._parts):
+            if isinstance(part, DistributedOptimizer):
+                untyped: Any = part
+                for parameter, (g, i) in untyped.model_param_group_index_map.items():
+                    yield f"{p}.{g}.{i}", parameter, untyped._get_model_param_range_map(parameter)["param"].start
+                continue
+            halves = zip(getattr(part, "float16_groups", ()), getattr(part, "fp32_from_float16_groups", ()), strict=True)
+            rounded = {id(master): parameter for models, masters in halves for parameter, master in zip(models, masters, strict=True)}
+            for g, group in enumerate(part.optimizer.param_groups):
+                for i, master in enumerate(group["params"]):
+                    yield f"{p}.{g}.{i}", rounded.get(id(master), master), 0
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for name, part, master in self.masters():
+            moments = part.optimizer.state[master]
+            found |= {f"model/{name}": master, f"exp_avg/{name}": moments["exp_avg"], f"exp_avg_sq/{name}": moments["exp_avg_sq"]}
+        return found
+
+    def gradient_buffers(self) -> list[torch.Tensor]:
+        buffers = [buffer for chunk in self._chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        return [tensor for buffer in buffers for tensor in (buffer.grad_data, *buffer.extra_main_grads)]
+
     def _groups(self) -> Iterator[dict[str, Any]]:
         return (group for part in self._parts for group in part.optimizer.param_groups)
 
@@ -63,7 +88,7 @@ class MegatronAdamW(ScheduledOptimizer):
         self._restore_counters(counters)
         if self._steps_by_parameter:
             for _, part, parameter in self.masters():
-                # One of its own each: Megatron's loading has all parameters share one, and each step then counts as many.
+                # One of its own each: parameters that shared one would each count the step.
                 part.optimizer.state[parameter]["step"] = torch.full((), float(self.stepped), device=parameter.device)
         else:
             for group in self._groups():
@@ -81,20 +106,6 @@ class MegatronAdamW(ScheduledOptimizer):
             for chunk in self._chunks:
                 if chunk.ddp_config.use_distributed_optimizer:
                     chunk.start_param_sync(force_sync=True)
-
-    def sharded(self, model: dict[str, Any], options: dict[str, Any], *, loading: bool) -> dict[str, Any]:
-        """Masters and moments as Megatron's distributed checkpoints describe them, beside the model's own description."""
-        return self._whole.sharded_state_dict(model, is_loading=loading, metadata=options)
-
-    def load_sharded(self, state: dict[str, Any]) -> None:
-        """Takes `sharded` up after Megatron has filled it in; `restored` must follow."""
-        for part in self._parts:
-            if isinstance(part, DistributedOptimizer):
-                untyped: Any = part
-                take = untyped._set_main_param_and_optimizer_states
-                # It looks for a step of each parameter, which its own checkpoints do not have.
-                untyped._set_main_param_and_optimizer_states = lambda p, tensors, take=take: take(p, {"step": None, **tensors})
-        self._whole.load_state_dict(state)
 
     def _measure(self, broken: float) -> tuple[float, float]:
         with compat.quiet():

@@ -1,56 +1,98 @@
-"""Checkpoints that another layout can load: Megatron's distributed checkpointing of weights, masters and moments.
+"""From the shards of one layout to those of another, bit for bit.
 
-`state()` of the backend is bit for bit but fits its own layout only; this is the way from one layout to another.
+Every shard in a checkpoint says which part of which tensor of the whole model it is. A rank of another layout reads the shards of the
+tensors it has a part of, joins them into Hugging Face's full tensors by the family's table, and cuts its own part out by the same table.
+No rank of the former layout is needed, and none waits for another.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
+import torch
+from safetensors import safe_open
 
 from verst.errors import CheckpointError
-from verst.training.megatron import compat, groups
-from verst.training.megatron.optimizer import MegatronAdamW
+from verst.training.megatron.tensors import Key, ModelTensors
 
 
-def save(directory: Path, chunks: Sequence[Any], optimizer: MegatronAdamW) -> None:
-    """Writes this rank's shards into `directory`, which must be empty or absent and on a disk that all ranks share. A collective."""
-    if dist.get_rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    try:
-        with compat.quiet():
-            dist_checkpointing.save(_state(chunks, optimizer, loading=False) | {"counters": optimizer.counters()}, str(directory))
-    except (OSError, CheckpointingException) as error:
-        raise CheckpointError(f"checkpoint {directory} could not be written: {error}") from error
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Where a shard belongs: elements from `begin` on of the flattened part, of this shape, of tensor-parallel rank `rank` of `ranks`."""
+
+    key: Key
+    rank: int
+    ranks: int
+    shape: tuple[int, ...]
+    begin: int
+
+    def described(self) -> list[Any]:
+        """As JSON."""
+        return [list(self.key), self.rank, self.ranks, list(self.shape), self.begin]
+
+    @classmethod
+    def of(cls, described: Sequence[Any]) -> Piece:
+        (row, layer, expert), rank, ranks, shape, begin = described
+        return cls((row, layer, expert), rank, ranks, tuple(shape), begin)
 
 
-def load(directory: Path, chunks: Sequence[Any], optimizer: MegatronAdamW) -> None:
-    """Takes up what any layout of the same model has saved. A collective. Raises `CheckpointError` if it cannot be read or does not fit."""
-    try:
-        with compat.quiet():
-            state: Any = dist_checkpointing.load(_state(chunks, optimizer, loading=True), str(directory))
-    except (OSError, CheckpointingException, KeyError) as error:
-        raise CheckpointError(f"checkpoint {directory} does not fit this model: {error}") from error
-    with compat.quiet():
-        for i, chunk in enumerate(chunks):
-            chunk.module.load_state_dict(state[f"model{i}"])
-        optimizer.load_sharded(state["optimizer"])
-        optimizer.restored(state["counters"])
+class SavedShards:
+    """The files of all ranks of one checkpoint, read tensor by tensor. Close it, or use it in a `with` block."""
 
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._opened = contextlib.ExitStack()
+        self._where = str(files[0].parent)
+        self._by_key: dict[Key, list[tuple[Any, str, Piece]]] = {}
+        for path in files:
+            file = self._opened.enter_context(safe_open(path, framework="pt"))
+            for name, described in json.loads(file.metadata()["values"])["pieces"].items():
+                piece = Piece.of(described)
+                self._by_key.setdefault(piece.key, []).append((file, name, piece))
 
-def _state(chunks: Sequence[Any], optimizer: MegatronAdamW, *, loading: bool) -> dict[str, Any]:
-    options = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-        "dp_cp_group": groups.data_and_context(),
-    }
-    state: dict[str, Any] = {f"model{i}": chunk.module.sharded_state_dict(metadata=options) for i, chunk in enumerate(chunks)}
-    return state | {"optimizer": optimizer.sharded(state, options, loading=loading)}
+    def read(self, tensors: ModelTensors, kind: str, own: Piece, like: torch.Tensor) -> torch.Tensor:
+        """The elements of `own`, in the shape of `like`. `kind` is "model", "exp_avg" or "exp_avg_sq".
+
+        Raises `CheckpointError` if the shards do not make up the tensor.
+        """
+        saved = self._by_key.get(own.key)
+        if saved is None:
+            raise CheckpointError(
+                f"{self._where} is of another model: it lacks {own.key[0]} of layer {own.key[1]}; "
+                "set model.path to the model the checkpoint was made of"
+            )
+        ranks = saved[0][2].ranks
+        parts = [self._part(kind, [(file, name, piece) for file, name, piece in saved if piece.rank == rank]) for rank in range(ranks)]
+        part = tensors.cut(own.key, parts, own.rank, own.ranks)
+        if tuple(part.shape) != own.shape:
+            raise CheckpointError(
+                f"{self._where} is of another model: {own.key[0]} of layer {own.key[1]} has shape {tuple(part.shape)}, not {own.shape}"
+            )
+        return part.flatten()[own.begin : own.begin + like.numel()].view_as(like)
+
+    def _part(self, kind: str, shards: Sequence[tuple[Any, str, Piece]]) -> torch.Tensor:
+        """One tensor-parallel rank's part. Data-parallel ranks have pieces of it, or all of it; pipeline stages may both have it (tied)."""
+        shape = shards[0][2].shape if shards else ()
+        whole = torch.empty(math.prod(shape))
+        done = 0
+        for file, name, piece in sorted(shards, key=lambda shard: shard[2].begin):
+            end = piece.begin + math.prod(file.get_slice(f"{kind}/{name}").get_shape())
+            if piece.begin <= done < end:
+                whole[done:end] = file.get_tensor(f"{kind}/{name}").flatten()[done - piece.begin :]
+                done = end
+        if not shards or done != len(whole):
+            about = f"{shards[0][2].key[0]} of layer {shards[0][2].key[1]}" if shards else "a tensor"
+            raise CheckpointError(f"{self._where} is not whole: the shards of {about} have {done} of {len(whole)} elements")
+        return whole.view(shape)
+
+    def __enter__(self) -> SavedShards:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._opened.close()

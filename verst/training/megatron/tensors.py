@@ -62,6 +62,8 @@ class ModelTensors:
                 f"{files.where}: the weight files have no tensor for {named(lost)}; "
                 "give the files that belong to this config.json, or the config.json that belongs to these files"
             )
+        self._key_of = {id(tensor): key for key, tensor in self.local.items()}
+        self._splits: dict[Key, tuple[int, int]] = {}
         self._stage = self._stages()
 
     # ---- import
@@ -100,8 +102,7 @@ class ModelTensors:
         if tensor is None:
             return None
         ranks, _ = self._split(entry, tensor)
-        group = _tensor_group(entry.row)
-        shards = _all_gather(tensor.detach(), group) if ranks > 1 else [tensor.detach()]
+        shards = _all_gather(tensor.detach(), _tensor_group(entry.row)) if ranks > 1 else [tensor.detach()]
         return unshard(entry.row, shards, entry.shapes, self._groups)
 
     def _experts(self, first: Entry) -> Iterator[tuple[str, torch.Tensor]]:
@@ -130,6 +131,19 @@ class ModelTensors:
             dist.broadcast(tensor, group=group, group_src=self._stage[entry.key])
         return tensors
 
+    # ---- shards of this and of other layouts
+
+    def place(self, parameter: torch.Tensor) -> tuple[Key, int, int]:
+        """Which tensor of the whole model a parameter is, which tensor-parallel rank's part of it, and of how many."""
+        key = self._key_of[id(parameter)]
+        ranks, rank = self._split(self._by_key[key], parameter)
+        return key, rank, ranks
+
+    def cut(self, key: Key, shards: Sequence[torch.Tensor], rank: int, ranks: int) -> torch.Tensor:
+        """The part of tensor-parallel rank `rank` of `ranks`, from the parts of all ranks of another layout. Raises `KeyError`."""
+        entry = self._by_key[key]
+        return shard(entry.row, unshard(entry.row, shards, entry.shapes, self._groups), rank, ranks, self._groups)
+
     # ---- inside
 
     @property
@@ -138,9 +152,11 @@ class ModelTensors:
 
     def _split(self, entry: Entry, tensor: torch.Tensor) -> tuple[int, int]:
         """Tensor-parallel ranks that share this tensor, and which this is. TransformerEngine keeps some whole that others split."""
-        group = _tensor_group(entry.row)
-        whole = entry.row.split == "no" or (entry.row.split == "rows" and tensor.shape[0] == entry.full_rows)
-        return (1, 0) if whole else (group.size(), group.rank())
+        if entry.key not in self._splits:  # asked for each tensor of each version
+            group = _tensor_group(entry.row)
+            whole = entry.row.split == "no" or (entry.row.split == "rows" and tensor.shape[0] == entry.full_rows)
+            self._splits[entry.key] = (1, 0) if whole else (group.size(), group.rank())
+        return self._splits[entry.key]
 
     def _stages(self) -> Mapping[Key, int]:
         """Which pipeline stage has which tensor."""

@@ -1,0 +1,106 @@
+"""What may change between two starts of one run: where and how fast it computes, and for how long; never what it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from verst.config.load import load_config
+from verst.config.schema import Config
+from verst.errors import ConfigError
+from verst.journal.lock import RunLock
+from verst.journal.log import JournalReader
+from verst.runtime.rundir import RunDirectory
+
+_CHANGEABLE = frozenset(
+    {
+        *("run.steps", "eval.every_steps", "checkpoint.every_steps"),
+        *("train.ranks", "train.threads", "rollout.replicas"),
+        *("rollout.deadline_s", "reward.deadline_s", "train.deadline_s", "weights.deadline_s"),
+    }
+)
+_LAYOUT = frozenset(
+    f"train.megatron.{name}"
+    for name in (
+        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+        *("expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel"),
+        *("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage"),
+    )
+)
+"""Megatron's arguments that only say which rank holds what."""
+_REASONS = {
+    "run": "its name, place and random numbers are those of what it has done already",
+    "model": "its checkpoints are of that model",
+    "data": "its journal holds the groups that came from that data",
+    "rollout": "what is sampled would be another distribution",
+    "reward": "rewards in the journal would mean something else",
+    "algorithm": "the rest of the run would learn by another rule",
+    "train": "the rest of the run would learn by another rule",
+    "weights": "it is settled when the run begins",
+    "checkpoint": "it is settled when the run begins",
+    "eval": "its evaluations could not be compared any more",
+}
+
+
+def change(run: RunDirectory, config: Config, overrides: Sequence[str], echo: Callable[[str], None]) -> Config:
+    """Applies overrides such as `train.ranks=2` to a run that is not alive, and records them. Returns the new configuration.
+
+    Raises:
+        ConfigError: names every option that must stay as it is, with the reason, or what is wrong with the new values.
+        RunLocked: the run is alive.
+    """
+    with RunLock(run.root):
+        new = load_config(run.config, overrides)
+        changed = differences(config.model_dump(mode="json"), new.model_dump(mode="json"))
+        refused = [f"{key} cannot be changed in a run: {reason}" for key in changed if (reason := _reason(key, config))]
+        if refused:
+            allowed = ", ".join(sorted(_CHANGEABLE))
+            raise ConfigError("\n".join([*refused, f"what can be: {allowed} and Megatron's parallel sizes; for others start a new run"]))
+        if changed:
+            from verst.runtime.preflight import check_stack
+
+            check_stack(new)
+            run.change(new, changed, step=JournalReader(run.journal, run.run_id).index.last_commit)
+    for key, (before, after) in changed.items():
+        echo(f"{key}: {before} -> {after}")
+    return new
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Options that differ between two resolved configurations, by dotted name (Megatron's arguments one by one), with both values."""
+    old, new = _flat(before), _flat(after)
+    return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
+
+
+def reordered_since(run: RunDirectory, step: int) -> set[str]:
+    """Options that were changed after steps beyond `step` had been committed, and that decide which numbers are added first.
+
+    With them the steps after `step` come out with other bits when they are trained again.
+    """
+    return {key for change in run.changes if change["step"] > step for key in change["options"] if _reorders_sums(key)}
+
+
+def _reorders_sums(key: str) -> bool:
+    return key in ("train.ranks", "train.threads") or key.startswith("train.megatron.")
+
+
+def _reason(key: str, config: Config) -> str | None:
+    """Why an option must stay as it is; None if it need not."""
+    if key == "run.steps" and config.train.schedule != "constant":
+        return f"train.schedule {config.train.schedule} reaches 0 at run.steps, so every learning rate would be another"
+    if key in _CHANGEABLE or key in _LAYOUT:
+        return None
+    if key.startswith("train.megatron."):
+        return "it may change what is computed, and does not only say which rank holds what"
+    return _REASONS[key.split(".")[0]]
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for section, options in config.items():
+        for name, value in options.items():
+            if f"{section}.{name}" == "train.megatron":
+                flat |= {f"train.megatron.{argument.replace('-', '_')}": given for argument, given in value.items()}
+            else:
+                flat[f"{section}.{name}"] = value
+    return flat

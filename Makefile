@@ -6,7 +6,7 @@ READY := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 STACK := $(VENV)/.installed-stack
 
-.PHONY: quickstart stack test test-fast lint clean
+.PHONY: quickstart stack test test-parts test-runs test-fast lint clean
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,10 +28,17 @@ quickstart: $(READY)
 
 stack: $(STACK)
 
-# Three processes: Megatron-Core and Ray change the process they are imported into, and what follows must not depend on that
+# Two lanes, one for each core of a small machine. Within them processes of their own: Megatron-Core and Ray change the process they are
+# imported into, and what follows must not depend on that.
 test: $(DEV) $(STACK)
-	$(BIN)/python -m pytest -q tests/unit tests/gpu tests/loop tests/contracts
+	$(MAKE) --no-print-directory --output-sync=line -j2 test-parts test-runs
+
+test-parts:
+	$(BIN)/python -m pytest -q tests/unit tests/gpu tests/contracts
 	$(BIN)/python -m pytest -q tests/stack/test_megatron*.py
+
+test-runs:
+	$(BIN)/python -m pytest -q tests/loop
 	$(BIN)/python -m pytest -q tests/stack --ignore-glob='*/test_megatron*'
 
 test-fast: $(DEV) $(STACK)

@@ -119,7 +119,20 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[Any] | None
 def start(*arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "verst.cli", *map(str, arguments)]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])} | variables
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=heeds_hangups,
+    )
+
+
+def heeds_hangups() -> None:
+    """Also where the tests themselves were started with nohup, which Verst honours."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def step_of(run: Path) -> int:

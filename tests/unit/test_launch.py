@@ -30,11 +30,10 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def test_a_first_signal_asks_and_a_second_one_ends_at_once(run: RunDirectory):
-    told: list[str] = []
-    with launch._signals(run, told.append) as asked:
+    with launch._signals(run) as asked:
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked.stop.is_set()
-        assert "SIGTERM: ending after the step in progress" in told[0]
+        assert "SIGTERM: ending after the step in progress" in asked.lines[0]
         with pytest.raises(KeyboardInterrupt, match=r"ended at once by a second signal; .* verst resume .*/r"):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -42,13 +41,13 @@ def test_a_first_signal_asks_and_a_second_one_ends_at_once(run: RunDirectory):
 def test_a_closed_terminal_ends_the_watching_only_where_the_run_goes_on_without_it(run: RunDirectory):
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
-        with launch._signals(run, print):
+        with launch._signals(run):
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL  # on a laptop the run ends with it
-        with launch._signals(run, print, leaves=True) as asked:
+        with launch._signals(run, leaves=True) as asked:
             os.kill(os.getpid(), signal.SIGHUP)
             assert (asked.leave.is_set(), asked.stop.is_set()) == (True, False)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with launch._signals(run, print, leaves=True):
+        with launch._signals(run, leaves=True):
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # nohup
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -63,6 +62,15 @@ def test_an_output_that_was_closed_ends_the_watching(run: RunDirectory):
     assert asked.leave.is_set()
 
 
+@pytest.fixture
+def _heeds_ctrl_c() -> Iterator[None]:
+    """Also where the tests were started in the background of a shell that lets such processes ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heeds_ctrl_c")
 def test_ctrl_c_before_the_run_began_says_so(run: RunDirectory, monkeypatch: pytest.MonkeyPatch):
     def interrupted(**_: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)

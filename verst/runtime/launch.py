@@ -130,7 +130,7 @@ def _supervise(run: RunDirectory, steps: int, address: str | None, echo: Echo) -
     """Runs the loop in an actor until it ends, or until the terminal is closed on one that lives on a cluster."""
     from verst.observe.sinks import read_rows
 
-    with _ray(run, address, echo), _signals(run, echo, leaves=address is not None) as asked:
+    with _ray(run, address, echo), _signals(run, leaves=address is not None) as asked:
         if address is not None:
             echo = _while_open(echo, asked)
         handle = _loop(run, address, echo)
@@ -201,13 +201,14 @@ def _watch(handle: Any, asked: Asked, echo: Echo) -> None:
                 seen, lines = ray.get(handle.call.remote("lines", seen, 0.0 if ended else 0.5), timeout=60)
             except GetTimeoutError:
                 continue  # busy, not dead: a dead one raises at once
-        for line in lines:
+        stopping = asked.stop.is_set() and not told
+        for line in (*lines, *(asked.lines if stopping else ())):
             echo(line)
         if ended and not lines:
             with unwrapped("loop", "run"):
                 ray.get(running, timeout=60)
             break
-        if asked.stop.is_set() and not told:
+        if stopping:
             told = True
             handle.call.remote("stop")
 
@@ -271,10 +272,12 @@ class Asked:
 
     stop: threading.Event = field(default_factory=threading.Event)
     leave: threading.Event = field(default_factory=threading.Event)
+    lines: list[str] = field(default_factory=list)
+    """What to tell about it. A handler must not write itself: it may interrupt a line that is being written."""
 
 
 @contextlib.contextmanager
-def _signals(run: RunDirectory, echo: Echo, *, leaves: bool = False) -> Iterator[Asked]:
+def _signals(run: RunDirectory, *, leaves: bool = False) -> Iterator[Asked]:
     """The first Ctrl-C or SIGTERM asks the run to end at a consistent point, the second one ends it at once.
 
     `leaves`: the run does not need this process, so SIGHUP (the terminal was closed) only ends the watching.
@@ -284,8 +287,9 @@ def _signals(run: RunDirectory, echo: Echo, *, leaves: bool = False) -> Iterator
     def on_signal(number: int, _frame: FrameType | None) -> None:
         if asked.stop.is_set():
             raise KeyboardInterrupt(f"ended at once by a second signal; continue from the last commit with: verst resume {run.root}")
+        name = signal.Signals(number).name
+        asked.lines.append(f"{name}: ending after the step in progress; once more to end at once (nothing committed is lost)")
         asked.stop.set()
-        echo(f"{signal.Signals(number).name}: ending after the step in progress; once more to end at once (nothing committed is lost)")
 
     def on_hangup(_number: int, _frame: FrameType | None) -> None:
         asked.leave.set()

@@ -19,7 +19,8 @@ def environment(ranks: int) -> dict[str, str]:
     """Environment variables that make SGLang run on a CPU, each rank on a core of its own while there are enough."""
     cores = sorted(os.sched_getaffinity(0))
     bound = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))} if ranks > 1 else {}
-    return {"SGLANG_USE_CPU_ENGINE": "1", **bound}
+    # a PyTorch built for CUDA brings NCCL along, and SGLang would take it for several ranks also where there is no GPU
+    return {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_NCCL_SO_PATH": "no NCCL on a CPU", **bound}
 
 
 def arguments(cache_tokens: int) -> dict[str, object]:

@@ -158,7 +158,7 @@ def _gpu_findings(gpus: Sequence[tuple[str, int, str]], driver_cuda: str) -> Ite
     too_old = built and driver_cuda and _numbers(driver_cuda) < _numbers(built)
     if built == "":
         verdict = "LACKING"
-        advice = "torch is built without CUDA: pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+        advice = "torch is built without CUDA: install one that is built for it (docs/install-gpu.md has the commands)"
     elif too_old:
         verdict, advice = "LACKING", f"torch needs CUDA {built}: install a driver that serves it, or a torch for CUDA {driver_cuda}"
     else:

@@ -29,17 +29,7 @@ def vowels(trajectory: Any, fields: Any) -> float:
     return float(sum(map(ord, trajectory.completion)) % 5)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+pytestmark = pytest.mark.usefixtures("_one_thread")
 
 
 async def test_grpo_end_to_end(tmp_path: Path, model: Path):

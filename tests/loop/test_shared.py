@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import ray
-import torch
 
 from tests.loop.local import LocalRun, local_run
 from tests.loop.test_run import ROWS, digests, stopped_after, vowels
@@ -15,22 +14,11 @@ from verst.journal.log import JournalReader
 from verst.runtime.actors import spawn
 from verst.runtime.placement import Placement
 from verst.runtime.service import RunService
-from verst.testing import tiny_model
 
 SHARED = Placement(0.0, 0.0, shared=True)  # a CPU stands for the device: the code is the same
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+pytestmark = pytest.mark.usefixtures("_one_thread")
 
 
 def named(tmp_path: Path, model: Path, name: str, values: dict[str, Any], **options: Any) -> LocalRun:

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from verst.types import TensorEntry
+from verst.weights.layout import BUCKET_BYTES
 
 ROW_WORDS = 4096
 
@@ -59,6 +60,21 @@ def start_checksums(tensors: Sequence[torch.Tensor]) -> Callable[[], list[str]]:
         found = [_host_sums(tensor) for tensor in tensors]
         sums = lambda: found  # noqa: E731
     return lambda: [_digest(kind, sums_of_one) for kind, sums_of_one in zip(kinds, sums(), strict=True)]
+
+
+def hashed(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor, str]]:
+    """Name, tensor and checksum of each; up to `BUCKET_BYTES` of tensors exist and are hashed at a time."""
+    names: list[str] = []
+    some: list[torch.Tensor] = []
+    nbytes = 0
+    for name, tensor in tensors:
+        names.append(name)
+        some.append(tensor)
+        nbytes += tensor.nbytes
+        if nbytes >= BUCKET_BYTES:
+            yield from zip(names, some, tensor_checksums(some), strict=True)
+            names, some, nbytes = [], [], 0
+    yield from zip(names, some, tensor_checksums(some), strict=True)
 
 
 def _digest(kind: str, sums: NDArray[np.int64]) -> str:

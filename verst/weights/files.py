@@ -18,7 +18,7 @@ import torch
 
 from verst.errors import ConfigError, InvariantViolation, WeightMismatch
 from verst.types import Manifest, TensorEntry
-from verst.weights.checksum import dtype_name, manifest_digest, tensor_checksum, tensor_checksums
+from verst.weights.checksum import dtype_name, hashed, manifest_digest, tensor_checksum
 from verst.weights.layout import BUCKET_BYTES, aligned, lay_out, lay_out_buckets
 from verst.weights.location import version_file
 
@@ -53,11 +53,7 @@ def publish(version: int, tensors: Iterator[tuple[str, torch.Tensor]], directory
 
 def describe(version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> Manifest:
     """The manifest that `publish` would return, without writing anything: its location is empty."""
-    entries: list[TensorEntry] = []
-    while some := _up_to(BUCKET_BYTES, tensors):  # a GPU hashes many at once
-        checksums = tensor_checksums([tensor for _, tensor in some])
-        entries += [_entry(name, tensor, checksum) for (name, tensor), checksum in zip(some, checksums, strict=True)]
-    return _manifest(version, "", entries)
+    return _manifest(version, "", [_entry(name, tensor, checksum) for name, tensor, checksum in hashed(tensors)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +85,6 @@ class FileUpdate:
 
     def checksum(self, tensor: torch.Tensor) -> str:
         return tensor_checksum(tensor)
-
-
-def _up_to(nbytes: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
-    """The next tensors, until they have so many bytes."""
-    taken: list[tuple[str, torch.Tensor]] = []
-    for name, tensor in tensors:
-        taken.append((name, tensor))
-        nbytes -= tensor.nbytes
-        if nbytes <= 0:
-            break
-    return taken
 
 
 def _entry(name: str, tensor: torch.Tensor, checksum: str) -> TensorEntry:

@@ -23,7 +23,7 @@ _REMOVAL_S = 60.0
 
 def publish_directory(run_id: str, location: str | None) -> Path:
     """Where a run's published weights go: a directory of its own below `weights.location`, or in shared memory."""
-    return (_shared_memory() if location is None else Path(location)) / f"{_PREFIX}{run_id}"
+    return (shared_memory() if location is None else Path(location)) / f"{_PREFIX}{run_id}"
 
 
 def version_file(directory: str | Path, version: int) -> Path:
@@ -64,7 +64,7 @@ def held(directory: Path) -> Iterator[None]:
 
 def remove_abandoned() -> None:
     """Removes published weights in shared memory whose owner, a run of this user, is dead."""
-    for directory in _shared_memory().glob(f"{_PREFIX}*"):
+    for directory in shared_memory().glob(f"{_PREFIX}*"):
         try:
             if directory.stat().st_uid != os.getuid():
                 continue
@@ -86,7 +86,7 @@ def remove_directory(directory: str | Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def _shared_memory() -> Path:
+def shared_memory() -> Path:
     return _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
 
 
@@ -111,7 +111,7 @@ def _claim(directory: Path) -> int:
 
 def _replaced(staging: Path, directory: Path) -> bool:
     """Frees the place and takes it; False if another run is just freeing it. In shared memory nothing is removed without its lock."""
-    if directory.parent == _shared_memory():
+    if directory.parent == shared_memory():
         remove_abandoned()
     else:
         remove_directory(directory)  # of this very run, which died

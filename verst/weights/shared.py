@@ -24,9 +24,9 @@ from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivat
 from verst.errors import DeadlineExceeded
 from verst.weights.group import SENDER, GroupAddress
 from verst.weights.layout import Form
+from verst.weights.location import shared_memory
 
 _POLL_S = 0.00005
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +132,7 @@ class _Owned:
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self._file: Path | None = None
         if device.type == "cpu":
-            parent = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
-            with tempfile.NamedTemporaryFile(prefix=".verst-bucket-", dir=parent, delete=False) as file:
+            with tempfile.NamedTemporaryFile(prefix=".verst-bucket-", dir=shared_memory(), delete=False) as file:
                 file.truncate(max(nbytes, 1))
             self._file = Path(file.name)
             self.buffer = _from_file(file.name, nbytes)

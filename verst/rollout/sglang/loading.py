@@ -9,7 +9,7 @@ a model of 1.7B parameters takes longer than the transfer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from verst.errors import WeightMismatch
 from verst.rollout.sglang.names import parts
 from verst.rollout.sglang.trace import CopyTrace, Landing
 from verst.types import Manifest, TensorEntry
-from verst.weights.checksum import start_checksums, tensor_checksums
+from verst.weights.checksum import hashed, start_checksums, tensor_checksums
 from verst.weights.files import FileUpdate
 from verst.weights.group import GroupUpdate
 
@@ -30,7 +30,6 @@ Bucket = Sequence[tuple[str, torch.Tensor]]
 Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_HASHED_TOGETHER_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,23 +147,10 @@ def _reply(manifest: Manifest, arrived: Arrived, landings: Mapping[str, Landing]
         other = [now for now, then in zip(held, arrived.slices[entry.name], strict=True) if now != then]
         checksums[entry.name] = other[0] if other else arrived.tensors[entry.name]
         boxes[entry.name] = [[list(map(_plain, box)), count] for box, count in landing.boxes().items()]
-    checksums |= _read_back(whole, landings)
+    read_back = ((entry.name, _held(entry, landings[entry.name].read_back)) for entry in whole)  # joined, those of a bucket at a time
+    checksums |= {name: checksum for name, _, checksum in hashed(read_back)}
     damaged = [entry.name for entry in manifest.entries if arrived.tensors.get(entry.name) != entry.checksum]
     return {"checksums": checksums, "boxes": boxes, "damaged": damaged}
-
-
-def _read_back(entries: Iterable[TensorEntry], landings: Mapping[str, Landing]) -> dict[str, str]:
-    """Checksums of what the parameters hold, of so many tensors at a time as bounds the memory of those that have to be joined."""
-    found: dict[str, str] = {}
-    names: list[str] = []
-    tensors: list[torch.Tensor] = []
-    for entry in entries:
-        names.append(entry.name)
-        tensors.append(_held(entry, landings[entry.name].read_back))
-        if sum(tensor.nbytes for tensor in tensors) >= _HASHED_TOGETHER_BYTES:
-            found |= zip(names, tensor_checksums(tensors), strict=True)
-            names, tensors = [], []
-    return found | dict(zip(names, tensor_checksums(tensors), strict=True))
 
 
 def _held(entry: TensorEntry, read: Callable[[tuple[int, ...], torch.dtype], T]) -> T:

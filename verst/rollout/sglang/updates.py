@@ -21,12 +21,11 @@ from verst.rollout.sglang.plugin import merged
 from verst.types import Manifest
 from verst.weights.files import FileUpdate, publish
 from verst.weights.group import GroupAddress, GroupUpdate
-from verst.weights.location import remove_directory
+from verst.weights.location import remove_directory, shared_memory
 
 if TYPE_CHECKING:
     import torch
 
-_SHARED_MEMORY = Path("/dev/shm")
 _GRACE_S = 10.0
 """A rank that waited in vain says so itself, a little later than its deadline."""
 
@@ -152,6 +151,4 @@ def _replies(directory: Path, url: str) -> list[Mapping[str, Any]]:
 
 
 def _temporary(parent: Path | None) -> Path:
-    if parent is None and _SHARED_MEMORY.is_dir():
-        parent = _SHARED_MEMORY
-    return Path(tempfile.mkdtemp(prefix=".verst-update-", dir=parent))
+    return Path(tempfile.mkdtemp(prefix=".verst-update-", dir=parent or shared_memory()))

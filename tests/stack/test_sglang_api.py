@@ -112,6 +112,29 @@ async def test_a_session_is_closed_after_a_failed_update(stand: tuple[Stand, Ser
     assert server.seen[-1][0] == "/end_weight_update"
 
 
+async def test_flushing_and_releasing_wait_for_an_idle_server(stand: tuple[Stand, ServerApi]):
+    """SGLang answers a request before its scheduler has put it away. A flush is refused until then, and a release kills the server."""
+    server, api = stand
+    refusals = 2
+
+    async def flush(_: web.Request) -> web.StreamResponse:
+        nonlocal refusals
+        refusals -= 1
+        return web.Response(status=400, text="Flush cache failed.") if refusals >= 0 else web.Response(text="Cache flushed.")
+
+    server.answers |= {"/flush_cache": flush, "/release_memory_occupation": {}, "/resume_memory_occupation": {}}
+    await api.flush_cache()
+    assert [path for path, _ in server.seen] == ["/flush_cache"] * 3
+    refusals = 1
+    await api.memory("release", ("weights",), 5)
+    await api.memory("resume", ("weights",), 5)
+    paths = [path for path, _ in server.seen[3:]]
+    assert paths == ["/flush_cache", "/flush_cache", "/release_memory_occupation", "/resume_memory_occupation"]
+    refusals = 1_000_000
+    with pytest.raises(DeadlineExceeded, match=r"to be idle: not within 0\.1 s.*Flush cache failed"):
+        await api.flush_cache(0.1)
+
+
 async def test_metrics_are_summed_over_ranks_and_rates_averaged(stand: tuple[Stand, ServerApi]):
     server, api = stand
     server.answers["/metrics"] = "\n".join(

@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import pickle
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import aiohttp
 
 CALL_DEADLINE_S = 60.0
+_IDLE_AGAIN_S = 0.02
 _KEEP_ALIVE_S = 3.0
 """Below the 5 s after which SGLang closes an idle connection: reusing one at that moment would fail a request."""
 _METRICS = {
@@ -95,9 +98,20 @@ class ServerApi:
         """Ends one request, which is then answered with what it has. A request that the server does not know is ignored."""
         await self._call("POST", "/abort_request", {"rid": server_id}, CALL_DEADLINE_S)
 
-    async def flush_cache(self) -> None:
-        """Empties the prefix cache. Only while nothing runs."""
-        await self._call("POST", "/flush_cache", None, CALL_DEADLINE_S)
+    async def flush_cache(self, deadline_s: float = CALL_DEADLINE_S) -> None:
+        """Empties the prefix cache, once the server is idle.
+
+        A request's answer leaves the server a moment before its scheduler is done with the request; until then it refuses to flush.
+        """
+        limit = time.monotonic() + deadline_s
+        while True:
+            try:
+                return await self._call("POST", "/flush_cache", None, deadline_s)
+            except _BadRequest as refused:
+                if time.monotonic() > limit:
+                    waited = f"waited for SGLang at {self.url} to be idle: not within {deadline_s:g} s. {refused}"
+                    raise DeadlineExceeded(waited) from refused
+            await asyncio.sleep(_IDLE_AGAIN_S)
 
     async def load_published(self, directory: str, ranks: int, deadline_s: float) -> None:
         """Has every rank run the plugin on a directory; returns when all have answered there."""
@@ -117,6 +131,8 @@ class ServerApi:
 
     async def memory(self, action: str, tags: tuple[str, ...], deadline_s: float) -> None:
         """`action`: "release" or "resume"; `tags`: "kv_cache", "weights"."""
+        if action == "release":
+            await self.flush_cache()  # waits for an idle server: one that is not would die of the release
         await self._call("POST", f"/{action}_memory_occupation", {"tags": list(tags)}, deadline_s)
 
     async def metrics(self) -> dict[str, float]:
@@ -156,8 +172,12 @@ class ServerApi:
             raise ServerLost(f"SGLang at {self.url} did not answer {path}: {type(error).__name__}: {error}") from error
 
     def _refused(self, path: str, status: int, text: str) -> EngineFailure:
-        kind = _NotThere if status == 404 else EngineFailure
+        kind = {400: _BadRequest, 404: _NotThere}.get(status, EngineFailure)
         return kind(f"SGLang at {self.url} answered {status} to {path}: {text.strip()[:2000]}")
+
+
+class _BadRequest(EngineFailure):
+    """The server refuses what was asked."""
 
 
 class _NotThere(EngineFailure):

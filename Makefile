@@ -6,7 +6,7 @@ READY := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 STACK := $(VENV)/.installed-stack
 
-.PHONY: quickstart stack test test-parts test-runs test-fast lint clean
+.PHONY: quickstart stack test test-loop test-sglang test-unit test-megatron test-fast lint clean
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,18 +28,22 @@ quickstart: $(READY)
 
 stack: $(STACK)
 
-# Two lanes, one for each core of a small machine. Within them processes of their own: Megatron-Core and Ray change the process they are
-# imported into, and what follows must not depend on that.
+# Two at a time, one for each core of a small machine, the longest first. Each is a process of its own: Megatron-Core and Ray change the
+# process they are imported into, and what follows must not depend on that.
 test: $(DEV) $(STACK)
-	$(MAKE) --no-print-directory --output-sync=line -j2 test-parts test-runs
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --output-sync=line -j2 test-loop test-sglang test-unit test-megatron
 
-test-parts:
-	$(BIN)/python -m pytest -q tests/unit tests/gpu tests/contracts
-	$(BIN)/python -m pytest -q tests/stack/test_megatron*.py
-
-test-runs:
+test-loop:
 	$(BIN)/python -m pytest -q tests/loop
+
+test-sglang:
 	$(BIN)/python -m pytest -q tests/stack --ignore-glob='*/test_megatron*'
+
+test-unit:
+	$(BIN)/python -m pytest -q tests/unit tests/gpu tests/contracts
+
+test-megatron:
+	$(BIN)/python -m pytest -q tests/stack/test_megatron*.py
 
 test-fast: $(DEV) $(STACK)
 	$(BIN)/python -m pytest -q -m "not slow" tests/unit tests/gpu tests/loop tests/contracts tests/stack

@@ -18,8 +18,13 @@ import psutil
 import pytest
 import yaml
 
+from tests.loop.local import LocalRun
+from verst.config.load import load_config
 from verst.journal.log import JournalReader
 from verst.observe.sinks import read_rows
+from verst.runtime.extensions import Extensions
+from verst.runtime.preflight import preflight
+from verst.runtime.rundir import RunDirectory
 from verst.testing import tiny_model
 
 STEPS = 12
@@ -49,10 +54,10 @@ def run_file(directory: Path, name: str, model: Path, **overrides: Any) -> Path:
     return path
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
+def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "verst.cli", *map(str, arguments)]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -123,36 +128,29 @@ def test_killed_three_times_and_resumed_gives_the_same_weights(tmp_path: Path, m
     assert sorted(JournalReader(run / "journal").index.groups) == list(range(4 * STEPS)), "a group was lost or generated twice"
 
 
-def test_two_runs_of_one_seed_are_bit_identical(tmp_path: Path, model: Path, undisturbed: Path):
-    finish(start("train", run_file(tmp_path, "again", model)))
-    assert weights(tmp_path / "again") == weights(undisturbed)
-    assert digests(tmp_path / "again") == digests(undisturbed)
+@pytest.mark.usefixtures("_one_thread")
+async def test_two_runs_of_one_seed_are_bit_identical(tmp_path: Path, model: Path, undisturbed: Path):
+    """The second one in a single process: how a run is spread over processes has no part in its bits either."""
+    config = load_config(run_file(tmp_path, "again", model))
+    again = LocalRun(RunDirectory.create(config, Extensions().pack(), preflight(config, Extensions()).stream))
+    await again.go()
+    assert weights(again.run.root) == weights(undisturbed)
+    assert digests(again.run.root) == digests(undisturbed)
 
 
-def test_resume_of_a_run_still_alive_is_refused(tmp_path: Path, model: Path):
-    process = start("train", run_file(tmp_path, "alive", model))
-    run = tmp_path / "alive"
-    try:
-        wait_until(process, lambda: committed(run) >= 1)
-        second = start("resume", run)
-        output, _ = second.communicate(timeout=60)
-        assert second.returncode == 1
-        assert "RunLocked" in output
-        assert "is in use by process" in output
-    finally:
-        kill_tree_when(process, lambda: True)
-
-
-def test_a_signal_ends_at_a_consistent_point_and_resume_goes_on(tmp_path: Path, model: Path, undisturbed: Path):
+def test_a_living_run_is_left_alone_and_ctrl_c_ends_it_at_a_consistent_point(tmp_path: Path, model: Path, undisturbed: Path):
     run = tmp_path / "stopped"
-    process = start("train", run_file(tmp_path, "stopped", model))
-    for number, step in ((signal.SIGTERM, 2), (signal.SIGINT, 5)):
-        wait_until(process, lambda step=step: committed(run) >= step)
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 130, output
-        assert "stopped; continue with: verst resume" in output
-        assert committed(run) < STEPS
-        process = start("resume", run)
-    finish(process)
+    process = start("train", run_file(tmp_path, "stopped", model), start_new_session=True)
+    wait_until(process, lambda: committed(run) >= 1)
+    second = start("resume", run)
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert "RunLocked" in output
+    assert "is in use by process" in output
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that it started
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "stopped; continue with: verst resume" in output
+    assert 1 <= committed(run) < STEPS
+    finish(start("resume", run))
     assert weights(run) == weights(undisturbed)

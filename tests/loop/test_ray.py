@@ -1,4 +1,4 @@
-"""A whole run under Ray whose weights are broadcast, not written: trainer and replicas are processes of their own."""
+"""Whole runs under Ray whose weights are not written: trainers and replicas are processes of their own."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ from pathlib import Path
 import pytest
 
 import verst
-from verst.testing import tiny_model
+from tests.loop.test_run import digests
+from tests.loop.test_shared import SHARED, named
+from verst.runtime.actors import spawn
+from verst.runtime.service import RunService
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # Ray warns of sockets of its own
+    pytest.mark.usefixtures("one_ray"),
+]
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # Ray warns of sockets of its own
-def test_weights_by_broadcast(tmp_path: Path):
+def test_weights_by_broadcast(tmp_path: Path, model: Path):
     config = {
         "run": {"dir": str(tmp_path), "steps": 2},
-        "model": {"path": str(tiny_model(tmp_path / "model"))},
+        "model": {"path": str(model)},
         "data": {"task": "chain_sum", "max_prompt_tokens": 128},
         "rollout": {"group_size": 4, "max_new_tokens": 8, "max_running": 16, "replicas": 2},
         "reward": {"function": "tests.loop.rewards:spread"},
@@ -29,3 +36,21 @@ def test_weights_by_broadcast(tmp_path: Path):
     assert [row["mismatch/probe_version"] for row in rows] == [0, 1]
     assert max(row["mismatch/probe"] for row in rows) < 1e-5
     assert max(row["mismatch/abs_max"] for row in rows) < 1e-5  # in step 2: of tokens that broadcast weights generated
+
+
+async def test_weights_read_from_the_trainers_reach_engines_on_the_same_device(tmp_path: Path, model: Path):
+    """Two ranks, two replicas, and buffers that the replicas map while the trainers hold nothing but their weights."""
+    values = {
+        "rollout": {"group_size": 4, "max_new_tokens": 6, "max_running": 16, "replicas": 2},
+        "train": {"groups_per_step": 4, "threads": 1, "lr": 1e-3, "ranks": 2},
+        "checkpoint": {"every_steps": 2},
+    }
+    digest: list[list[str]] = []
+    for transport, placement in (("shared", SHARED), ("file", None)):
+        run = named(tmp_path, model, transport, values | {"weights": {"transport": transport}})
+        await RunService(str(run.run.root), spawn, placement).run()
+        assert max(run.metric("mismatch/probe")) < 1e-5
+        assert max(run.metric("mismatch/abs_max")) < 1e-5
+        digest.append(digests(run))
+    assert len(digest[0]) == 4
+    assert digest[0] == digest[1]

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from safetensors.torch import load_file
 
 import verst
 from verst.errors import ConfigError
 from verst.testing import tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.filterwarnings("ignore")]  # Ray warns of sockets of its own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
+    pytest.mark.filterwarnings("ignore"),  # Ray warns of sockets of its own
+    pytest.mark.usefixtures("one_ray"),
+]
 
 STEPS, STOP = 5, 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_ray() -> Iterator[None]:
-    """For all runs of a module: starting one for each is what would take time."""
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, configure_logging=False, object_store_memory=1 << 28)
-    yield
-    ray.shutdown()
 
 
 def config(directory: Path, name: str, steps: int) -> dict[str, Any]:

@@ -6,14 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from tests.loop.local import LocalRun, local_run
 from tests.loop.test_run import ROWS, digests, stopped_after, vowels
 from verst.journal.log import JournalReader
-from verst.runtime.actors import spawn
 from verst.runtime.placement import Placement
-from verst.runtime.service import RunService
 
 SHARED = Placement(0.0, 0.0, shared=True)  # a CPU stands for the device: the code is the same
 
@@ -68,27 +65,3 @@ async def test_rollout_that_runs_ahead_goes_on_after_the_trainers_turn(tmp_path:
     trajectories = [t for seq in reader.index.groups for t in reader.group(seq).trajectories]
     assert any(len(set(t.versions_T[t.loss_mask_T])) > 1 for t in trajectories), "no request was in flight at a hand-over"
     assert max(run.metric("mismatch/abs_max")) < 1e-5
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # Ray warns of sockets of its own
-async def test_weights_read_from_the_trainers_reach_engines_on_the_same_device(tmp_path: Path, model: Path):
-    """Under Ray: two ranks, two replicas, and buffers that the replicas map while the trainers hold nothing but their weights."""
-    values = {
-        "rollout": {"group_size": 4, "max_new_tokens": 6, "max_running": 16, "replicas": 2},
-        "train": {"groups_per_step": 4, "threads": 1, "lr": 1e-3, "ranks": 2},
-        "checkpoint": {"every_steps": 2},
-    }
-    digest: list[list[str]] = []
-    ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False, object_store_memory=80 << 20)
-    try:
-        for transport, placement in (("shared", SHARED), ("file", None)):
-            run = named(tmp_path, model, transport, values | {"weights": {"transport": transport}})
-            await RunService(str(run.run.root), spawn, placement).run()
-            assert max(run.metric("mismatch/probe")) < 1e-5
-            assert max(run.metric("mismatch/abs_max")) < 1e-5
-            digest.append(digests(run))
-    finally:
-        ray.shutdown()
-    assert len(digest[0]) == 4
-    assert digest[0] == digest[1]

@@ -7,13 +7,19 @@ from pathlib import Path
 import pytest
 
 import verst
-from tests.loop.test_resume_ranks import config, largest_difference, losses, one_ray
+from tests.loop.conftest import one_ray
+from tests.loop.test_resume_ranks import config, largest_difference, losses
 from verst.errors import ConfigError
 from verst.testing import tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]  # Ray warns of sockets of its own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore"),  # Ray warns of sockets of its own
+    pytest.mark.usefixtures("one_ray"),
+]
 
-__all__ = ["one_ray"]  # a fixture, used by being here
+__all__ = ["one_ray"]  # the fixture, found by being here
 TP, PP = "train.megatron.tensor_model_parallel_size", "train.megatron.pipeline_model_parallel_size"
 
 

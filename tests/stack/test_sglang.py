@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -318,6 +319,20 @@ async def test_an_answer_with_an_error_is_a_failure_with_the_servers_words(engin
     api = engine._api
     with pytest.raises(EngineFailure, match=r"400 to /generate.*top_p"):
         await api.generate({"input_ids": [1], "sampling_params": {"top_p": 3}}, 10)
+
+
+async def test_an_idle_server_leaves_the_processors_to_the_trainer(engine: SGLangEngine, server: SharedServer):
+    """SGLang's scheduler asks for work without a pause unless told otherwise; on a laptop that is a core less for training."""
+    await engine.generate(ask("a", prompt(1), max_new_tokens=4))
+    tree = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+
+    def used_s() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in tree)
+
+    await asyncio.sleep(0.5)
+    before = used_s()
+    await asyncio.sleep(2)
+    assert used_s() - before < 0.8
 
 
 async def test_metrics_come_from_the_server(engine: SGLangEngine):

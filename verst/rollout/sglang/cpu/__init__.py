@@ -30,5 +30,6 @@ def arguments(cache_tokens: int) -> dict[str, object]:
         "attention_backend": "torch_native",
         "sampling_backend": "pytorch",
         "disable_overlap_schedule": True,
+        "sleep_on_idle": True,  # or its scheduler, asking for work without a pause, takes a core from the trainer
         "mem_fraction_static": 0.05,
     }

@@ -29,6 +29,10 @@ class EnvironmentFailure(VerstError):
     """An environment raised or broke its protocol. Fails one trajectory, never the run."""
 
 
+class RoutesRefused(VerstError):
+    """Recorded routes are missing or do not fit their tokens. Fails one trajectory: a guess would be another gradient."""
+
+
 class RewardFailure(VerstError):
     """A reward function crashed, timed out or returned something that is not a number. Fails one trajectory."""
 

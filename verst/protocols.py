@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from verst.types import Completion, GenerateRequest, Generation, Manifest, Message, Prompt, Reply, Trajectory
+from verst.types import (
+    Completion,
+    GenerateRequest,
+    Generation,
+    Manifest,
+    Message,
+    Prompt,
+    Reply,
+    RoutedExperts,
+    RoutesWanted,
+    Trajectory,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -121,6 +132,14 @@ class Engine(Protocol):
     @property
     def version(self) -> int: ...
 
+    @property
+    def routed_experts(self) -> RoutedExperts | None:
+        """What it records of each token's routes when a request asks for them; None for a dense model, or if it was not to record.
+
+        Known once it has started.
+        """
+        ...
+
     def stats(self) -> Mapping[str, float]:
         """Counters since start: `generated_tokens`, `prefill_tokens`, `decode_steps`, `decode_s`, `prefill_s`.
 
@@ -135,7 +154,8 @@ class TrainBackend(Protocol):
     """One trainer rank. All methods are called on all ranks of a step in the same order; they may run collectives.
 
     A step is: `load_batch`, then for each update `forward_backward` on all ranks and, only when all ranks succeeded,
-    `optimizer_step` on all ranks. The samples travel encoded (`verst.journal.codec.encode_batch`).
+    `optimizer_step` on all ranks. The samples travel encoded (`verst.journal.codec.encode_batch`), their routes beside them: a rank's
+    samples have those that it wants, of its own layers, and the other samples none.
     """
 
     def load_batch(self, batch: Any) -> BatchScores:
@@ -176,6 +196,16 @@ class TrainBackend(Protocol):
 
     def load_state(self, state: BackendState) -> None:
         """Restores `state()`, bit for bit. The state holds full tensors or this rank's shards; see `BackendState`."""
+        ...
+
+    @property
+    def routed_experts(self) -> RoutedExperts | None:
+        """How the model routes; None for a dense one."""
+        ...
+
+    @property
+    def routes_wanted(self) -> RoutesWanted | None:
+        """Which recorded routes this rank replays or compares its own with; None: it needs none."""
         ...
 
     @property

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from verst.errors import EngineFailure, InvariantViolation
 from verst.protocols import Environment, WeightUpdate
 from verst.rollout.boundary import GuardedEnvironment
-from verst.types import Completion, FinishReason, GenerateRequest, Generation, Message, Prompt, Reply
+from verst.types import Completion, FinishReason, GenerateRequest, Generation, Message, Prompt, Reply, RoutedExperts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,6 +41,7 @@ class FakeEngine:
         tick_s: seconds each token takes.
         fail_at: the request (counted from 0) whose `generate` raises `EngineFailure` after its first token.
         stall_at: the request that never ends by itself; an abort or a cancellation ends it.
+        routed_experts: record routes as a model that routes so would; see `experts`.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class FakeEngine:
         tick_s: float = 0.0,
         fail_at: int | None = None,
         stall_at: int | None = None,
+        routed_experts: RoutedExperts | None = None,
     ) -> None:
+        self.routed_experts = routed_experts
         self.events: list[tuple[str, Any]] = []
         self.requests: list[GenerateRequest] = []
         self.weights: dict[str, Any] = {}
@@ -69,6 +72,12 @@ class FakeEngine:
     def logprob(token: int) -> float:
         """The log-probability this engine reports for a token, wherever it stands."""
         return -(token % 7 + 1) / 8
+
+    @staticmethod
+    def experts(place: int, number: int, kind: RoutedExperts) -> NDArray[np.int32]:
+        """[L, K] experts that the request of this number (counted from 0) sends the token at a place to: no two passes agree."""
+        first = place + 3 * number + np.arange(kind.layers)
+        return ((first[:, None] + np.arange(kind.chosen)) % kind.experts).astype(np.int32)
 
     @property
     def version(self) -> int:
@@ -170,7 +179,15 @@ class FakeEngine:
             raise EngineFailure(f"fake engine: told to fail at request {number} ({request.id})")
         self.events.append(("finish", request.id))
         logprobs_T = np.asarray([self.logprob(token) for token in tokens], np.float32)
-        return Generation(request.id, np.asarray(tokens, np.int32), logprobs_T, np.asarray(versions, np.int32), finish)
+        experts_RLK = self._routes(request, number, len(tokens))
+        return Generation(request.id, np.asarray(tokens, np.int32), logprobs_T, np.asarray(versions, np.int32), finish, experts_RLK)
+
+    def _routes(self, request: GenerateRequest, number: int, generated: int) -> NDArray[np.int32] | None:
+        kind = self.routed_experts
+        if kind is None or request.routes_from is None:
+            return None
+        places = range(request.routes_from, len(request.tokens_T) + generated - 1)
+        return np.stack([self.experts(place, number, kind) for place in places])
 
     async def _count(self) -> None:
         async with self._changed:

@@ -65,6 +65,39 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutedExperts:
+    """How a Mixture-of-Experts model routes: its layers that do, the experts of each, and how many of them a token is given."""
+
+    layers: int
+    experts: int
+    chosen: int
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Which experts processed each token: recorded where the tokens were sampled, replayed where they are trained (R3, arXiv 2510.11370).
+
+    The T − 1 rows of T tokens, because the last token is no input. A row is of the pass whose logits gave the next token, whatever
+    weights and cached keys that pass had.
+    """
+
+    experts_TLK: NDArray[np.uint8] | NDArray[np.int16]
+    """[T − 1, L, K] for each Mixture-of-Experts layer, in the model's order; uint8 up to 256 experts, int16 above."""
+    digest: str
+    """Of the T token ids (`verst.routing.records.tokens_digest`), so that routes of other tokens are noticed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoutesWanted:
+    """What one trainer rank replays: the rows of the samples that are its own, and the layers of its pipeline stages."""
+
+    rank: int  # among the `ranks` that have different samples
+    ranks: int
+    layers: tuple[int, ...]  # counted among the Mixture-of-Experts layers
+    packed: bool  # how its step is planned; see `verst.data.packing.plan_step`
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """Token ids in. `seed` fixes the random numbers of this request, whatever its neighbours are."""
 
@@ -72,6 +105,8 @@ class GenerateRequest:
     tokens_T: NDArray[np.int32]
     sampling: Sampling
     seed: int
+    routes_from: int | None = None
+    """The first token whose routes are wanted: those of the tokens before it are known. None: none are wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +122,8 @@ class Generation:
     logprobs_T: NDArray[np.float32]
     versions_T: NDArray[np.int32]
     finish: FinishReason
+    experts_RLK: NDArray[Any] | None = None
+    """[R, L, K] routes of the tokens from `GenerateRequest.routes_from` on, but for the newest, which was no input yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +174,7 @@ class Trajectory:
     error: str | None = None
     reward: float | None = None  # None until scored, and for failed trajectories
     info: Mapping[str, Any] = field(default_factory=dict)
+    routes: Routes | None = None  # None: of a dense model, or not recorded
 
     def __post_init__(self) -> None:
         lengths = {len(self.tokens_T), len(self.loss_mask_T), len(self.logprobs_T), len(self.versions_T)}
@@ -191,6 +229,7 @@ class Sample:
     behaviour_logprobs_T: NDArray[np.float32]
     versions_T: NDArray[np.int32]
     reward: float
+    routes: Routes | None = None  # they travel on their own: each trainer rank gets those that it replays
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from verst.observe.metrics import Tally
 from verst.runtime.lease import Lease
 from verst.runtime.pools import Replicas, Trainers
 from verst.runtime.workers import Pulled, Scores
-from verst.types import FinishReason, Group, Manifest, Message, Prompt, Status, Trajectory, Turn
+from verst.types import FinishReason, Group, Manifest, Message, Prompt, RoutedExperts, Status, Trajectory, Turn
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -83,6 +83,7 @@ class FakeTrainers:
     trained: list[int] = field(default_factory=list)
     saved: dict[int, list[int]] = field(default_factory=dict)
     disk_full: bool = False
+    routed_experts: RoutedExperts | None = None
 
     async def load_batch(self, batch: Any) -> Scores:
         self._batch = batch

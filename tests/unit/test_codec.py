@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from verst.errors import DataError, EnvironmentFailure, InvariantViolation, JournalError
 from verst.journal.codec import decode_batch, decode_group, encode_batch, encode_group
-from verst.types import Batch, FinishReason, Group, Message, Prompt, Sample, Status, Trajectory, Turn
+from verst.types import Batch, FinishReason, Group, Message, Prompt, Routes, Sample, Status, Trajectory, Turn
 
 
 def assert_same(left: Any, right: Any) -> None:
@@ -83,6 +83,15 @@ def arrays(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
     )
 
 
+some_routes = st.builds(
+    lambda shape, dtype, seed, digest: Routes(np.random.default_rng(seed).integers(0, 100, shape).astype(dtype), digest),
+    st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(1, 4)),
+    st.sampled_from([np.uint8, np.int16]),
+    st.integers(0, 99),
+    st.text(max_size=16),
+)
+
+
 @st.composite
 def trajectories(draw: st.DrawFn) -> Trajectory:
     return Trajectory(
@@ -95,6 +104,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         error=draw(st.none() | any_text),
         reward=draw(st.none() | st.floats()),
         info=draw(json_dicts),
+        routes=draw(st.none() | some_routes),
     )
 
 

@@ -187,6 +187,11 @@ class TrainConfig(Section):
         default=False, description="Recompute activations in the backward pass: less memory, a third more time."
     )
     compile: bool = Field(default=False, description="torch.compile each layer.")
+    routes: Literal["replay", "record", "off"] = Field(
+        default="replay",
+        description="Mixture-of-Experts models: train each token on the experts it was sampled with (R3, arXiv 2510.11370), only record "
+        "them and measure how many the trainer would have chosen otherwise, or neither.",
+    )
     max_skipped_updates: Count = Field(default=5, description="Non-finite updates in a row that stop the run.")
     deadline_s: Seconds = Field(
         default=1800.0, description="Limit of one call to a trainer rank, of its collectives, and of the start of any process."

@@ -18,10 +18,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from verst.errors import DataError, EnvironmentFailure, InvariantViolation, JournalError, VerstError
-from verst.types import Batch, FinishReason, Group, Message, Prompt, Sample, Status, Trajectory, Turn
+from verst.types import Batch, FinishReason, Group, Message, Prompt, Routes, Sample, Status, Trajectory, Turn
 
 GROUP_SCHEMA = "group/1"
 BATCH_SCHEMA = "batch/1"
+ROUTES_SCHEMA = "routes/1"
 
 _SCHEMA_KEY = b"verst.schema"
 _META_KEY = b"verst.meta"
@@ -45,12 +46,17 @@ _GROUP_FIELDS = [
     pa.field("id", pa.large_utf8(), nullable=False),
     *(_list_field(name, dtype) for name, dtype in _GROUP_COLUMNS.items()),
     pa.field("reward", pa.float64()),
+    pa.field("experts", pa.large_binary(), nullable=False),
 ]
 _BATCH_FIELDS = [
     pa.field("id", pa.large_utf8(), nullable=False),
     pa.field("group", pa.int64(), nullable=False),
     *(_list_field(name, dtype) for name, dtype in _BATCH_COLUMNS.items()),
     pa.field("reward", pa.float64(), nullable=False),
+]
+_ROUTES_FIELDS = [
+    pa.field("sample", pa.int64(), nullable=False),
+    pa.field("experts", pa.large_binary(), nullable=False),
 ]
 
 
@@ -75,11 +81,13 @@ def encode_group(group: Group) -> bytes:
             "demonstration": _pack_messages(group.prompt.demonstration),
         },
         "details": [_pack_detail(row) for row in rows],
+        "routes": [_pack_routes(row.routes) for row in rows],
     }
     columns = [
         pa.array([row.id for row in rows], pa.large_utf8()),
         *_token_columns(rows, _GROUP_COLUMNS),
         pa.array([row.reward for row in rows], pa.float64()),
+        _expert_column([row.routes for row in rows]),
     ]
     return _write(GROUP_SCHEMA, _GROUP_FIELDS, columns, meta)
 
@@ -89,8 +97,15 @@ def decode_group(buffer: bytes | memoryview) -> Group:
     table, meta = _read(buffer, GROUP_SCHEMA)
     ids, rewards = (table.column(name).to_pylist() for name in ("id", "reward"))
     arrays = _token_views(table, _GROUP_COLUMNS)
+    routes = _route_views(table, meta["routes"])
     trajectories = tuple(
-        Trajectory(id=ids[i], reward=rewards[i], **{name: views[i] for name, views in arrays.items()}, **_unpack_detail(meta["details"][i]))
+        Trajectory(
+            id=ids[i],
+            reward=rewards[i],
+            routes=routes[i],
+            **{name: views[i] for name, views in arrays.items()},
+            **_unpack_detail(meta["details"][i]),
+        )
         for i in range(table.num_rows)
     )
     prompt = meta["prompt"]
@@ -104,7 +119,10 @@ def decode_group(buffer: bytes | memoryview) -> Group:
 
 
 def encode_batch(batch: Batch) -> bytes:
-    """One batch as an Arrow IPC stream. Raises `InvariantViolation` if a token array has another dtype than `Sample` declares."""
+    """One batch as an Arrow IPC stream, without its routes: see `encode_routes`.
+
+    Raises `InvariantViolation` if a token array has another dtype than `Sample` declares.
+    """
     rows = batch.samples
     columns = [
         pa.array([row.id for row in rows], pa.large_utf8()),
@@ -125,6 +143,40 @@ def decode_batch(buffer: bytes | memoryview) -> Batch:
         for i in range(table.num_rows)
     )
     return Batch(step=meta["step"], groups=tuple(meta["groups"]), samples=samples)
+
+
+def encode_routes(routes: Mapping[int, Routes]) -> bytes:
+    """Routes of samples, by their index in the batch, as an Arrow IPC stream."""
+    columns = [pa.array(list(routes), pa.int64()), _expert_column(list(routes.values()))]
+    return _write(ROUTES_SCHEMA, _ROUTES_FIELDS, columns, {"routes": [_pack_routes(found) for found in routes.values()]})
+
+
+def decode_routes(buffer: bytes | memoryview) -> dict[int, Routes]:
+    """The inverse of `encode_routes`, as views into the buffer. Raises `JournalError` if it holds anything else."""
+    table, meta = _read(buffer, ROUTES_SCHEMA)
+    found = zip(table.column("sample").to_pylist(), _route_views(table, meta["routes"]), strict=True)
+    return {sample: routes for sample, routes in found if routes is not None}
+
+
+def _expert_column(routes: Sequence[Routes | None]) -> pa.Array:
+    return pa.array([b"" if found is None else found.experts_TLK.tobytes() for found in routes], pa.large_binary())
+
+
+def _pack_routes(routes: Routes | None) -> list[Any] | None:
+    return None if routes is None else [list(routes.experts_TLK.shape), routes.experts_TLK.dtype.name, routes.digest]
+
+
+def _route_views(table: pa.RecordBatch, packed: Sequence[list[Any] | None]) -> list[Routes | None]:
+    """NumPy views into the record batch, one a row."""
+    views: list[Routes | None] = []
+    for value, about in zip(table.column("experts"), packed, strict=True):
+        if about is None:
+            views.append(None)
+        else:
+            shape, dtype, digest = about
+            experts = np.ndarray(shape, dtype, value.as_buffer()) if math.prod(shape) else np.zeros(shape, dtype)
+            views.append(Routes(experts, digest))
+    return views
 
 
 def _pack_messages(messages: Sequence[Message]) -> list[list[str]]:

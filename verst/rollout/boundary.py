@@ -11,11 +11,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from verst.errors import EngineFailure, EnvironmentFailure
+from verst.errors import EngineFailure, EnvironmentFailure, RoutesRefused
 from verst.extend import origin
 from verst.protocols import Environment
-from verst.types import Completion, GenerateRequest, Generation, Message, Prompt, Reply
+from verst.routing.records import expert_dtype, narrowed
+from verst.types import Completion, GenerateRequest, Generation, Message, Prompt, Reply, RoutedExperts
 
 CLOSE_DEADLINE_S = 10.0
 """A close that hangs must not hold up the end of a cancelled group."""
@@ -125,6 +127,19 @@ def checked_generation(generation: Generation, request: GenerateRequest) -> Gene
     if lengths["tokens"] and int(generation.versions_T.min()) < 0:
         raise EngineFailure(f"{where}: tokens without a policy version")
     return generation
+
+
+def checked_experts(generation: Generation, request: GenerateRequest, kind: RoutedExperts) -> NDArray[Any]:
+    """The routes that the request asked for, in the smallest type. Raises `RoutesRefused`: the trajectory cannot be trained on others."""
+    assert request.routes_from is not None
+    if not len(generation.tokens_T):  # it was aborted before its first pass: whoever goes on from here gets them all
+        return np.zeros((0, kind.layers, kind.chosen), expert_dtype(kind.experts))
+    rows = len(request.tokens_T) + len(generation.tokens_T) - 1 - request.routes_from
+    if generation.experts_RLK is None:
+        raise RoutesRefused(f"the engine returned no routes with request {request.id}")
+    if len(generation.experts_RLK) != rows:
+        raise RoutesRefused(f"the engine returned routes of {len(generation.experts_RLK)} tokens with request {request.id}, not {rows}")
+    return narrowed(generation.experts_RLK, kind)
 
 
 def _checked_messages(messages: Any, where: str) -> tuple[Message, ...]:

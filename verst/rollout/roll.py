@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verst.data.chat import ChatRenderer
-from verst.errors import DataError, EnvironmentFailure
+from verst.errors import DataError, EnvironmentFailure, RoutesRefused
 from verst.protocols import Engine, Environment
-from verst.rollout.boundary import GuardedEnvironment, checked_generation
+from verst.rollout.boundary import GuardedEnvironment, checked_experts, checked_generation
 from verst.rollout.transcript import Transcript
 from verst.types import NO_VERSION, Completion, FinishReason, GenerateRequest, Group, Message, Prompt, Sampling, Status, Trajectory, Turn
 
@@ -115,7 +115,7 @@ class GroupRoller:
         status, failure = Status.FAILED, None
         try:
             status = await self._converse(name, seed, prompt, environment, transcript)
-        except EnvironmentFailure as error:
+        except (EnvironmentFailure, RoutesRefused) as error:
             failure = error
         finally:
             closing_failure = await environment.close()
@@ -157,9 +157,13 @@ class GroupRoller:
         while left:
             sampling = replace(self.sampling, max_new_tokens=left, stop_token_ids=stop_ids)
             name = f"{request_id}+{piece}" if piece else request_id
-            request = GenerateRequest(name, transcript.tokens(), sampling, stable_seed(seed, piece))
+            routed = self.engine.routed_experts
+            routes_from = None if routed is None else transcript.routed
+            request = GenerateRequest(name, transcript.tokens(), sampling, stable_seed(seed, piece), routes_from)
             generation = checked_generation(await self.engine.generate(request), request)
             transcript.generate(generation)
+            if routed is not None:
+                transcript.route(checked_experts(generation, request, routed))
             if generation.finish is not FinishReason.ABORT:
                 return generation.finish
             left -= len(generation.tokens_T)

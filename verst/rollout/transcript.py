@@ -8,21 +8,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from verst.routing.records import routes_of
 from verst.types import NO_VERSION, FinishReason, Generation, Message, Status, Trajectory, Turn
 
 
 class Transcript:
-    """Collects given and generated tokens with their mask, behaviour log-probabilities and versions."""
+    """Collects given and generated tokens with their mask, behaviour log-probabilities, versions and routes."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self.info: dict[str, Any] = {}
         self.turns: list[Turn] = []
         self.length = 0
+        self.routed = 0
+        """Tokens whose routes are known. Later requests have them processed again, but it is the first pass that sampled what follows."""
         self._tokens: list[NDArray[np.int32]] = []
         self._mask: list[NDArray[np.bool_]] = []
         self._logprobs: list[NDArray[np.float32]] = []
         self._versions: list[NDArray[np.int32]] = []
+        self._experts: list[NDArray[Any]] = []
         self._turn_start = 0
         self._generated_from = 0
 
@@ -41,6 +45,11 @@ class Transcript:
         """Adds sampled tokens to the open turn. A turn that was interrupted arrives in several pieces."""
         mask = np.ones(len(generation.tokens_T), np.bool_)
         self._append(generation.tokens_T, mask, generation.logprobs_T, generation.versions_T)
+
+    def route(self, experts_RLK: NDArray[Any]) -> None:
+        """Adds the routes of the tokens from `routed` on, as a generation returns them."""
+        self._experts.append(experts_RLK)
+        self.routed += len(experts_RLK)
 
     def turn_tokens(self) -> NDArray[np.int32]:
         """`[T]` the generated tokens of the open turn."""
@@ -63,6 +72,7 @@ class Transcript:
             status=status,
             seed=seed,
             info=self.info,
+            routes=routes_of(self.tokens(), np.concatenate(self._experts)) if self._experts else None,
         )
 
     def _append(self, tokens_T: NDArray[Any], mask_T: NDArray[np.bool_], logprobs_T: NDArray[Any], versions_T: NDArray[Any]) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from verst.algorithms.table import algorithm_for
 from verst.config.schema import AlgorithmConfig
+from verst.errors import RoutesRefused
 from verst.observe.metrics import Tally
-from verst.types import NO_VERSION, Batch, Group, Sample, Status, Trajectory
+from verst.routing.records import require_routes
+from verst.types import NO_VERSION, Batch, Group, RoutedExperts, Sample, Status, Trajectory
 
 
 def unusable(group: Group, min_members: int) -> str | None:
@@ -20,6 +23,21 @@ def unusable(group: Group, min_members: int) -> str | None:
     errors = Counter(t.error or "unknown" for t in group.trajectories if t.status is Status.FAILED)
     reason, count = errors.most_common(1)[0]
     return f"{count} of {len(group.trajectories)} trajectories failed: {reason}"
+
+
+def refused(group: Group, kind: RoutedExperts | None) -> Group:
+    """The group, where trajectories whose routes cannot be replayed have failed with the reason. `kind`: what the trainer needs, if any."""
+    return group if kind is None else replace(group, trajectories=tuple(_routed(t, kind) for t in group.trajectories))
+
+
+def _routed(trajectory: Trajectory, kind: RoutedExperts) -> Trajectory:
+    if trajectory.status is Status.FAILED:
+        return trajectory
+    try:
+        require_routes(trajectory, kind)
+    except RoutesRefused as error:
+        return trajectory.failed(str(error))
+    return trajectory
 
 
 def assemble(step: int, groups: Sequence[Group]) -> Batch:
@@ -33,6 +51,7 @@ def assemble(step: int, groups: Sequence[Group]) -> Batch:
             behaviour_logprobs_T=t.logprobs_T,
             versions_T=t.versions_T,
             reward=t.reward if t.reward is not None else 0.0,  # demonstrations are not scored
+            routes=t.routes,
         )
         for g in groups
         for t in g.trainable

@@ -189,6 +189,7 @@ class Loop:
         while len(groups) < count:
             limit = self._parts.group_deadline_s
             group = await within(self._ready.pop(), limit, f"the next of {count} groups ({len(groups)} are ready)")
+            group = batching.refused(group, self._parts.trainers.routed_experts)
             reason = batching.unusable(group, self._algorithm.min_members)
             if reason is None:
                 groups.append(group)
@@ -307,7 +308,8 @@ class Loop:
             if self._stop.is_set():
                 return
             self._spans = Spans()
-            await self._step([self._parts.journal.group(seq) for seq in batch.groups], journaled=batch)
+            needed = self._parts.trainers.routed_experts
+            await self._step([batching.refused(self._parts.journal.group(seq), needed) for seq in batch.groups], journaled=batch)
 
     def _state(self) -> LoopState:
         """What a checkpoint must hold beside the trainer's state: where the feed has to go on."""

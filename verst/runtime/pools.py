@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verst.config.schema import Config
-from verst.errors import CheckpointError
-from verst.journal.codec import decode_group, encode_batch
+from verst.data.packing import plan_step, samples_of_rank
+from verst.errors import CheckpointError, ConfigError
+from verst.journal.codec import decode_group, encode_batch, encode_routes
 from verst.observe.metrics import Tally, merged
 from verst.runtime.actors import Worker
 from verst.runtime.wait import GRACE_S, gather_named, within
-from verst.runtime.workers import Probe, Pulled, Scores, rolling_deadline_s
-from verst.types import Batch, Group, Manifest, Prompt
+from verst.runtime.workers import Probe, Pulled, Scores, TrainerFacts, rolling_deadline_s
+from verst.types import Batch, Group, Manifest, Prompt, RoutedExperts, Routes, RoutesWanted
 
 if TYPE_CHECKING:
     from verst.weights.group import GroupAddress
@@ -34,7 +35,11 @@ class Trainers:
         self._workers = workers
         self._deadline_s = config.train.deadline_s
         self._put = put
+        self._train = config.train
+        self._wanted: list[RoutesWanted | None] = []
         self.num_updates = 0
+        self.routed_experts: RoutedExperts | None = None
+        """How the model routes, if recorded routes are needed."""
 
     async def _all(self, method: str, *args: Any, deadline_s: float | None = None, grace_s: float | None = None) -> list[Any]:
         limit = deadline_s or self._deadline_s
@@ -49,12 +54,42 @@ class Trainers:
         rendezvous = None
         if len(self._workers) > 1:
             rendezvous = await self._first("rendezvous")
-        self.num_updates = (await self._all("start", rendezvous))[0]
+        facts: list[TrainerFacts] = await self._all("start", rendezvous)
+        self.num_updates = facts[0].num_updates
+        self._wanted = [found.routes_wanted for found in facts]
+        self.routed_experts = facts[0].routed_experts if any(self._wanted) else None
 
     async def load_batch(self, batch: Batch) -> Scores:
-        """Hands every rank the batch, through the object store, and merges what they learned from it."""
-        scores = await self._all("load_batch", self._put(encode_batch(batch)))
+        """Hands every rank the batch, through the object store, with the routes that it needs, and merges what they learned from it."""
+        encoded = self._put(encode_batch(batch))
+        routes = self._routes(batch)
+        calls = {
+            (who := f"{w.name}: load_batch"): within(w.call("load_batch", encoded, routes.get(wanted)), self._deadline_s, who)
+            for w, wanted in zip(self._workers, self._wanted, strict=True)
+        }
+        scores = await gather_named(calls, grace_s=GRACE_S)
         return Scores(merged(s.tally for s in scores), {i: kl for s in scores for i, kl in s.reference_kl.items()})
+
+    def _routes(self, batch: Batch) -> dict[RoutesWanted | None, Any]:
+        """For each different want: the routes of the samples and layers in it, encoded and in the object store."""
+        found: dict[RoutesWanted | None, Any] = {}
+        for wanted in self._wanted:
+            if wanted is None or wanted in found:
+                continue
+            plan = plan_step(
+                [len(s.tokens_T) for s in batch.samples],
+                [s.group for s in batch.samples],
+                minibatches=self._train.minibatches,
+                epochs=self._train.epochs,
+                ranks=wanted.ranks,
+                microbatch_tokens=self._train.microbatch_tokens,
+                packed=wanted.packed,
+            )
+            own = {i: batch.samples[i].routes for i in samples_of_rank(plan, wanted.rank)}
+            layers = list(wanted.layers)
+            kept = {i: Routes(routes.experts_TLK[:, layers], routes.digest) for i, routes in own.items() if routes is not None}
+            found[wanted] = self._put(encode_routes(kept))
+        return found
 
     async def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
         return merged(await self._all("forward_backward", update, advantages))
@@ -117,12 +152,22 @@ class Replicas:
         self._config = config
         self._shared = shared
         self._in_flight = [0] * len(workers)
+        self._routed_experts: RoutedExperts | None = None
 
     async def _all(self, method: str, deadline_s: float, *args: Any) -> list[Any]:
         return await gather_named({(who := f"{w.name}: {method}"): within(w.call(method, *args), deadline_s, who) for w in self._workers})
 
     async def start(self, scores: bool) -> None:
-        await self._all("start", self._config.train.deadline_s, scores)
+        self._routed_experts = (await self._all("start", self._config.train.deadline_s, scores))[0]
+
+    def require_routes(self, needed: RoutedExperts | None) -> None:
+        """Raises `ConfigError` unless the engines record the routes that the trainer needs."""
+        if needed is not None and self._routed_experts != needed:
+            raise ConfigError(
+                f"train.routes: the trainer needs the routes of {needed.layers} layers, {needed.chosen} of {needed.experts} experts for "
+                f"each token, but the {self._config.rollout.engine} engine records {self._routed_experts or 'none'}: "
+                "use an engine that records them, or set train.routes=off"
+            )
 
     def deadline_s(self, groups: int) -> float:
         """Limit of one group among so many on one replica: each brings its own time along for engine places and reward workers."""

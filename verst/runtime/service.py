@@ -99,6 +99,7 @@ class RunService:
         scores = bool(held_out) or algorithm_for(config.algorithm).learns_from == "policy"
         lease = Lease(config, trainers, replicas, shared=placement.shared)
         await lease.start(scores)
+        replicas.require_routes(trainers.routed_experts)
         transfer = Transfer(config, placement, trainers, replicas, str(self._weights_location))
         await transfer.open(self._run.run_id)
         return Parts(

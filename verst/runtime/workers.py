@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from verst.config.schema import Config
 from verst.observe.metrics import Tally
 from verst.runtime.wait import within
-from verst.types import Manifest, Prompt
+from verst.types import Manifest, Prompt, RoutedExperts, RoutesWanted
 
 if TYPE_CHECKING:
     from verst.protocols import WeightUpdate
@@ -82,8 +82,11 @@ class RolloutWorker:
         self._scorer: Scorer | None = None
         self._rolling = 0
 
-    async def start(self, scores: bool) -> None:
-        """Loads the model and the tokenizer and, if the run `scores`, the reward. Raises `ModelError` or `ExtensionError`."""
+    async def start(self, scores: bool) -> RoutedExperts | None:
+        """Loads the model and the tokenizer and, if the run `scores`, the reward. Raises `ModelError` or `ExtensionError`.
+
+        Returns what the engine records of its routes.
+        """
         from verst.data.chat import ChatRenderer, load_tokenizer
         from verst.rollout.engines import make_engine
         from verst.rollout.environments import environment_factory
@@ -97,6 +100,7 @@ class RolloutWorker:
             await self._start_scorer()
         await self.engine.start()
         self._rollers = {False: self._roller(evaluate=False), True: self._roller(evaluate=True)}
+        return self.engine.routed_experts
 
     async def _start_scorer(self) -> None:
         from verst.rewards.scorer import Scorer
@@ -204,6 +208,15 @@ class RolloutWorker:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainerFacts:
+    """What is known of a rank once it has started."""
+
+    num_updates: int  # of each step
+    routed_experts: RoutedExperts | None
+    routes_wanted: RoutesWanted | None
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """What a rank learned from a batch before its first update (the picklable half of `BatchScores`)."""
 
@@ -225,8 +238,8 @@ class TrainerWorker:
 
         return free_rendezvous()
 
-    def start(self, rendezvous: str | None) -> int:
-        """Loads the model; joins the other ranks if there are any. Returns the number of updates each step makes."""
+    def start(self, rendezvous: str | None) -> TrainerFacts:
+        """Loads the model; joins the other ranks if there are any."""
         from verst.training.backends import make_backend
         from verst.training.distributed import init_distributed
 
@@ -234,12 +247,17 @@ class TrainerWorker:
         if rendezvous is not None:
             init_distributed(self._rank, world, rendezvous, timeout_s=self._config.train.deadline_s, device=self._device)
         self.backend = make_backend(self._config, rank=self._rank, world=world, device=self._device)
-        return self.backend.num_updates
+        return TrainerFacts(self.backend.num_updates, self.backend.routed_experts, self.backend.routes_wanted)
 
-    def load_batch(self, encoded: bytes) -> Scores:
-        from verst.journal.codec import decode_batch
+    def load_batch(self, encoded: bytes, routes: bytes | None) -> Scores:
+        """`routes`: those that this rank wants, of the samples that it computes."""
+        from verst.journal.codec import decode_batch, decode_routes
 
-        scores = self.backend.load_batch(decode_batch(encoded))
+        batch = decode_batch(encoded)
+        if routes is not None:
+            known = decode_routes(routes)
+            batch = replace(batch, samples=tuple(replace(s, routes=known.get(i)) for i, s in enumerate(batch.samples)))
+        scores = self.backend.load_batch(batch)
         return Scores(scores.tally, dict(scores.reference_kl))
 
     def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:

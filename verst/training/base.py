@@ -18,7 +18,7 @@ from verst.observe.metrics import Tally
 from verst.training.distributed import local_part
 from verst.training.optimizer import ScheduledOptimizer
 from verst.training.step import LoadedStep, StepScores, require_known_tokens
-from verst.types import Batch
+from verst.types import Batch, RoutedExperts, RoutesWanted
 from verst.weights.offload import Offload
 
 Optimizer = TypeVar("Optimizer", bound=ScheduledOptimizer)
@@ -42,6 +42,17 @@ class Backend(ABC, Generic[Optimizer]):
     def num_updates(self) -> int:
         """Updates each step makes: minibatches times epochs."""
         return self._config.train.minibatches * self._config.train.epochs
+
+    @property
+    def routed_experts(self) -> RoutedExperts | None:
+        return None
+
+    @property
+    def routes_wanted(self) -> RoutesWanted | None:
+        """None, too, if routes are switched off, or if nothing is sampled to train on."""
+        if self.routed_experts is None or self._config.train.routes == "off" or self._algorithm.learns_from != "policy":
+            return None
+        return self._routes_wanted()
 
     # ---- one step
 

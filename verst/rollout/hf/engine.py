@@ -21,7 +21,7 @@ from verst.protocols import WeightUpdate
 from verst.rollout.hf.decoder import Decoder
 from verst.rollout.hf.model import SlotModel
 from verst.rollout.hf.worker import DecodeThread
-from verst.types import GenerateRequest, Generation
+from verst.types import GenerateRequest, Generation, RoutedExperts
 from verst.weights.group import GroupAddress, GroupUpdate, Member, join
 
 T = TypeVar("T")
@@ -103,6 +103,10 @@ class HFEngine:
         if isinstance(update, GroupUpdate):
             update = update.at(self._member)
         return await self._call(lambda: self._update(update))
+
+    @property
+    def routed_experts(self) -> RoutedExperts | None:
+        return None
 
     @property
     def weight_ranks(self) -> int:

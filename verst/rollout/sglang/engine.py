@@ -28,7 +28,7 @@ from verst.rollout.sglang.connection import Connection, Settings
 from verst.rollout.sglang.filters import filters
 from verst.rollout.sglang.runs import PauseMode, Run
 from verst.rollout.sglang.updates import join_group, load_unverified, load_verified
-from verst.types import FinishReason, GenerateRequest, Generation
+from verst.types import FinishReason, GenerateRequest, Generation, RoutedExperts
 from verst.weights.group import GroupAddress
 
 T = TypeVar("T")
@@ -189,6 +189,10 @@ class SGLangEngine:
         self._version = version
         self._loading = {f"weights_{phase}_s": seconds for phase, seconds in loaded.seconds.items()}
         return loaded.checksums
+
+    @property
+    def routed_experts(self) -> RoutedExperts | None:
+        return None
 
     @property
     def weight_ranks(self) -> int:

@@ -1,0 +1,36 @@
+"""Whether and how a model routes, read from its `config.json`. No torch, so that a run file can be checked anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from verst.types import RoutedExperts
+
+_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
+
+
+def routed_experts(about: Mapping[str, Any]) -> RoutedExperts | None:
+    """How a model with this config routes; None for a dense one, or one whose config names no number of chosen experts."""
+    text = about.get("text_config", about)
+    experts = next((int(text[name]) for name in _EXPERTS if text.get(name)), 0)
+    chosen = int(text.get("num_experts_per_tok") or 0)
+    layers = len(moe_layers(about)) if experts > 1 and chosen else 0
+    return RoutedExperts(layers, experts, chosen) if layers else None
+
+
+def moe_layers(about: Mapping[str, Any]) -> tuple[int, ...]:
+    """The decoder layers that have routed experts, in order: how families say which do not.
+
+    Qwen skips those of `mlp_only_layers` and all but every `decoder_sparse_step`-th, DeepSeek the first `first_k_dense_replace`, GLM lists
+    `mlp_layer_types`, Llama 4 `moe_layers`. In a family that says nothing, all have.
+    """
+    text = about.get("text_config", about)
+    every = range(text["num_hidden_layers"])
+    if text.get("moe_layers") is not None:
+        return tuple(text["moe_layers"])
+    if text.get("mlp_layer_types") is not None:
+        return tuple(layer for layer, kind in enumerate(text["mlp_layer_types"]) if kind == "sparse")
+    dense = set(text.get("mlp_only_layers") or ()) | set(range(text.get("first_k_dense_replace") or 0))
+    step = text.get("decoder_sparse_step") or 1
+    return tuple(layer for layer in every if layer not in dense and (layer + 1) % step == 0)

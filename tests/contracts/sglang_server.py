@@ -39,11 +39,13 @@ class SharedServer:
 
 
 @contextmanager
-def shared_server(path: Path, directory: Path, *, dtype: str = "float32", max_tokens: int, **arguments: Any) -> Iterator[SharedServer]:
+def shared_server(
+    path: Path, directory: Path, *, dtype: str = "float32", max_tokens: int, record_routes: bool = False, **arguments: Any
+) -> Iterator[SharedServer]:
     """Serves the model until the block ends, from an event loop in a thread of its own: those of tests end with the test."""
     log = directory / "server.log"
     options = {"max_total_tokens": 16384, **arguments}
-    settings = Settings(str(path), dtype, "cpu", MAX_RUNNING, max_tokens, False, options, None, log, START_DEADLINE_S)
+    settings = Settings(str(path), dtype, "cpu", MAX_RUNNING, max_tokens, False, options, None, log, START_DEADLINE_S, record_routes)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="shared sglang server", daemon=True)
     thread.start()

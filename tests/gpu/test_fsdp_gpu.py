@@ -21,6 +21,7 @@ from tests.unit.fsdp_cases import (
     save_model,
     train,
     weights_of,
+    with_routes,
 )
 from verst.config.schema import Config
 from verst.training.distributed import free_rendezvous, init_distributed, leave_distributed
@@ -39,7 +40,8 @@ def test_a_gpu_trains_as_a_cpu_does(tmp_path: Path, family: str) -> None:
     results = []
     for device in ("cpu", "cuda"):
         backend = make_backend(config, device=device)
-        reports = [tally.report() for tally in train(backend, config, BATCHES[:1])]
+        batch = BATCHES[0] if backend.routed_experts is None else with_routes(BATCHES[0], backend.routed_experts)
+        reports = [tally.report() for tally in train(backend, config, [batch])]
         results.append((weights_of(backend), reports, backend.logprobs(BATCHES[0].samples[0].tokens_T)))
     # Float32 noise of a gradient, divided by the root of a tiny second moment: see test_fsdp_backend.
     assert largest_difference(results[0][0], results[1][0]) < 2e-3
@@ -60,6 +62,20 @@ def test_a_gpu_repeats_its_bits_and_resumes_with_them(path: str, options: dict[s
     train(second, config, BATCHES[1:2])
     assert same_bits(first.state().tensors, second.state().tensors)
     assert same_bits(weights_of(first), weights_of(second))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recomputed_layers_of_experts_replay_the_same_rows(tmp_path: Path, dtype: str) -> None:
+    """On a GPU the backward pass, and with it the recomputation, runs in a thread of its own."""
+    path, runs = save_model(tmp_path, "qwen3_moe"), []
+    for recompute in (False, True):
+        config = make_config(path, model={"dtype": dtype}, run={"deterministic": True}, train={"gradient_checkpointing": recompute})
+        backend = make_backend(config, device="cuda")
+        assert backend.routed_experts is not None
+        tallies = train(backend, config, [with_routes(batch, backend.routed_experts) for batch in BATCHES])
+        assert {tally.report()["routes/replayed"] for tally in tallies} == {1.0}
+        runs.append(weights_of(backend))
+    assert same_bits(*runs)
 
 
 def run_rank(rank: int, rendezvous: str, config: Config, directory: str) -> None:

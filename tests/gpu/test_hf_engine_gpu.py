@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,6 +106,31 @@ async def test_recorded_passes_compute_what_the_others_do(opened: Opened, monkey
         np.testing.assert_array_equal(one.tokens_T, other.tokens_T)
         np.testing.assert_allclose(one.logprobs_T, other.logprobs_T, rtol=0, atol=1e-4)
     assert plain.stats()["recordings"] == 0
+
+
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "free"])
+async def test_routes_are_those_of_transformers(opened: Opened, models: Callable[[str], Path], deterministic: bool) -> None:
+    engine = await opened("qwen3_moe", deterministic=deterministic, record_routes=True)
+    kind = engine.routed_experts
+    assert kind is not None
+    requests = [replace(ask(str(n), prompt(n // 2, length=9 + n), seed=n, max_new_tokens=20 + n), routes_from=0) for n in range(8)]
+    answers = await asyncio.gather(*(engine.generate(request) for request in requests))
+    without = await opened("qwen3_moe", deterministic=deterministic)
+    others = await asyncio.gather(*(without.generate(replace(request, routes_from=None)) for request in requests))
+    assert [one.tokens_T.tolist() for one in answers] == [other.tokens_T.tolist() for other in others]
+    assert engine.stats()["recordings"] == without.stats()["recordings"]  # so its passes can be recorded just as well
+    plain: Any = reference(models("qwen3_moe"), "float32")
+    differing = total = 0
+    for request, answer in zip(requests, answers, strict=True):
+        tokens = torch.from_numpy(np.concatenate((request.tokens_T, answer.tokens_T))[None, :-1].astype(np.int64)).to(plain.device)
+        with torch.no_grad():
+            scores = plain.model(input_ids=tokens, output_router_logits=True).router_logits
+        expected = torch.stack([layer.topk(kind.chosen).indices for layer in scores], 1).sort(-1).values.cpu().numpy()
+        assert answer.experts_RLK is not None
+        assert answer.experts_RLK.shape == expected.shape
+        different = np.sort(answer.experts_RLK, -1) != expected
+        differing, total = differing + int(different.any(-1).sum()), total + different[..., 0].size
+    assert differing <= 0.002 * total  # scores that lie as close together as the noise of two attention kernels
 
 
 def refuse(*_: object) -> None:

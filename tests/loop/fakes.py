@@ -16,6 +16,7 @@ from verst.config.schema import Config
 from verst.errors import CheckpointError
 from verst.journal.codec import encode_group
 from verst.journal.log import Journal
+from verst.observe.limits import FidelityWatch
 from verst.observe.metrics import Tally
 from verst.runtime.lease import Lease
 from verst.runtime.pools import Replicas, Trainers
@@ -84,6 +85,7 @@ class FakeTrainers:
     saved: dict[int, list[int]] = field(default_factory=dict)
     disk_full: bool = False
     routed_experts: RoutedExperts | None = None
+    k3: dict[int, float] = field(default_factory=dict)  # the mismatch of each step
 
     async def load_batch(self, batch: Any) -> Scores:
         self._batch = batch
@@ -91,7 +93,10 @@ class FakeTrainers:
 
     async def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
         assert len(advantages) == len(self._batch.samples)
-        return Tally()
+        tally = Tally()
+        if update == 0 and self._batch.step in self.k3:
+            tally.mean("mismatch/k3", self.k3[self._batch.step])
+        return tally
 
     async def optimizer_step(self, update: int) -> Tally:
         if update == 0:
@@ -153,6 +158,7 @@ class FakeParts:
         self.reads_trainers = False
         self.lease = Lease(config, cast(Trainers, self.trainers), cast(Replicas, self), shared=shared)
         self.group_deadline_s = 5.0
+        self.watch = FidelityWatch(config.fidelity.limit, config.fidelity.action)
         self.serving = -1
         self.pull_s = 0.0
         self._roll = roll or group
@@ -188,6 +194,10 @@ class FakeParts:
     # observer
     def note(self, line: str) -> None:
         self.notes.append(line)
+
+    def measured(self, step: int, metrics: dict[str, float]) -> None:
+        for line in self.watch.check(step, metrics):
+            self.note(line)
 
     def step(self, step: int, groups: Sequence[Group], metrics: dict[str, float], spans: Any) -> None:
         self.events.append(f"report {step}")

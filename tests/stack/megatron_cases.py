@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 
 from tests.unit.fsdp_cases import VOCABULARY, write_model
 from verst.config.schema import Config
+from verst.data.packing import plan_step, samples_of_rank
+from verst.routing.records import routes_of
 from verst.training.megatron.backend import MegatronBackend
+from verst.types import NO_VERSION, Batch, RoutedExperts, Routes, Sample
 
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -79,3 +84,37 @@ def save_model(path: Path, family: str = "qwen3", **options: Any) -> str:
 
 def make_megatron(config: Config, rank: int = 0, world: int = 1, **arguments: Any) -> MegatronBackend:
     return MegatronBackend(config, rank=rank, world=world, device="cpu", arguments=arguments)
+
+
+def with_routes(batch: Batch, kind: RoutedExperts) -> Batch:
+    """The batch with random distinct experts for every token and layer, and sampled tokens of all ages from 0 to 5."""
+    rng = np.random.default_rng(100 + batch.step)
+
+    def routed(sample: Sample) -> Sample:
+        count = len(sample.tokens_T)
+        ids = rng.random((count - 1, kind.layers, kind.experts)).argsort(axis=-1)[..., : kind.chosen].astype(np.uint8)
+        versions_T = np.where(sample.loss_mask_T, batch.step - 1 - rng.integers(0, 6, count), NO_VERSION).astype(np.int32)
+        return replace(sample, routes=routes_of(sample.tokens_T, ids), versions_T=versions_T)
+
+    return replace(batch, samples=tuple(routed(sample) for sample in batch.samples))
+
+
+def delivered(batch: Batch, backend: MegatronBackend, config: Config) -> Batch:
+    """What one rank is given of a batch: the routes of its own samples and layers."""
+    wanted, own, layers = backend.routes_wanted, (), []
+    if wanted is not None:
+        plan = plan_step(
+            [len(s.tokens_T) for s in batch.samples],
+            [s.group for s in batch.samples],
+            minibatches=config.train.minibatches,
+            epochs=config.train.epochs,
+            ranks=wanted.ranks,
+            microbatch_tokens=config.train.microbatch_tokens,
+            packed=wanted.packed,
+        )
+        own, layers = samples_of_rank(plan, wanted.rank), list(wanted.layers)
+
+    def cut(index: int, routes: Routes | None) -> Routes | None:
+        return Routes(routes.experts_TLK[:, layers], routes.digest) if routes is not None and index in own else None
+
+    return replace(batch, samples=tuple(replace(s, routes=cut(i, s.routes)) for i, s in enumerate(batch.samples)))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.stack.megatron_cases import make_megatron, save_model
+from tests.stack.megatron_cases import delivered, make_megatron, save_model, with_routes
 from tests.unit.fsdp_cases import advantages_of, largest_difference, make_batch, make_config, same_bits
 from verst.config.schema import Config
 from verst.errors import CheckpointError
@@ -70,6 +70,23 @@ FOUR: Mapping[str, Case] = {
     "pp2 ep2": case("qwen3_moe", **PP2, **EP2),
     "dp2 tp2 sp etp2": case("deepseek_v3", **TP2, **SP),
 }
+ROUTED_TWO: Mapping[str, Case] = {
+    "tp2 sp": case("qwen3_moe", **TP2, **SP),
+    "tp2 sp ep2": case("qwen3_moe", **TP2, **SP, **EP2, expert_tensor_parallel_size=1),
+    "pp2 recompute": case("qwen3_moe", **PP2, recompute=True),
+    "pp2 vpp2": case("qwen3_moe", **PP2, num_virtual_stages_per_pipeline_rank=2),
+    "pp2 vpp2 recompute": case("deepseek_v3", **PP2, num_virtual_stages_per_pipeline_rank=2, recompute=True),
+    "dp2": case("qwen3_moe"),
+    "ep2 recompute": case("deepseek_v3", **EP2, recompute=True),
+    "cp2 recompute": case("deepseek_v3", **CP2, recompute=True),
+}
+ROUTED_FOUR: Mapping[str, Case] = {
+    "pp2 ep2 recompute": case("qwen3_moe", **PP2, **EP2, recompute=True),
+    "tp2 cp2 sp": case("qwen3_moe", **TP2, **CP2, **SP),
+    "dp2 tp2 sp etp2 recompute": case("deepseek_v3", **TP2, **SP, recompute=True),
+    "tp2 pp2 sp vpp2": case("qwen3_moe", **TP2, **PP2, **SP, num_virtual_stages_per_pipeline_rank=2),
+}
+"""Layouts that train on recorded routes, which are random, so that the live router would have chosen others."""
 RESHARDED = {
     "tp2": "pp2",
     "dp2": "tp2 sp",
@@ -89,11 +106,13 @@ FAMILIES = sorted({c.family for c in (*TWO.values(), *FOUR.values())})
 
 def config_of(paths: Mapping[str, str], chosen: Case) -> Config:
     kl = {"kl_coefficient": 0.1} if chosen.family == "llama_tied" else {}  # which keeps a reference model
-    return make_config(paths[chosen.family], train={"lr": 1e-3, "microbatch_tokens": 40, **chosen.train}, algorithm={"name": "grpo", **kl})
+    return make_config(
+        paths[chosen.family], train={"lr": 1e-3, "microbatch_tokens": 40, "routes": "ignore", **chosen.train}, algorithm={"name": "grpo", **kl}
+    )
 
 
-def batches() -> list[Batch]:
-    return [make_batch(step, groups=3, longest=20) for step in range(1, STEPS + 1)]
+def batches(groups: int = 3) -> list[Batch]:
+    return [make_batch(step, groups=groups, longest=20) for step in range(1, STEPS + 1)]
 
 
 def run_step(backend: Any, config: Config, batch: Batch) -> Tally:
@@ -106,6 +125,16 @@ def run_step(backend: Any, config: Config, batch: Batch) -> Tally:
 
 def taken(backend: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in backend.weights()}
+
+
+def routed_config_of(paths: Mapping[str, str], chosen: Case) -> Config:
+    """Many microbatches. One family is measured as it trains, with a loss that follows the routes, the other as it is scored."""
+    latent = chosen.family == "deepseek_v3"
+    return make_config(
+        paths[chosen.family],
+        train={"lr": 1e-3, "microbatch_tokens": 24, "epochs": 2 if latent else 1, **chosen.train},
+        algorithm={"name": "grpo", "old_logprobs": "trainer" if latent else "behaviour"},
+    )
 
 
 # ---- what each rank does; results go to files, and the tests below judge them
@@ -135,6 +164,14 @@ def run_layout(config: Config, arguments: Mapping[str, Any], rank: int, world: i
     lend(backend)
     again = same_bits(state.tensors, backend.state().tensors) and same_bits(weights, taken(backend))
     return {"first": first, "tallies": tallies, "weights": weights, "probe": probe, "again": again, "state": middle}
+
+
+def run_routed(config: Config, arguments: Mapping[str, Any], rank: int, world: int) -> dict[str, Any]:
+    backend = make_megatron(config, rank, world, **arguments)
+    kind = backend.routed_experts
+    assert kind is not None
+    tallies = [run_step(backend, config, delivered(with_routes(batch, kind), backend, config)) for batch in batches(groups=2)]
+    return {"tallies": tallies, "weights": taken(backend)}
 
 
 def save(backend: Any, directory: Path, rank: int, world: int) -> None:
@@ -198,6 +235,8 @@ def run_rank(rank: int, world: int, directory: str, rendezvous: str, paths: Mapp
     results: dict[str, Any] = {}
     for name, chosen in cases.items():
         results[name] = run_layout(config_of(paths, chosen), chosen.arguments, rank, world)
+    for name, chosen in (ROUTED_TWO if world == 2 else ROUTED_FOUR).items():
+        results[f"{name} routed"] = run_routed(routed_config_of(paths, chosen), chosen.arguments, rank, world)
     if world == 2:
         results["skip"] = run_skip(config_of(paths, TWO["dp2"]), rank, world)
         foreign = make_megatron(config_of(paths, TWO["pp2"]), rank, world, **PP2)
@@ -311,6 +350,43 @@ def test_two_ranks_equal_one(two: list[dict[str, Any]], alone: dict[str, Any], n
 @pytest.mark.parametrize("name", FOUR)
 def test_four_ranks_equal_one(four: list[dict[str, Any]], alone: dict[str, Any], name: str) -> None:
     judge(four, name, alone[FOUR[name].family])
+
+
+@pytest.fixture(scope="module")
+def alone_routed(paths: dict[str, str]) -> dict[str, Any]:
+    """One process under replay on each family that routes, once."""
+    results = {}
+    for family in ("qwen3_moe", "deepseek_v3"):
+        results[family] = run_routed(routed_config_of(paths, case(family)), {}, 0, 1)
+    leave_distributed()
+    return results
+
+
+def judge_routed(ranks: list[dict[str, Any]], name: str, expected: dict[str, Any]) -> None:
+    results = [rank[f"{name} routed"] for rank in ranks]
+    for step, one in enumerate(expected["tallies"]):
+        together = merged([result["tallies"][step] for result in results])
+        for metric in ("loss/total", "update/grad_norm"):
+            assert together.report()[metric] == pytest.approx(one.report()[metric], rel=TOLERANCE, abs=TOLERANCE), (step, metric)
+        assert together.report()["routes/replayed"] == 1.0
+        told = [metric for metric in one.sums if metric.startswith("routes/")]
+        assert {metric for metric in together.sums if metric.startswith("routes/")} == set(told)
+        for metric in told:  # of each token and layer once
+            if metric != "routes/bytes_per_token":  # which each pipeline stage tells alike
+                assert together.weights[metric] == one.weights[metric], (step, metric)
+            assert together.report()[metric] == pytest.approx(one.report()[metric], abs=0.02), (step, metric)
+    assert expected["tallies"][0].report()["routes/differ"] > 0.5
+    assert largest_difference(results[0]["weights"], expected["weights"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ROUTED_TWO)
+def test_two_ranks_replay_as_one(two: list[dict[str, Any]], alone_routed: dict[str, Any], name: str) -> None:
+    judge_routed(two, name, alone_routed[ROUTED_TWO[name].family])
+
+
+@pytest.mark.parametrize("name", ROUTED_FOUR)
+def test_four_ranks_replay_as_one(four: list[dict[str, Any]], alone_routed: dict[str, Any], name: str) -> None:
+    judge_routed(four, name, alone_routed[ROUTED_FOUR[name].family])
 
 
 def judge_resumed(results: dict[str, Any], saved: Mapping[str, torch.Tensor], expected: dict[str, Any]) -> None:

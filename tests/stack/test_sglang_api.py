@@ -158,7 +158,7 @@ def answer(tokens: list[int], logprobs: list[float | None], finish: dict[str, An
 
 def run_of(**sampling: Any) -> Run:
     request = ask("r", np.array([1, 2], np.int32), **sampling)
-    return Run(request, request.sampling.max_new_tokens, "key")
+    return Run(request, request.sampling.max_new_tokens, "engine", 3)
 
 
 def test_a_run_collects_tokens_over_several_answers():

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from tests.contracts.engine_cases import CONFIGS, MAX_TOKENS, ask, load, perturbed, prompt, reference_logprobs, save_model
+from tests.contracts.route_cases import asked, computed_routes
 from verst.errors import ConfigError, EngineFailure, ModelError, WeightMismatch
 from verst.rollout.sglang import SGLangEngine, connection, server
 from verst.rollout.sglang.arguments import OWNED, check
@@ -176,19 +177,21 @@ def damage(update: FileUpdate, tensor: torch.Tensor) -> None:
 
 
 @pytest.mark.slow
-async def test_two_tensor_parallel_ranks_verify_what_each_holds(tmp_path: Path):
+async def test_two_tensor_parallel_ranks_verify_what_each_holds_and_record_routes(tmp_path: Path):
     path = save_model(tmp_path / "model", CONFIGS["qwen3_moe"])
     state = perturbed(path)
     update = FileUpdate(publish(4, iter(state.items()), tmp_path / "weights"))
     reference = load(path)
     reference.load_state_dict(state, strict=False)
-    engine = engine_on(path, tmp_path, arguments={"tp-size": 2})
+    engine = engine_on(path, tmp_path, arguments={"tp-size": 2}, record_routes=True)
     await engine.start()
     try:
         await push(engine, update, deadline_s=60)
-        answer = await engine.generate(ask("a", prompt(1), max_new_tokens=40))
-        expected = reference_logprobs(reference, np.concatenate((prompt(1), answer.tokens_T)))[8:]
-        np.testing.assert_allclose(answer.logprobs_T, expected, atol=1e-5)
+        answer = await engine.generate(asked("a", prompt(1), max_new_tokens=40))
+        whole = np.concatenate((prompt(1), answer.tokens_T))
+        np.testing.assert_allclose(answer.logprobs_T, reference_logprobs(reference, whole)[8:], atol=1e-5)
+        assert answer.experts_RLK is not None
+        np.testing.assert_array_equal(np.sort(answer.experts_RLK, -1), computed_routes(whole, (reference, len(whole) - 1)))
         name = "model.layers.1.mlp.experts.down_proj"  # each rank holds half of every expert
         damage(update, dict(update.tensors())[name][5])
         with pytest.raises(WeightMismatch, match=f"1 different: {name}"):

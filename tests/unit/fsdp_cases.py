@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from verst.algorithms.table import algorithm_for
 from verst.config.schema import Config
 from verst.observe.metrics import Tally
 from verst.protocols import TrainBackend
+from verst.routing.records import narrowed, routes_of
 from verst.training.fsdp import FsdpBackend
-from verst.types import NO_VERSION, Batch, Sample
+from verst.types import NO_VERSION, Batch, RoutedExperts, Sample
 
 VOCABULARY = 64
 _SIZES = {
@@ -105,6 +107,16 @@ def make_batch(step: int, groups: int = 4, longest: int = 11) -> Batch:
             )
         )
     return Batch(step, tuple(range(groups)), tuple(samples))
+
+
+def with_routes(batch: Batch, kind: RoutedExperts) -> Batch:
+    """The batch with random routes, which differ from those that any router would choose."""
+    rng = np.random.default_rng(batch.step)
+    samples = []
+    for sample in batch.samples:
+        order_TLE = np.argsort(rng.random((len(sample.tokens_T) - 1, kind.layers, kind.experts)), axis=-1)
+        samples.append(replace(sample, routes=routes_of(sample.tokens_T, narrowed(order_TLE[..., : kind.chosen], kind))))
+    return replace(batch, samples=tuple(samples))
 
 
 BATCHES = [make_batch(step) for step in (1, 2, 3)]

@@ -32,7 +32,7 @@ def float32(*values):
 
 
 def test_the_package_needs_no_torch():
-    modules = "advantages, aggregate, fidelity, kl, losses, table"
+    modules = "advantages, aggregate, corrections, fidelity, kl, losses, table"
     code = f"import sys; from verst.algorithms import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -24,6 +24,7 @@ from tests.unit.fsdp_cases import (
     save_model,
     train,
     weights_of,
+    with_routes,
 )
 from verst.config.schema import Config
 from verst.data.packing import plan_step
@@ -32,7 +33,7 @@ from verst.observe.metrics import merged
 from verst.training.distributed import free_rendezvous, init_distributed, leave_distributed, own_rows
 from verst.training.fsdp import FsdpBackend
 from verst.training.state import RankState
-from verst.types import Batch
+from verst.types import Batch, RoutedExperts
 
 
 def uneven_batch(step: int) -> Batch:
@@ -42,22 +43,25 @@ def uneven_batch(step: int) -> Batch:
 
 
 UNEVEN = [uneven_batch(step) for step in (1, 2, 3)]
+ROUTED = [with_routes(batch, RoutedExperts(layers=2, experts=4, chosen=2)) for batch in (*BATCHES[:2], UNEVEN[2])]
 TOLERANCE = 5e-5  # of weights that moved by up to 0.03; see test_fsdp_backend on AdamW and float32 noise
 
 
-def configs(path: str, tied: str) -> dict[str, Config]:
+def configs(path: str, tied: str, moe: str) -> dict[str, Config]:
     kl = {"name": "grpo", "kl_coefficient": 0.1}
     return {
         "plain": make_config(path),
         "updates": make_config(path, train={"minibatches": 2, "epochs": 2, "schedule": "cosine"}, algorithm=kl),
         "tied": make_config(tied, train={"gradient_checkpointing": True}, algorithm=kl | {"kl_in": "reward"}),
         "uneven": make_config(path, train={"microbatch_tokens": 16}),
+        "routed": make_config(moe, train={"minibatches": 2, "gradient_checkpointing": True}, algorithm=kl),
+        "routed_uneven": make_config(moe, train={"microbatch_tokens": 16}),
         "bfloat16": make_config(path, model={"dtype": "bfloat16"}, train={"lr": 1e-3}),
     }
 
 
 def batches_of(name: str) -> list[Batch]:
-    return UNEVEN if name == "uneven" else BATCHES
+    return {"uneven": UNEVEN, "routed": ROUTED[:2], "routed_uneven": ROUTED[2:]}.get(name, BATCHES)
 
 
 # ---- what each of the two ranks does; results go to files, and the tests below judge them
@@ -127,7 +131,7 @@ def run_resume(config: Config, rank: int, single: RankState) -> dict[str, Any]:
     return {"same": same, "taken": taken, "weights": weights_of(resumed)}
 
 
-def run_rank(rank: int, directory: str, rendezvous: list[str], paths: tuple[str, str]) -> None:
+def run_rank(rank: int, directory: str, rendezvous: list[str], paths: tuple[str, str, str]) -> None:
     torch.set_num_threads(1)
     init_distributed(rank, 2, rendezvous[0], timeout_s=60)
     results: dict[str, Any] = {name: run_scenario(name, config, rank) for name, config in configs(*paths).items()}
@@ -146,7 +150,7 @@ def run_rank(rank: int, directory: str, rendezvous: list[str], paths: tuple[str,
 
 @dataclass(frozen=True)
 class Results:
-    paths: tuple[str, str]
+    paths: tuple[str, str, str]
     ranks: list[dict[str, Any]]
 
     def config(self, name: str) -> Config:
@@ -156,7 +160,11 @@ class Results:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     directory = tmp_path_factory.mktemp("ranks")
-    paths = (save_model(directory / "llama"), save_model(directory / "tied", "llama_tied", vocab_size=65))
+    paths = (
+        save_model(directory / "llama"),
+        save_model(directory / "tied", "llama_tied", vocab_size=65),
+        save_model(directory / "moe", "qwen3_moe"),
+    )
     config = configs(*paths)["plain"]
     backend = make_backend(config)
     train(backend, config, BATCHES[:1])
@@ -183,7 +191,7 @@ def single_rank(config: Config, batches: list[Batch]) -> tuple[FsdpBackend, list
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "updates", "tied", "uneven"])
+@pytest.mark.parametrize("name", ["plain", "updates", "tied", "uneven", "routed", "routed_uneven"])
 def test_two_ranks_equal_one(results: Results, name: str) -> None:
     config = results.config(name)
     start = weights_of(make_backend(config))
@@ -201,6 +209,8 @@ def test_two_ranks_equal_one(results: Results, name: str) -> None:
         assert together.keys() == alone.keys()
         for metric, value in alone.items():
             assert together[metric] == pytest.approx(value, rel=2e-3, abs=2e-4), (step, metric)
+        if name.startswith("routed"):
+            assert alone["routes/replayed"] == 1.0
 
 
 @pytest.mark.slow

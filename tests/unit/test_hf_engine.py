@@ -18,7 +18,7 @@ from verst.errors import EngineFailure, ModelError
 from verst.rollout.hf import HFEngine
 from verst.rollout.hf.attention import DecodePlan, attended_lengths
 from verst.rollout.hf.decoder import Decoder
-from verst.rollout.hf.model import SlotModel
+from verst.rollout.hf.model import Passed, SlotModel
 from verst.rollout.hf.prompts import HeldPrompts
 from verst.types import GenerateRequest, Sampling
 
@@ -132,7 +132,7 @@ def test_without_determinism_a_step_computes_only_the_rows_in_use(llama: str, mo
     computed: list[int] = []
     decode = SlotModel.decode
 
-    def counting(model: SlotModel, tokens_R: NDArray[np.integer[Any]], *args: Any) -> torch.Tensor:
+    def counting(model: SlotModel, tokens_R: NDArray[np.integer[Any]], *args: Any) -> Passed:
         computed.append(len(tokens_R))
         return decode(model, tokens_R, *args)
 
@@ -171,10 +171,10 @@ def test_a_row_attends_to_the_shortest_length_it_fits_into():
 
 def test_held_prompts_are_found_until_their_last_slot_is_taken():
     held = HeldPrompts(3)
-    logits = torch.zeros(2)
-    held.put(0, b"a", logits)
-    held.put(1, b"a", logits)
-    held.put(0, b"b", logits)
+    passed = Passed(torch.zeros(2))
+    held.put(0, b"a", passed)
+    held.put(1, b"a", passed)
+    held.put(0, b"b", passed)
     found = held.find(b"a")
     assert found is not None
     assert found[0] == 1
@@ -183,7 +183,7 @@ def test_held_prompts_are_found_until_their_last_slot_is_taken():
     assert found is not None
     assert found[0] == 2
     assert not held.holds(1, b"a")
-    held.put(2, b"b", logits)
+    held.put(2, b"b", passed)
     assert held.find(b"a") is None
     held.clear()
     assert held.find(b"b") is None

@@ -12,6 +12,7 @@ import pytest
 
 from tests.loop.fakes import group
 from verst.errors import CheckpointError
+from verst.observe.limits import FidelityWatch
 from verst.observe.report import summary
 from verst.observe.sinks import read_rows
 from verst.observe.spans import Spans
@@ -24,7 +25,7 @@ from verst.types import NO_VERSION
 @pytest.fixture
 def observer(tmp_path: Path) -> Iterator[Observer]:
     run = SimpleNamespace(metrics=tmp_path / "metrics.jsonl", report=tmp_path / "report.png", log=tmp_path / "run.log", root=tmp_path)
-    observer = Observer(cast(Any, run), steps=5)
+    observer = Observer(cast(Any, run), 5, FidelityWatch(0.01, "warn"))
     yield observer
     observer.close()
 

@@ -240,7 +240,7 @@ async def test_each_rank_receives_the_samples_and_layers_it_needs():
 def test_an_engine_that_records_otherwise_is_refused_before_the_first_step():
     replicas = Replicas([], Config.model_validate({"run": {"steps": 1}, "model": {"path": "unused"}}))
     replicas.require_routes(None)
-    with pytest.raises(ConfigError, match=r"2 layers, 2 of 8 experts for each token, but the hf engine records none.*train\.routes=off"):
+    with pytest.raises(ConfigError, match=r"2 layers, 2 of 8 experts for each token, but the hf engine records none.*train\.routes=ignore"):
         replicas.require_routes(KIND)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from verst.algorithms.corrections import correct
 from verst.algorithms.kl import kl_per_token
 from verst.errors import InvariantViolation
 
@@ -32,7 +33,7 @@ class LossInputs:
     advantages: torch.Tensor
     """[N] each token has its sample's."""
     samples: torch.Tensor
-    """[N] int64, index in the batch of each token's sample."""
+    """[N] int64, index in the batch of each token's sample. A microbatch has all loss tokens of its samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,11 @@ class LossOutput:
 def grpo_loss(inputs: LossInputs, options: GrpoConfig) -> LossOutput:
     """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), bounds apart (DAPO, arXiv 2503.14476), with GRPO's KL term (arXiv 2402.03300).
 
-    With ratio r = exp(logprob − old logprob): −min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A) + kl_coefficient · KL estimate.
-    Metrics: `ratio`; `clipped_low` and `clipped_high`, 1 where that bound has switched the token's gradient off; `kl` where there
-    is a reference. A ratio beyond float32 (log-ratio above 88) gives a non-finite gradient, which the update reports and skips.
+    With ratio r = exp(logprob − old logprob): −w · min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A) + kl_coefficient · KL estimate.
+    The weight w is 1 without `corrections`, else theirs, of old over behaviour probabilities (`verst.algorithms.corrections`).
+    Metrics: `ratio`; `clipped_low` and `clipped_high`, 1 where that bound has switched the token's gradient off; those of the
+    corrections; `kl` where there is a reference. A ratio beyond float32 (log-ratio above 88) gives a non-finite gradient, which the
+    update reports and skips.
     """
     old = inputs.behaviour_logprobs if options.old_logprobs == "behaviour" else inputs.old_logprobs
     advantages = inputs.advantages
@@ -61,6 +64,10 @@ def grpo_loss(inputs: LossInputs, options: GrpoConfig) -> LossOutput:
         "clipped_low": ((seen < low) & (advantages < 0)).to(seen.dtype),
         "clipped_high": ((seen > high) & (advantages > 0)).to(seen.dtype),
     }
+    if options.corrections:
+        weights, told = correct(inputs.old_logprobs, inputs.behaviour_logprobs, inputs.samples, options.corrections)
+        per_token = weights * per_token
+        metrics |= told
     if options.kl_coefficient > 0:
         if inputs.reference_logprobs is None:
             raise InvariantViolation("grpo: algorithm.kl_coefficient is above 0, but the backend gave no reference log-probabilities")

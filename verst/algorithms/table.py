@@ -13,7 +13,7 @@ from verst.algorithms.advantages import group_advantages, penalised_rewards
 from verst.algorithms.losses import LossInputs, LossOutput, grpo_loss, sft_loss
 
 if TYPE_CHECKING:
-    from verst.config.schema import AlgorithmConfig, GrpoConfig, SftConfig
+    from verst.config.schema import AlgorithmConfig, Config, GrpoConfig, SftConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,11 @@ class Algorithm:
 def algorithm_for(config: AlgorithmConfig) -> Algorithm:
     """The entry of the run file's `algorithm` section."""
     return ALGORITHMS[config.name]
+
+
+def records_routes(config: Config) -> bool:
+    """Whether engines record the expert routes of a model that has experts, and trainers read them. Demonstrations have none."""
+    return config.train.routes != "ignore" and algorithm_for(config.algorithm).learns_from == "policy"
 
 
 def _grpo_rewards(rewards_N: ArrayLike, reference_kl: Mapping[int, float], options: GrpoConfig) -> NDArray[np.float64]:

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from verst.config.schema import Config
+    from verst.config.schema import Config, CorrectionConfig
 
 _SAMPLING = ("rollout.group_size", "rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.min_p")
+_FIDELITY = ("fidelity.limit", "fidelity.action")
 _FILTERS = ("top_p", "top_k", "min_p")
 _SWITCHES = {"eval.": "eval.every_steps", "algorithm.kl_": "algorithm.kl_coefficient"}
 _ROLLED_AND_SCORED = (
@@ -33,7 +34,7 @@ def inapplicable(config: Config) -> dict[str, str]:
     if config.train.backend != "megatron":
         reasons["train.megatron"] = f"the backend is {config.train.backend}, not megatron"
     if config.algorithm.name == "sft":
-        reasons |= _each(_SAMPLING, "sft imitates demonstrations, one for each prompt, and samples nothing to train on")
+        reasons |= _each((*_SAMPLING, *_FIDELITY), "sft imitates demonstrations, one for each prompt, and samples nothing to train on")
         if not evaluates:
             reasons |= _each(_ROLLED_AND_SCORED, "sft generates and scores only for evaluation, and eval.every_steps is 0")
     else:
@@ -50,7 +51,14 @@ def problems(config: Config) -> list[str]:
         for key, why in inapplicable(config).items()
         if is_given(config, key) and not _switched_off(config, key)
     ]
-    return [*unread, *_data_problems(config), *_group_problems(config), *_size_problems(config), *_engine_problems(config)]
+    return [
+        *unread,
+        *_data_problems(config),
+        *_group_problems(config),
+        *_correction_problems(config),
+        *_size_problems(config),
+        *_engine_problems(config),
+    ]
 
 
 def warnings(config: Config) -> list[str]:
@@ -117,6 +125,44 @@ def _group_problems(config: Config) -> list[str]:
             "a batch could never be filled"
         )
     return found
+
+
+def _correction_problems(config: Config) -> list[str]:
+    if config.algorithm.name != "grpo" or not config.algorithm.corrections:
+        return []
+    found = []
+    if config.algorithm.old_logprobs == "behaviour":
+        found.append(
+            "algorithm.corrections and algorithm.old_logprobs=behaviour: the clipped ratio is then live over behaviour probability, which "
+            "holds trainer over behaviour already, so it would count twice. Use old_logprobs=trainer, or no corrections"
+        )
+    weighing = [c.kind for c in config.algorithm.corrections if c.kind != "reject"]
+    if len(weighing) > 1:
+        found.append(
+            f"algorithm.corrections has {' and '.join(weighing)}, each of which weighs by the ratio: it would count {len(weighing)} times. "
+            "Keep one of them, and use reject for further bounds"
+        )
+    for number, correction in enumerate(config.algorithm.corrections, start=1):
+        problem = _bounds_problem(correction)
+        if problem:
+            found.append(f"algorithm.corrections number {number} ({correction.kind}, {correction.level}): {problem}")
+    return found
+
+
+def _bounds_problem(correction: CorrectionConfig) -> str | None:
+    lower, upper = correction.lower, correction.upper
+    agreed = "tokens on which engine and trainer agree have the ratio 1"
+    if upper is not None and upper < 1:
+        return f"upper is {upper:g}, but {agreed} and would be cut. Use 1 or more"
+    if lower > 1:
+        return f"lower is {lower:g}, but {agreed} and would be cut. Use 1 or less"
+    if correction.kind == "truncate" and lower > 0:
+        return "truncate has no lower bound: a small ratio is a small weight. Remove lower, or use mask"
+    if correction.kind != "reject" and upper is None:
+        return "upper is required: without it one token could outweigh the rest of the batch"
+    if correction.kind == "reject" and upper is None and not lower:
+        return "reject needs lower, upper or both: without them it rejects nothing"
+    return None
 
 
 def _size_problems(config: Config) -> list[str]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from verst.config.checks import inapplicable
-from verst.config.schema import Config, GrpoConfig, SftConfig
+from verst.config.schema import Config, CorrectionConfig, GrpoConfig, SftConfig
 from verst.errors import ConfigError
 
 _ALGORITHMS: dict[str, type[BaseModel]] = {"grpo": GrpoConfig, "sft": SftConfig}
@@ -133,13 +133,19 @@ def _key(loc: tuple[int | str, ...]) -> tuple[str, ...]:
     return tuple(parts[:3] if parts[1:2] in (["options"], ["environment_options"]) else parts)
 
 
+def _in_list(loc: tuple[int | str, ...]) -> str:
+    """Where an option of a list's sections lies in the list: " number 2: upper"; empty elsewhere."""
+    within = next((i for i, part in enumerate(loc) if isinstance(part, int)), len(loc))
+    return f" number {int(loc[within]) + 1}: {loc[within + 1]}" if within + 1 < len(loc) else ""
+
+
 def _placed(problem: str, key: tuple[str, ...], name: str, lines: Mapping[tuple[str, ...], int]) -> str:
     line = lines.get(key)
     return f"{name}:{line}: {problem}" if line else f"{name}: {problem}"
 
 
 def _problem(error: ErrorDetails, key: tuple[str, ...]) -> str:
-    dotted = ".".join(key)
+    dotted = ".".join(key) + _in_list(error["loc"])
     if error["type"] == "extra_forbidden":
         return f"unknown option {dotted}{_suggestion(error, key)}"
     if error["type"] == "missing":
@@ -154,6 +160,11 @@ def _problem(error: ErrorDetails, key: tuple[str, ...]) -> str:
 def _suggestion(error: ErrorDetails, key: tuple[str, ...]) -> str:
     """The nearest valid name in the same section, else the same name in another section, else the section's names."""
     algorithm = next((str(p) for p in error["loc"] if p in _ALGORITHMS), "grpo")
+    if _in_list(error["loc"]):  # the one option that is a list of sections
+        return f"; valid here: {', '.join(CorrectionConfig.model_fields)}"
+    owners = [name for name, options in _ALGORITHMS.items() if key[0] == "algorithm" and key[-1] in options.model_fields]
+    if owners:
+        return f", an option of {' and '.join(owners)} that {algorithm} does not have"
     known = _options(Config, (), algorithm)
     siblings = [k[-1] for k in known if k[:-1] == key[:-1]]
     near = difflib.get_close_matches(key[-1], siblings, n=1, cutoff=0.6)

@@ -40,7 +40,7 @@ def read_model(path: str | Path) -> ModelFacts:
     root = Path(path).expanduser()
     if not root.is_dir():
         raise ModelError(f"model.path: {root} is not a directory; give a Hugging Face model directory on this machine")
-    about = _read_config(root / "config.json")
+    about = read_config(root)
     files = sorted(root.glob("*.safetensors"))
     if not files:
         raise ModelError(
@@ -63,7 +63,9 @@ def read_model(path: str | Path) -> ModelFacts:
         raise ModelError(f"{root / 'config.json'} has no {missing}: it is not the config of a causal language model") from missing
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """A model's `config.json`. Raises `ModelError` if it is missing or malformed."""
+    path = Path(directory).expanduser() / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

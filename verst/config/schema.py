@@ -128,6 +128,19 @@ class RewardConfig(Section):
     deadline_s: Seconds = Field(default=30.0, description="Limit of scoring one trajectory; past it the worker is replaced.")
 
 
+class CorrectionConfig(Section):
+    """One factor of the weight that a token's loss gets for having been drawn from the engine's distribution; see `docs/fidelity.md`."""
+
+    kind: Literal["truncate", "mask", "reject"] = Field(
+        description="Weigh by the ratio up to `upper`; weigh by it between the bounds and by 0 outside; or only drop samples outside."
+    )
+    level: Literal["token", "geometric", "sequence"] = Field(
+        description="The ratio of each token, its mean over the sample, or the product. With reject and token: every one has to be inside."
+    )
+    lower: Real = Field(default=0.0, description="Smallest ratio of trainer over behaviour probability.")
+    upper: Positive | None = Field(default=None, description="Largest ratio. Default: none (reject only).")
+
+
 class GrpoConfig(Section):
     """Group Relative Policy Optimization, arXiv 2402.03300, with the options later papers published."""
 
@@ -147,6 +160,10 @@ class GrpoConfig(Section):
     )
     old_logprobs: Literal["trainer", "behaviour"] = Field(
         default="trainer", description="Denominator of the ratio: recomputed by the trainer before the first update, or as sampled."
+    )
+    corrections: list[CorrectionConfig] = Field(
+        default_factory=list,
+        description="Importance weights of trainer over behaviour probabilities: {kind, level, lower, upper} each; see docs/fidelity.md.",
     )
 
 
@@ -187,7 +204,7 @@ class TrainConfig(Section):
         default=False, description="Recompute activations in the backward pass: less memory, a third more time."
     )
     compile: bool = Field(default=False, description="torch.compile each layer.")
-    routes: Literal["replay", "record", "off"] = Field(
+    routes: Literal["replay", "record", "ignore"] = Field(
         default="replay",
         description="Mixture-of-Experts models: train each token on the experts it was sampled with (R3, arXiv 2510.11370), only record "
         "them and measure how many the trainer would have chosen otherwise, or neither.",
@@ -215,6 +232,15 @@ class WeightsConfig(Section):
     )
 
 
+class FidelityConfig(Section):
+    """What happens where trainer and engines disagree about the tokens that are trained; see `docs/fidelity.md`."""
+
+    limit: Positive = Field(
+        default=0.01, description="Largest KL divergence (k3, nats a token) between engine and trainer, of each step's newest tokens."
+    )
+    action: Literal["warn", "stop"] = Field(default="warn", description="Past the limit: tell it, or stop before the step's first update.")
+
+
 class CheckpointConfig(Section):
     every_steps: Count = Field(default=50, description="A checkpoint after each of so many steps, and at the end.")
     keep: Count = Field(default=2, description="Checkpoints kept.")
@@ -238,6 +264,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = GrpoConfig()
     train: TrainConfig = TrainConfig()
     weights: WeightsConfig = WeightsConfig()
+    fidelity: FidelityConfig = FidelityConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
 

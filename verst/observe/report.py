@@ -21,6 +21,9 @@ def summary(rows: Rows) -> list[str]:
         lines[0] += ", " + _change("eval/reward", evaluations)
     worst = max(_column(steps, "mismatch/abs_max"), default=None)
     fidelity = f"largest mismatch {worst:.2e}" if worst is not None else "no mismatch measured (nothing was sampled)"
+    for label, name, form in (("k3", "mismatch/k3", ".1e"), ("routes that differ", "routes/differ", ".2%")):
+        if _column(steps, name):
+            fidelity += f", {label} at most {max(_column(steps, name)):{form}}"
     stale = max(_column(steps, "staleness/max"), default=0)
     failed = sum(_column(steps, "rollout/failed")) / len(steps)
     lines.append(f"{fidelity}, staleness at most {stale:.0f}, {failed:.2%} of trajectories failed")
@@ -57,6 +60,8 @@ def draw(rows: Rows, path: Path, title: str) -> None:
     reward.set_ylabel("reward")
     _plot(mismatch, steps, "mismatch/abs_mean", "mean |trainer - behaviour|")
     _plot(mismatch, steps, "mismatch/abs_max", "max |trainer - behaviour|")
+    _plot(mismatch, steps, "mismatch/k3", "KL (k3)")
+    _plot(mismatch, steps, "routes/differ", "share of routes that differ")
     mismatch.set_ylabel("log-probability")
     if any(_column(steps, "mismatch/abs_max")):  # a run without any mismatch has nothing to show on a logarithmic axis
         mismatch.set_yscale("log")

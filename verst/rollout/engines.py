@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from verst.algorithms.table import records_routes
 from verst.config.schema import Config
 from verst.protocols import Engine
 
@@ -14,6 +15,7 @@ def make_engine(config: Config, *, replica: int, device: str, shared: bool, log:
     `shared`: it has to be able to give its device memory to others.
     """
     rollout = config.rollout
+    record_routes = records_routes(config)
     if rollout.engine == "hf":
         from verst.rollout.hf import HFEngine
 
@@ -24,6 +26,7 @@ def make_engine(config: Config, *, replica: int, device: str, shared: bool, log:
             max_running=rollout.max_running,
             max_model_tokens=config.max_trajectory_tokens,
             deterministic=config.run.deterministic,
+            record_routes=record_routes,
         )
     from verst.rollout.sglang import SGLangEngine
 
@@ -37,5 +40,6 @@ def make_engine(config: Config, *, replica: int, device: str, shared: bool, log:
         deterministic=False,
         arguments=saver | rollout.sglang,
         url=rollout.urls[replica] if rollout.urls else None,
+        record_routes=record_routes,
         log=log,
     )

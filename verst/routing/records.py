@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -51,8 +52,11 @@ def require_routes(carrier: Trajectory | Sample, kind: RoutedExperts) -> None:
     if routes.digest != tokens_digest(tokens_T):
         raise RoutesRefused("its routes are of other tokens: were they edited after generation?")
     checked = narrowed(routes.experts_TLK, kind)
-    ordered = np.sort(checked, axis=-1)
-    twice = np.argwhere(ordered[..., 1:] == ordered[..., :-1])
+    columns = np.ascontiguousarray(np.moveaxis(checked, -1, 0))
+    equal = np.zeros(checked.shape[:-1], np.bool_)
+    for left, right in combinations(columns, 2):  # of 8 experts, an eighth of the time that sorting them takes
+        equal |= left == right
+    twice = np.argwhere(equal)
     if len(twice):
         token, layer = twice[0][:2]
         raise RoutesRefused(f"routes of token {token} name an expert of layer {layer} twice")

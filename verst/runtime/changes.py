@@ -16,6 +16,7 @@ _CHANGEABLE = frozenset(
     {
         *("run.steps", "eval.every_steps", "checkpoint.every_steps"),
         *("train.ranks", "train.threads", "rollout.replicas"),
+        *("fidelity.limit", "fidelity.action"),
         *("rollout.deadline_s", "reward.deadline_s", "train.deadline_s", "weights.deadline_s"),
     }
 )

@@ -223,6 +223,7 @@ class Loop:
             for update in range(trainers.num_updates):
                 with spans("forward_backward"):
                     tally.merge(await trainers.forward_backward(update, advantages))
+                self._parts.observer.measured(step, tally.report())
                 with spans("optimizer"):
                     tally.merge(await trainers.optimizer_step(update))
             with spans("publish"):

@@ -9,10 +9,15 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from verst.algorithms.table import algorithm_for
+from verst.config.plan import read_config
+from verst.config.schema import Config
 from verst.errors import CheckpointError
+from verst.observe.limits import FidelityWatch
 from verst.observe.sinks import JsonlSink, read_rows
 from verst.observe.spans import Spans
 from verst.observe.terminal import step_line
+from verst.routing.kinds import routed_experts
 from verst.runtime import batching
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.workers import Pulled
@@ -22,12 +27,20 @@ _KEPT_LINES = 10_000
 """For a watcher that comes late: some hours of a busy run."""
 
 
+def fidelity_watch(config: Config) -> FidelityWatch:
+    """The watch over a run's mismatch, which tells of routes that are not replayed. Raises `ModelError` if the model is needed and gone."""
+    unreplayed = config.train.routes != "replay" and algorithm_for(config.algorithm).learns_from == "policy"
+    routes = routed_experts(read_config(config.model.path)) if unreplayed else None
+    return FidelityWatch(config.fidelity.limit, config.fidelity.action, None if routes is None else config.train.routes)
+
+
 class Observer:
     """One run's eyes. Lines are numbered, so that a watcher that comes late or twice repeats nothing, and knows what it missed."""
 
-    def __init__(self, run: RunDirectory, steps: int) -> None:
+    def __init__(self, run: RunDirectory, steps: int, fidelity: FidelityWatch) -> None:
         self._run = run
         self._steps = steps
+        self._fidelity = fidelity
         self._sink = JsonlSink(run.metrics)
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._told = 0  # lines so far
@@ -80,6 +93,11 @@ class Observer:
         self._sink.write({"kind": "evaluation", "step": step, **metrics})
         reward = metrics.get("eval/reward")
         self.note(f"before training: eval/reward {'unknown (every scoring failed)' if reward is None else f'{reward:.3f}'}")
+
+    def measured(self, step: int, metrics: Mapping[str, float]) -> None:
+        """What is known of a step before an update is made of it. Raises `TrainingDiverged` if a limit says that none must be."""
+        for line in self._fidelity.check(step, metrics):
+            self.note(line)
 
     def step(self, step: int, groups: Sequence[Group], metrics: Mapping[str, float], spans: Spans) -> None:
         """One committed step."""

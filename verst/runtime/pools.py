@@ -166,7 +166,7 @@ class Replicas:
             raise ConfigError(
                 f"train.routes: the trainer needs the routes of {needed.layers} layers, {needed.chosen} of {needed.experts} experts for "
                 f"each token, but the {self._config.rollout.engine} engine records {self._routed_experts or 'none'}: "
-                "use an engine that records them, or set train.routes=off"
+                "use an engine that records them, or set train.routes=ignore"
             )
 
     def deadline_s(self, groups: int) -> float:

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from verst import extend
-from verst.algorithms.table import algorithm_for
+from verst.algorithms.table import algorithm_for, records_routes
 from verst.config.checks import is_given, warnings
-from verst.config.plan import read_model
+from verst.config.plan import read_config, read_model
 from verst.config.schema import Config
 from verst.data.sources import Source, open_source
 from verst.data.stream import PromptStream, eval_prompts
 from verst.errors import ConfigError, ExtensionError, ModelError
 from verst.rewards import shipped as rewards
 from verst.rewards.spec import RewardSpec
+from verst.routing.kinds import routed_experts
 from verst.rollout import environments
 from verst.rollout.environments import environment_factory
 from verst.runtime.extensions import Extensions
@@ -70,7 +71,8 @@ def check_stack(config: Config) -> None:
     if config.rollout.engine == "sglang":
         from verst.rollout.sglang import arguments as sglang
 
-        sglang.check(config.rollout.sglang, device="cuda" if _NVIDIA_DRIVER.exists() else "cpu")
+        routes = records_routes(config) and routed_experts(read_config(config.model.path)) is not None
+        sglang.check(config.rollout.sglang, device="cuda" if _NVIDIA_DRIVER.exists() else "cpu", record_routes=routes)
     if config.train.backend == "megatron":
         from verst.training.megatron import arguments as megatron  # with torch
 

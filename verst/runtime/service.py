@@ -24,7 +24,7 @@ from verst.runtime.bundles import reserve
 from verst.runtime.extensions import Extensions
 from verst.runtime.lease import Lease
 from verst.runtime.loop import Loop
-from verst.runtime.observer import Observer
+from verst.runtime.observer import Observer, fidelity_watch
 from verst.runtime.parts import Parts
 from verst.runtime.placement import Placement, place
 from verst.runtime.pools import Replicas, Trainers
@@ -45,7 +45,7 @@ class RunService:
         self._run, self._config = RunDirectory.open(root)
         self._spawn = spawn_worker
         self._placement = placement
-        self._observer = Observer(self._run, self._config.run.steps)
+        self._observer = Observer(self._run, self._config.run.steps, fidelity_watch(self._config))
         self._weights_location = publish_directory(self._run.run_id, self._config.weights.location)
         self._stop = False
         self._loop: Loop | None = None

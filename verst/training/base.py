@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from verst.algorithms.table import algorithm_for
+from verst.algorithms.table import algorithm_for, records_routes
 from verst.config.schema import Config
 from verst.errors import InvariantViolation
 from verst.observe.metrics import Tally
@@ -50,9 +50,7 @@ class Backend(ABC, Generic[Optimizer]):
     @property
     def routes_wanted(self) -> RoutesWanted | None:
         """None, too, if routes are switched off, or if nothing is sampled to train on."""
-        if self.routed_experts is None or self._config.train.routes == "off" or self._algorithm.learns_from != "policy":
-            return None
-        return self._routes_wanted()
+        return self._routes_wanted() if self.routed_experts is not None and records_routes(self._config) else None
 
     # ---- one step
 
@@ -137,6 +135,10 @@ class Backend(ABC, Generic[Optimizer]):
     @abstractmethod
     def _vocabulary(self) -> int:
         """Tokens the model knows."""
+
+    @abstractmethod
+    def _routes_wanted(self) -> RoutesWanted | None:
+        """Which recorded routes this rank replays or compares, of a model that has some and an algorithm that learns from samples."""
 
     @abstractmethod
     def _plan(self, batch: Batch) -> LoadedStep: ...

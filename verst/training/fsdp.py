@@ -10,6 +10,7 @@ the shards are the masters and FSDP2 rounds them as it gathers. Either way gradi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -20,15 +21,18 @@ from verst.algorithms.kl import kl_per_sample
 from verst.config.schema import Config
 from verst.observe.metrics import Tally
 from verst.protocols import BackendState
+from verst.routing.kinds import routed_experts
+from verst.routing.tap import RoutingTap
 from verst.training.base import Backend
 from verst.training.distributed import device_of, release, require_group, shard, whole
 from verst.training.loss import policy_loss
 from verst.training.microbatch import Microbatch, split
 from verst.training.model import Policy, load_model
 from verst.training.optimizer import MasterAdamW
+from verst.training.routes import PolicyRoutes
 from verst.training.state import RankState, capture, restore
 from verst.training.step import LoadedStep, PerSample, StepScores, kl_estimator, plan_batch
-from verst.types import Batch
+from verst.types import Batch, RoutedExperts, RoutesWanted
 from verst.weights.offload import own_memory
 
 
@@ -44,6 +48,8 @@ class FsdpBackend(Backend[MasterAdamW]):
         self._rank = rank
         self._world = world
         self._dtype = getattr(torch, config.model.dtype)
+        self._routed: RoutedExperts | None = None
+        self._routes: PolicyRoutes | None = None
         self._policy = self._load(trainable=True)
         self._reference = self._load(trainable=False) if self._algorithm.needs_reference(config.algorithm) else None
         # Taken while the model is sharded: during a forward pass the modules hold gathered parameters under the same names.
@@ -52,6 +58,14 @@ class FsdpBackend(Backend[MasterAdamW]):
         trainable = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self._optimizer = MasterAdamW(trainable, config.train, self.num_updates, config.run.steps)
 
+    @property
+    def routed_experts(self) -> RoutedExperts | None:
+        return self._routed
+
+    def _routes_wanted(self) -> RoutesWanted | None:
+        kind = self._routed
+        return None if kind is None else RoutesWanted(self._rank, self._world, tuple(range(kind.layers)), packed=False)
+
     # ---- one step
 
     @property
@@ -59,14 +73,20 @@ class FsdpBackend(Backend[MasterAdamW]):
         return self._policy.vocabulary
 
     def _plan(self, batch: Batch) -> LoadedStep:
-        return plan_batch(self._config, batch, self._rank, self._world, self._device)
+        step = plan_batch(self._config, batch, self._rank, self._world, self._device)
+        if self._routes is not None:
+            self._routes.require(step)
+        return step
 
     def _score_step(self, step: LoadedStep) -> StepScores:
         tally, reference_kl = Tally(), {}
         scored = self._algorithm.needs_old_logprobs(self._config.algorithm, self.num_updates)
         for update in range(self._config.train.minibatches):  # every epoch has the same microbatches
             for microbatch in step.microbatches(update):
-                old = self._score(self._policy, microbatch) if scored else None
+                old = None
+                if scored:
+                    with self._during(step, microbatch, tally):
+                        old = self._score(self._policy, microbatch)
                 reference = self._score(self._reference, microbatch) if self._reference is not None else None
                 if not microbatch.loss_tokens:
                     continue
@@ -82,14 +102,16 @@ class FsdpBackend(Backend[MasterAdamW]):
     def _accumulate(self, step: LoadedStep, update: int, advantages: Sequence[float]) -> Tally:
         weights = step.weights(update)
         tally = Tally()
+        first = update == 0 and not step.old  # the weights are still those the step began with
         for microbatch in step.microbatches(update):
-            logprobs_N, entropy_N = self._forward(self._policy, microbatch, self._temperature)
-            if not microbatch.loss_tokens:
-                (logprobs_N.sum() * 0.0).backward()
-                continue
-            if update == 0 and not step.old:  # the weights are still those the step began with
-                step.tally_fidelity(tally, microbatch, logprobs_N.detach().cpu().numpy())
-            self._backward(step, microbatch, (logprobs_N, entropy_N), weights, advantages, tally)
+            with self._during(step, microbatch, tally if first else None):
+                logprobs_N, entropy_N = self._forward(self._policy, microbatch, self._temperature)
+                if not microbatch.loss_tokens:
+                    (logprobs_N.sum() * 0.0).backward()
+                    continue
+                if first:
+                    step.tally_fidelity(tally, microbatch, logprobs_N.detach().cpu().numpy())
+                self._backward(step, microbatch, (logprobs_N, entropy_N), weights, advantages, tally)
         return tally
 
     # ---- weights and state
@@ -135,6 +157,8 @@ class FsdpBackend(Backend[MasterAdamW]):
     def _load(self, *, trainable: bool) -> Policy:
         policy = Policy(load_model(self._config.model.path, self._dtype), self._config.model.path)
         train = self._config.train
+        if trainable:
+            self._follow_routes(policy)
         policy.prepare_layers(recompute=trainable and train.gradient_checkpointing, compile_each=train.compile)
         if not trainable:
             policy.requires_grad_(False)
@@ -143,6 +167,17 @@ class FsdpBackend(Backend[MasterAdamW]):
             return policy.to(self._device)
         own_memory(policy.to(self._device))
         return policy
+
+    def _follow_routes(self, policy: Policy) -> None:
+        """Raises `ModelError` if routes are wanted, but the model's cannot be followed."""
+        self._routed = routed_experts(policy.model.config.get_text_config().to_dict())
+        if self._routed is not None and self.routes_wanted is not None:
+            tap = RoutingTap(policy.model, self._routed, compiled=self._config.train.compile)
+            self._routes = PolicyRoutes(tap, replays=self._config.train.routes == "replay")
+
+    def _during(self, step: LoadedStep, microbatch: Microbatch, tally: Tally | None) -> AbstractContextManager[None]:
+        """Around a microbatch's passes through the policy, which then has its routes."""
+        return nullcontext() if self._routes is None else self._routes.during(step, microbatch, tally)
 
     def _forward(self, policy: Policy, microbatch: Microbatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         return policy(microbatch.tokens_BT, microbatch.positions_N, microbatch.targets_N, temperature)

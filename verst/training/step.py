@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from verst.algorithms.aggregate import token_weights
-from verst.algorithms.fidelity import tally_mismatch
+from verst.algorithms.fidelity import tally_fidelity
 from verst.algorithms.losses import LossInputs
 from verst.config.schema import Config, GrpoConfig
 from verst.data.packing import StepPlan, plan_step
 from verst.errors import ModelError
 from verst.observe.metrics import Tally
 from verst.training.microbatch import Microbatch, collate, flat
-from verst.types import NO_VERSION, Batch
+from verst.types import Batch
 
 PerSample = dict[int, NDArray[np.float32]]
 """Values of the loss tokens of each sample, by its index in the batch."""
@@ -84,14 +84,16 @@ class LoadedStep:
         )
 
     def tally_fidelity(self, tally: Tally, microbatch: Microbatch, trainer_N: NDArray[np.float32]) -> None:
-        """Trainer minus behaviour: `mismatch` over tokens sampled at the present version, `stale_mismatch` over older ones."""
+        """Trainer minus behaviour, by the age of each token's version; see `verst.algorithms.fidelity`."""
         samples = self.batch.samples
-        versions_N = np.concatenate([samples[i].versions_T[samples[i].loss_mask_T] for i in microbatch.indices])
-        behaviour_N = self.behaviour(microbatch)
-        present_N = versions_N == self.version
-        stale_N = (versions_N != NO_VERSION) & ~present_N
-        tally_mismatch(tally, trainer_N[present_N], behaviour_N[present_N])
-        tally_mismatch(tally, trainer_N[stale_N], behaviour_N[stale_N], name="stale_mismatch")
+        tally_fidelity(
+            tally,
+            trainer_N,
+            self.behaviour(microbatch),
+            versions_N=np.concatenate([samples[i].versions_T[samples[i].loss_mask_T] for i in microbatch.indices]),
+            samples_N=microbatch.sample_of_token(),
+            version=self.version,
+        )
 
 
 def require_known_tokens(batch: Batch, known: int, path: str) -> None:

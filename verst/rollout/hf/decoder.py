@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 
 from verst.errors import EngineFailure
 from verst.protocols import WeightUpdate
-from verst.rollout.hf.model import SlotModel
+from verst.rollout.hf.model import Passed, SlotModel
 from verst.rollout.hf.prompts import HeldPrompts
+from verst.rollout.hf.routes import SlotRoutes, on_host
 from verst.rollout.hf.sampling import RowSampling, sample, uniforms
 from verst.rollout.hf.slots import SlotTable
 from verst.rollout.hf.stop_strings import StopStrings
@@ -37,6 +39,8 @@ class Decoder:
         self._model, self._model_path = model, model_path
         self._table = SlotTable(model.rows, model.max_tokens)
         self._held = HeldPrompts(model.rows)
+        self.routed_experts = None if model.tap is None else model.tap.kind
+        self._routes = None if self.routed_experts is None else SlotRoutes(model.rows, model.max_tokens, self.routed_experts)
         self._copies: dict[int, tuple[int, int]] = {}  # target slot: source slot and length, of copies still to be made
         self._stop_ids = model.stop_ids()
         self._stop_strings: StopStrings | None = None
@@ -85,7 +89,7 @@ class Decoder:
         ended: list[Generation] = []
         for slot, request in enumerate(self._table.requests):
             if request is not None and (chosen is None or request.id in chosen):
-                ended.append(self._table.finish(slot, FinishReason.ABORT))
+                ended.append(self._end(slot, FinishReason.ABORT))
         kept: deque[GenerateRequest] = deque()
         for request in self.waiting:
             if chosen is None or request.id in chosen:
@@ -121,7 +125,10 @@ class Decoder:
         self._model.resume_memory()
 
     def _refill(self) -> None:
-        """Computes the keys and values of running sequences anew, but for the newest token's, which the next step computes."""
+        """Computes the keys and values of running sequences anew, but for the newest token's, which the next step computes.
+
+        The routes of this pass are dropped: its tokens led to the next ones on those that are known.
+        """
         table = self._table
         for slot, request in enumerate(table.requests):
             if request is not None:
@@ -140,7 +147,11 @@ class Decoder:
         rows = self._model.rows_for(int(np.flatnonzero(table.active_S)[-1]) + 1)
         self.decode_steps += 1
         # The newest token is not in the cache yet: that is what this step is for.
-        return self._model.decode(table.newest_S[:rows], table.length_S[:rows] - 1, table.active_S[:rows])
+        passed = self._model.decode(table.newest_S[:rows], table.length_S[:rows] - 1, table.active_S[:rows])
+        if self._routes is not None and passed.experts_NLK is not None:
+            active = np.flatnonzero(table.active_S)
+            self._routes.expect(active, table.generated_S[active] - 1, passed.experts_NLK)
+        return passed.logits
 
     def _close_gaps(self) -> None:
         """Moves the last sequences into free slots below, as nobody waits to fill them."""
@@ -153,6 +164,8 @@ class Decoder:
             return
         self._model.cache.copy(sources, targets, int(table.length_S[sources].max()))
         for source, target in zip(sources, targets, strict=True):
+            if self._routes is not None:
+                self._routes.move(source, target, int(table.generated_S[source]))
             table.move(source, target)
             self._held.move(source, target)
         self._sampling = None
@@ -166,26 +179,29 @@ class Decoder:
             prompt = request.tokens_T.tobytes()
             slot = next((slot for slot in free if self._held.holds(slot, prompt)), free[0])
             free.remove(slot)
-            admitted[slot] = self._fill(slot, request, prompt)
+            admitted[slot], experts_PLK = self._fill(slot, request, prompt)
+            if self._routes is not None and experts_PLK is not None:
+                self._routes.admit(slot, experts_PLK)
             self._table.admit(slot, request, (*self._stop_ids, *request.sampling.stop_token_ids))
             self._sampling = None
         self._copy_prompts()
         return admitted
 
-    def _fill(self, slot: int, request: GenerateRequest, prompt: bytes) -> torch.Tensor:
+    def _fill(self, slot: int, request: GenerateRequest, prompt: bytes) -> Passed:
         """Brings the prompt into the slot: it may be there, or will be copied from a slot that holds it, or is computed."""
         found = self._held.find(prompt)
         if found is None:
             if any(source == slot for source, _ in self._copies.values()):
                 self._copy_prompts()  # before the prefill overwrites what they read
-            logits = self._model.prefill(request.tokens_T, slot)
+            logits, experts_PLK = self._model.prefill(request.tokens_T, slot)
+            passed = Passed(logits, None if experts_PLK is None else on_host(experts_PLK))
             self.prefill_tokens += len(request.tokens_T)
         else:
-            source, logits = found
+            source, passed = found
             if source != slot and not self._held.holds(slot, prompt):
                 self._copies[slot] = (self._copies[source][0] if source in self._copies else source, len(request.tokens_T))
-        self._held.put(slot, prompt, logits)
-        return logits
+        self._held.put(slot, prompt, passed)
+        return passed
 
     def _copy_prompts(self) -> None:
         """Makes the copies noted so far, together: one by one their launches would take longer than the decoding."""
@@ -217,6 +233,8 @@ class Decoder:
         tokens, logprobs = sample(logits, self._sampling, drawn)
         # One transfer, the only wait for the device in a step; float64 holds both exactly.
         both = torch.stack((tokens.double(), logprobs.double())).cpu().numpy()
+        if self._routes is not None:
+            self._routes.settle()
         active = np.flatnonzero(table.active_S)
         if not np.isfinite(both[1, active]).all():
             raise EngineFailure(f"the logits of policy version {self.version} are not finite")
@@ -231,9 +249,18 @@ class Decoder:
             stopped[index] = self._stop_string_ended(int(active[index]))
         full = table.length_S[active] >= table.limit_S[active]
         return [
-            table.finish(int(active[index]), FinishReason.STOP if stopped[index] else FinishReason.LENGTH)
+            self._end(int(active[index]), FinishReason.STOP if stopped[index] else FinishReason.LENGTH)
             for index in np.flatnonzero(stopped | full)
         ]
+
+    def _end(self, slot: int, reason: FinishReason) -> Generation:
+        """Frees the slot; returns what it generated, with the routes that were asked for."""
+        request = self._table.requests[slot]
+        assert request is not None
+        generation = self._table.finish(slot, reason)
+        if self._routes is None or request.routes_from is None:
+            return generation
+        return replace(generation, experts_RLK=self._routes.take(slot, len(generation.tokens_T), request.routes_from))
 
     def _stop_string_ended(self, slot: int) -> bool:
         request = self._table.requests[slot]

@@ -35,9 +35,10 @@ class HFEngine:
 
     `deterministic`: a sequence's tokens and log-probabilities depend, bit for bit, on weights, tokens and seed alone; without it a step
     computes only the rows in use. `dtype` is "float32" or "bfloat16"; `threads` are CPU threads of the decode thread (None: as it is).
+    `record_routes`: records the expert routes of a Mixture-of-Experts model; it changes nothing for a dense one.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a setting of the run
         self,
         model_path: str,
         *,
@@ -46,11 +47,13 @@ class HFEngine:
         max_running: int,
         max_model_tokens: int,
         deterministic: bool,
+        record_routes: bool = False,
         threads: int | None = None,
         version: int = 0,
     ) -> None:
         self._path, self._dtype, self._device = model_path, dtype, device
         self._slots, self._max_tokens, self._deterministic, self._threads = max_running, max_model_tokens, deterministic, threads
+        self._record_routes = record_routes
         self._version = version
         self._thread: DecodeThread | None = None
         self._decoder: Decoder | None = None
@@ -106,7 +109,7 @@ class HFEngine:
 
     @property
     def routed_experts(self) -> RoutedExperts | None:
-        return None
+        return None if self._decoder is None else self._decoder.routed_experts
 
     @property
     def weight_ranks(self) -> int:
@@ -177,6 +180,7 @@ class HFEngine:
             slots=self._slots,
             max_tokens=self._max_tokens,
             exact=self._deterministic,
+            record_routes=self._record_routes,
         )
         self._decoder = Decoder(model, self._path, self._version)
 

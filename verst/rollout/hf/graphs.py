@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 class _Recording:
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor
-    output: torch.Tensor
+    outputs: tuple[torch.Tensor, ...]
 
 
 class ForwardGraphs:
@@ -45,7 +45,9 @@ class ForwardGraphs:
         self._recordings.clear()
         self._pool = None
 
-    def run(self, key: Hashable, function: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, key: Hashable, function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         """`function(inputs)`; `inputs` are on the CPU and go to the device."""
         if not self.enabled:
             return function(inputs.to(self._device))
@@ -62,9 +64,9 @@ class ForwardGraphs:
                 return function(inputs.to(self._device))
         recording.inputs.copy_(inputs, non_blocking=True)
         recording.graph.replay()
-        return recording.output.clone()
+        return tuple(output.clone() for output in recording.outputs)
 
-    def _record(self, function: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> _Recording:
+    def _record(self, function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], inputs: torch.Tensor) -> _Recording:
         # Once outside the graph, and on another stream as recording demands: kernels are loaded, lasting memory is allocated.
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -73,6 +75,6 @@ class ForwardGraphs:
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = function(inputs)
+            outputs = function(inputs)
         self._pool = graph.pool()
-        return _Recording(graph, inputs, output)
+        return _Recording(graph, inputs, outputs)

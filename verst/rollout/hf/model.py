@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from verst.errors import EngineFailure, ModelError
 from verst.rollout.hf.attention import NAME, DecodePlan, attended_lengths, decoding, register
 from verst.rollout.hf.cache import SlotCache
 from verst.rollout.hf.graphs import ForwardGraphs
+from verst.routing.records import expert_dtype
+from verst.routing.tap import RoutingTap, tap_of
 from verst.weights.offload import Offload, own_memory, return_unused
 
 _LAYERS_SUPPORTED = {"full_attention", "sliding_attention"}
@@ -30,10 +32,21 @@ _LONGEST_RECORDED = 1024  # tokens of a prompt; a longer one keeps the device bu
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.3}  # relative; a wrong mask or position gives about 1
 
 
+class Passed(NamedTuple):
+    """What a forward pass gives."""
+
+    logits: torch.Tensor
+    """`[V]` after a prompt, `[R, V]` after a decoding step."""
+    experts_NLK: torch.Tensor | None = None
+    """The routes of the N tokens that were its inputs, if they are recorded."""
+
+
 class SlotModel:
     """Prefill and decode of one model on one device. Not thread-safe: everything runs in the engine's decode thread."""
 
-    def __init__(self, path: str, dtype: torch.dtype, device: torch.device, *, slots: int, max_tokens: int, exact: bool) -> None:
+    def __init__(
+        self, path: str, dtype: torch.dtype, device: torch.device, *, slots: int, max_tokens: int, exact: bool, record_routes: bool = False
+    ) -> None:
         """Loads and checks the model. Raises `ModelError` if the directory is no model, `EngineFailure` if its type does not work."""
         self.device, self.slots, self.max_tokens, self.exact = device, slots, max_tokens, exact
         self.model = _load(path, dtype, device)
@@ -50,14 +63,15 @@ class SlotModel:
         if exact and device.type == "cuda":
             # As the trainer's deterministic algorithms do: in bfloat16 another attention kernel alone is worth 0.2 of a log-probability.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        self._check_on_this_machine()
+        self.tap: RoutingTap | None = None
+        self._check_on_this_machine(record_routes)
 
     @property
     def recordings(self) -> int:
         return len(self._graphs)
 
     @torch.inference_mode()
-    def prefill(self, tokens_T: NDArray[np.int32], slot: int) -> torch.Tensor:
+    def prefill(self, tokens_T: NDArray[np.int32], slot: int) -> Passed:
         """Fills a slot with one prompt; returns the logits `[V]` that follow it. Bits depend on weights and prompt alone."""
         self._use_experts(self._prefill_experts)
         count = len(tokens_T)
@@ -65,17 +79,20 @@ class SlotModel:
         inputs[0], inputs[1] = slot, count - 1
         inputs[2 : count + 2] = torch.tensor(tokens_T)
         if count > _LONGEST_RECORDED:
-            return self._prefill(inputs.to(self.device))
-        return self._graphs.run(("prefill", len(inputs)), self._prefill, inputs)
+            logits, *experts = self._prefill(inputs.to(self.device))
+        else:
+            logits, *experts = self._graphs.run(("prefill", len(inputs)), self._prefill, inputs)
+        return Passed(logits, *(experts_NLK[:count] for experts_NLK in experts))
 
-    def _prefill(self, inputs: torch.Tensor) -> torch.Tensor:
+    def _prefill(self, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`inputs`: slot, place of the last token, tokens and what fills them up (later places, so no token attends to it)."""
         self.cache.aim_prefill(inputs[:1])
         tokens = inputs[None, 2:]
         positions = torch.arange(tokens.shape[1], device=inputs.device)[None]
-        return self._forward(
+        logits, *experts = self._recorded(
             input_ids=tokens, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=inputs[1:2]
-        )[0, 0]
+        )
+        return logits[0, 0], *experts
 
     def _prefill_length(self, count: int) -> int:
         """A recording is of one length, so on a GPU prompts are filled up to one of a few."""
@@ -84,7 +101,7 @@ class SlotModel:
         return int(attended_lengths(np.array([count - 1]), self.max_tokens, exact=True)[0])
 
     @torch.inference_mode()
-    def decode(self, tokens_R: NDArray[np.integer[Any]], filled_R: NDArray[np.int64], active_R: NDArray[np.bool_]) -> torch.Tensor:
+    def decode(self, tokens_R: NDArray[np.integer[Any]], filled_R: NDArray[np.int64], active_R: NDArray[np.bool_]) -> Passed:
         """One token on the first R slots; returns the logits `[R, V]` that follow.
 
         `filled_R` counts the positions a slot holds, which is where the token goes. Rows that are not active compute nothing of use
@@ -96,15 +113,16 @@ class SlotModel:
         own = attended_lengths(positions, self.max_tokens, exact=self.exact, rounded=self._graphs.enabled)
         lengths = tuple(sorted({int(length) for length in own}))
         inputs = torch.from_numpy(np.stack((tokens_R, positions, targets, own)))
-        return self._graphs.run((len(positions), lengths), partial(self._decode, lengths=lengths), inputs)
+        return Passed(*self._graphs.run((len(positions), lengths), partial(self._decode, lengths=lengths), inputs))
 
-    def _decode(self, inputs_4R: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def _decode(self, inputs_4R: torch.Tensor, lengths: Sequence[int]) -> tuple[torch.Tensor, ...]:
         tokens, positions, targets, own = inputs_4R
         self.cache.aim_decode(targets)
         with decoding(DecodePlan(positions, own, lengths, self.model.dtype)):
-            return self._forward(input_ids=tokens[:, None], position_ids=positions[:, None], past_key_values=self.cache, use_cache=True)[
-                :, -1
-            ]
+            logits, *experts = self._recorded(
+                input_ids=tokens[:, None], position_ids=positions[:, None], past_key_values=self.cache, use_cache=True
+            )
+        return logits[:, -1], *experts
 
     def rows_for(self, needed: int) -> int:
         """How many rows a step computes that needs the first `needed`: all in exact mode, so that shapes never vary."""
@@ -151,6 +169,14 @@ class SlotModel:
     def _forward(self, **inputs: Any) -> torch.Tensor:
         return self.model(**inputs).logits
 
+    def _recorded(self, **inputs: Any) -> tuple[torch.Tensor, ...]:
+        """Logits, and the routes `[N, L, K]` of all input tokens if they are recorded."""
+        if self.tap is None:
+            return (self._forward(**inputs),)
+        with self.tap.recording() as choices:
+            logits = self._forward(**inputs)
+        return logits, choices.live().to(getattr(torch, expert_dtype(self.tap.kind.experts).name))
+
     def _use_experts(self, implementation: str | None) -> None:
         """Chooses how experts are computed, in deterministic mode only.
 
@@ -173,14 +199,21 @@ class SlotModel:
         return EngineFailure(f"model type {self.type!r} does not work with the hf engine: {why}. Use another engine or model")
 
     @torch.inference_mode()
-    def _check_on_this_machine(self) -> None:
-        """Compares the slot cache with the model's own attention, and one sequence alone with the same in every row."""
+    def _check_on_this_machine(self, record_routes: bool) -> None:
+        """Compares the slot cache with the model's own attention, and one sequence alone with the same in every row.
+
+        In between it finds the routers, where the model is still as it was loaded.
+        """
         tokens = np.random.default_rng(0).integers(0, self.vocab_size, min(8, self.max_tokens), dtype=np.int32)
         try:
             expected = self._own_attention(tokens)
+            if record_routes:
+                self.tap = tap_of(self.model, self.model.config.get_text_config().to_dict())
             self._switch_attention()
             alone = self._teacher_forced(tokens, filled=(0,))[0]
             crowd = self._teacher_forced(tokens, filled=range(self.rows))
+        except ModelError as error:
+            raise EngineFailure(str(error)) from error
         except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise self._unsupported(f"a trial decode raised {type(error).__name__}: {error}") from error
         difference = ((alone - expected).norm() / expected.norm()).item()
@@ -208,11 +241,11 @@ class SlotModel:
         active = np.zeros(self.rows, np.bool_)
         active[list(filled)] = True
         half = (len(tokens_T) + 1) // 2
-        logits = self.prefill(tokens_T[:half], filled[0]).expand(self.rows, -1)
+        logits = self.prefill(tokens_T[:half], filled[0]).logits.expand(self.rows, -1)
         if others := filled[1:]:
             self.cache.copy([filled[0]] * len(others), others, half)
         for position in range(half, len(tokens_T)):
-            logits = self.decode(np.full(self.rows, tokens_T[position]), np.full(self.rows, position, np.int64), active)
+            logits = self.decode(np.full(self.rows, tokens_T[position]), np.full(self.rows, position, np.int64), active).logits
         return logits.float()
 
 

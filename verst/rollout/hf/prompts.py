@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from verst.rollout.hf.model import Passed
 
 
 class HeldPrompts:
@@ -10,21 +10,21 @@ class HeldPrompts:
 
     def __init__(self, slots: int) -> None:
         self._prompt_of: list[bytes | None] = [None] * slots
-        self._logits: dict[bytes, torch.Tensor] = {}  # what follows the prompt, [V]
+        self._passed: dict[bytes, Passed] = {}  # the prompt's pass
 
-    def find(self, prompt: bytes) -> tuple[int, torch.Tensor] | None:
-        """A slot that holds the prompt, and the logits that follow it."""
-        logits = self._logits.get(prompt)
-        return None if logits is None else (self._prompt_of.index(prompt), logits)
+    def find(self, prompt: bytes) -> tuple[int, Passed] | None:
+        """A slot that holds the prompt, and what its pass gave: the logits that follow it and the routes of its tokens."""
+        passed = self._passed.get(prompt)
+        return None if passed is None else (self._prompt_of.index(prompt), passed)
 
     def holds(self, slot: int, prompt: bytes) -> bool:
         return self._prompt_of[slot] == prompt
 
-    def put(self, slot: int, prompt: bytes, logits: torch.Tensor) -> None:
+    def put(self, slot: int, prompt: bytes, passed: Passed) -> None:
         """From now on the slot holds this prompt and no other."""
         self._release(slot)
         self._prompt_of[slot] = prompt
-        self._logits[prompt] = logits
+        self._passed[prompt] = passed
 
     def move(self, source: int, target: int) -> None:
         """The content of `source` now lies in `target`."""
@@ -36,9 +36,9 @@ class HeldPrompts:
     def clear(self) -> None:
         """Forgets everything: what the slots hold comes from weights that are gone."""
         self._prompt_of = [None] * len(self._prompt_of)
-        self._logits.clear()
+        self._passed.clear()
 
     def _release(self, slot: int) -> None:
         prompt, self._prompt_of[slot] = self._prompt_of[slot], None
         if prompt is not None and prompt not in self._prompt_of:
-            self._logits.pop(prompt, None)
+            self._passed.pop(prompt, None)

@@ -16,6 +16,7 @@ from typing import Any
 
 from verst.errors import ConfigError, DeadlineExceeded
 from verst.rollout.sglang.environment import INSTALL, server_environment
+from verst.rollout.sglang.routes import FLAG, MOVES_CACHE
 
 OWNED = {
     "model_path": "model.path",
@@ -36,6 +37,7 @@ OWNED = {
     "enable_metrics": "the engine: it reads them",
     "enable_deterministic_inference": "run.deterministic",
     "skip_server_warmup": "the engine",
+    FLAG: "train.routes",
     "config": "the run file: write the arguments there",
 }
 """Arguments that Verst sets itself, and what decides them."""
@@ -44,16 +46,20 @@ CHECK_DEADLINE_S = 180.0
 _OPTIONAL = {"served_model_name", "admin_api_key", "config", "weight_version"}
 
 
-def check(arguments: Mapping[str, Any], *, device: str = "cpu") -> None:
+def check(arguments: Mapping[str, Any], *, device: str = "cpu", record_routes: bool = False) -> None:
     """Raises `ConfigError` that lists everything wrong: names Verst owns, unknown names with the nearest valid one, bad values.
+
+    With `record_routes` also a release of SGLang that cannot record expert routes, and arguments with which it records wrong ones.
 
     Starts no server. Raises `ConfigError` with the install line if SGLang is not installed.
     """
     refuse_owned(arguments)
+    if record_routes:
+        refuse_unroutable(arguments)
     try:
         done = subprocess.run(
             [sys.executable, "-m", __name__],
-            input=json.dumps(dict(arguments)),
+            input=json.dumps([dict(arguments), record_routes]),
             capture_output=True,
             text=True,
             timeout=CHECK_DEADLINE_S,
@@ -75,6 +81,25 @@ def refuse_owned(arguments: Mapping[str, Any]) -> None:
     owned = [f"rollout.sglang.{name} is set by {OWNED[_plain(name)]}: remove it" for name in arguments if _plain(name) in OWNED]
     if owned:
         raise ConfigError("\n".join(owned))
+
+
+def refuse_unroutable(arguments: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` naming the arguments with which SGLang records the routes of other tokens."""
+    wrong = [
+        f"rollout.sglang.{name}: SGLang would record wrong expert routes: remove it, or set train.routes=ignore"
+        for name, value in arguments.items()
+        if _plain(name) in MOVES_CACHE and value
+    ]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def routes_problem(parser: argparse.ArgumentParser) -> str | None:
+    """Why the SGLang of this parser cannot record expert routes."""
+    option = f"--{FLAG.replace('_', '-')}"
+    if any(option in action.option_strings for action in parser._actions):
+        return None
+    return f"train.routes: the installed SGLang cannot record expert routes, it has no {option}: install 0.5.17 or newer, or set it to ignore"
 
 
 def command_line(parser: argparse.ArgumentParser, arguments: Mapping[str, Any]) -> list[str]:
@@ -164,11 +189,15 @@ def _plain(name: str) -> str:
 
 
 def _main() -> None:
+    arguments, record_routes = json.load(sys.stdin)
+    problems: list[str] = []
     try:
-        command_line(server_parser(), json.load(sys.stdin))
-        problems: list[str] = []
+        parser = server_parser()
+        missing = routes_problem(parser) if record_routes else None
+        problems += [missing] if missing else []
+        command_line(parser, arguments)
     except ConfigError as error:
-        problems = str(error).splitlines()
+        problems += str(error).splitlines()
     sys.stdout.write(json.dumps(problems) + "\n")
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from verst.errors import ConfigError, DeadlineExceeded, EngineFailure, ModelError
 from verst.rollout.sglang.api import ServerApi
-from verst.rollout.sglang.arguments import refuse_owned
+from verst.rollout.sglang.arguments import refuse_owned, refuse_unroutable
 from verst.rollout.sglang.cpu import arguments as cpu_arguments
 from verst.rollout.sglang.plugin import LOADER
+from verst.rollout.sglang.routes import FLAG, MOVES_CACHE, RouteReader
 from verst.rollout.sglang.server import ServerProcess
 
 API_KEY = "VERST_SGLANG_API_KEY"
@@ -43,10 +44,14 @@ class Settings:
     url: str | None
     log: Path
     start_deadline_s: float
+    record_routes: bool = False
 
     def server_arguments(self) -> dict[str, Any]:
         """All arguments of a server of ours: Verst's, the device's, and the user's over those. Raises `ConfigError`."""
         refuse_owned(self.arguments)
+        routes = self.record_routes and RouteReader.of(model_config(self.model_path)) is not None
+        if routes:
+            refuse_unroutable(self.arguments)
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype {self.dtype!r} is none of float32, bfloat16")
         if self.deterministic and self.device == "cpu":
@@ -64,6 +69,7 @@ class Settings:
             "enable_metrics": True,
             "skip_server_warmup": True,
             **({"enable_deterministic_inference": True} if self.deterministic else {}),
+            **({FLAG: True} if routes else {}),
             **(cpu_arguments(2 * self.max_running * room) if self.device == "cpu" else {}),
             "log_level_http": "warning",
             **self.arguments,
@@ -82,7 +88,8 @@ class Connection:
         self.is_open = False
         self.verified = self.has_filters = False
         self.ranks = 1
-        config = _model_config(settings.model_path)
+        config = model_config(settings.model_path)
+        self.reader = RouteReader.of(config) if settings.record_routes else None
         text = config.get("text_config", config)
         self.vocab_size = int(text["vocab_size"])
         self.tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
@@ -146,6 +153,20 @@ class Connection:
             raise EngineFailure(f"SGLang at {self.api.url} has a context of {room} tokens, {settings.max_model_tokens} are needed")
         if info.get("dtype") not in (None, "auto", settings.dtype):
             raise EngineFailure(f"SGLang at {self.api.url} runs in {info['dtype']}, not in {settings.dtype} (model.dtype)")
+        if self.reader is not None:
+            self._require_routes(info)
+
+    def _require_routes(self, info: dict[str, Any]) -> None:
+        if not info.get(FLAG):
+            raise EngineFailure(
+                f"SGLang at {self.api.url} does not record expert routes: start it with --{FLAG.replace('_', '-')}, or set train.routes=ignore"
+            )
+        for name in MOVES_CACHE:
+            if info.get(name):
+                option = name.replace("_", "-")
+                raise EngineFailure(
+                    f"SGLang at {self.api.url} records wrong routes with --{option}: start it without, or set train.routes=ignore"
+                )
 
     async def _watch_process(self, server: ServerProcess) -> None:
         self._ended(await server.ended())
@@ -164,7 +185,7 @@ class Connection:
             await asyncio.sleep(WATCH_INTERVAL_S)
 
 
-def _model_config(path: str) -> dict[str, Any]:
+def model_config(path: str) -> dict[str, Any]:
     file = Path(path) / "config.json"
     try:
         config = json.loads(file.read_text())

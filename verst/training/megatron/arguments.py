@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from verst.algorithms.table import records_routes
 from verst.config.schema import Config
 from verst.errors import ConfigError
 from verst.training.megatron import compat
@@ -107,6 +108,7 @@ def parse(config: Config, arguments: Mapping[str, Any], hf_config: Any, family: 
     vars(args).update({name: value for name, value in _defaults(config).items() if name not in _dests(parser, arguments)} | derived)
     _raise(fits(args, world) + (_not_compiled(args) if config.train.compile else []))
     _validate(args)
+    _raise(_not_replayed(args) if records_routes(config) else [])
     return args
 
 
@@ -195,6 +197,17 @@ def _not_compiled(args: argparse.Namespace) -> list[str]:
         "layers that communicate are not tested with it": args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1,
     }
     return [f"train.compile: {reason}; leave it false with train.backend megatron here" for reason, holds in reasons.items() if holds]
+
+
+def _not_replayed(args: argparse.Namespace) -> list[str]:
+    """Options under which a router would not take, or not keep to, the experts that were recorded."""
+    reasons = {
+        "moe_router_fusion": ("chooses experts in one kernel that takes no recorded ones", args.moe_router_fusion),
+        "moe_expert_capacity_factor": ("drops tokens that were not dropped as they were sampled", args.moe_expert_capacity_factor),
+        "cuda_graph_impl": ("replays the experts of the microbatch that was captured", args.cuda_graph_impl != "none"),
+    }
+    wrong = [(name, reason) for name, (reason, holds) in reasons.items() if args.num_experts and holds]
+    return [f"{_KEY}.{name}: it {reason}: remove it, or set train.routes=ignore" for name, reason in wrong]
 
 
 def _tokens(parser: argparse.ArgumentParser, arguments: Mapping[str, Any], problems: list[str]) -> list[str]:

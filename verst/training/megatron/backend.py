@@ -3,7 +3,8 @@
 A step is the same as with every backend; see `verst.protocols.TrainBackend` for who calls what when. What is particular here:
 
 - Data-parallel ranks have different microbatches. The ranks that share one (tensor, context, pipeline) compute its loss alike; only one of
-  them, in the last pipeline stage, tells of it, so that nothing is counted twice.
+  them, in the last pipeline stage, tells of it, so that nothing is counted twice. Of routes each rank tells: its routers see tokens and
+  layers that no other rank's see.
 - Each token carries its weight in the whole update's loss, so gradients are summed over data- and context-parallel ranks and never
   averaged: every layout has the gradient of one process.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from verst.config.schema import Config
 from verst.errors import ConfigError
 from verst.observe.metrics import Tally
 from verst.protocols import BackendState
+from verst.routing.kinds import routed_experts
 from verst.training.base import Backend
 from verst.training.distributed import device_of, require_group
 from verst.training.loss import policy_loss
@@ -38,10 +40,13 @@ from verst.training.microbatch import split
 from verst.training.model import require_files
 from verst.training.state import RankState
 from verst.training.step import LoadedStep, PerSample, StepScores, kl_estimator, plan_batch
-from verst.types import Batch
+from verst.types import Batch, RoutedExperts, RoutesWanted
 
 _KEEPS_ADDRESSES: Mapping[str, Any] = {"cuda_graph_impl": "none", "nccl_ub": False}
 """Megatron's arguments under which recorded graphs or NCCL hold addresses of parameters and gradients, and their values without that."""
+
+if TYPE_CHECKING:
+    from verst.training.megatron.routes import Routers
 
 OnOutput = Callable[[Packed, torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes a microbatch with its log-probabilities [N] and entropies [N] on the last pipeline stage; returns the loss to go back from."""
@@ -61,11 +66,24 @@ class MegatronBackend(Backend[Any]):
         require_files(Path(config.model.path).expanduser())
         self._hf_config = AutoConfig.from_pretrained(Path(config.model.path).expanduser())
         self._family = family_of(self._hf_config, config.model.path)
+        self._kind = routed_experts(self._hf_config.to_dict())
         self._args = megatron_arguments.parse(config, arguments, self._hf_config, self._family, world)
         self._layout = megatron_arguments.layout_of(self._args)
         join(self._layout, self._device.type, config.train.deadline_s)
         self._place = _Place()
         self._build()
+
+    # ---- routes
+
+    @property
+    def routed_experts(self) -> RoutedExperts | None:
+        return self._kind
+
+    def _routes_wanted(self) -> RoutesWanted | None:
+        """None, too, for a rank whose stages have no layer that routes."""
+        if self._routers is None or not self._routers.layers:
+            return None
+        return RoutesWanted(self._place.data, self._layout.data, self._routers.layers, packed=True)
 
     # ---- one step
 
@@ -74,23 +92,31 @@ class MegatronBackend(Backend[Any]):
         return self._hf_config.vocab_size
 
     def _plan(self, batch: Batch) -> LoadedStep:
-        return plan_batch(self._config, batch, self._place.data, self._layout.data, self._device, packed=True)
+        step = plan_batch(self._config, batch, self._place.data, self._layout.data, self._device, packed=True)
+        if self._routers is not None and self.routes_wanted is not None:
+            self._routers.require(step)
+        return step
 
     def _score_step(self, step: LoadedStep) -> StepScores:
-        scored = self._algorithm.needs_old_logprobs(self._config.algorithm, self.num_updates)
+        routes = Tally()
         for update in range(self._config.train.minibatches):  # every epoch has the same microbatches
             microbatches = self._microbatches(step, update)
-            if scored:
-                step.old |= self._score(self._chunks, microbatches)
+            if self._scores_first:
+                step.old |= self._score(self._chunks, self._with_routes(step, microbatches))
+                self._tally_routes(routes)
             if self._reference is not None:
                 step.reference |= self._score(self._reference, microbatches)
-        return self._scores(step) if self._place.reports else StepScores(Tally(), {})
+        scores = self._scores(step) if self._place.reports else StepScores(Tally(), {})
+        scores.tally.merge(routes)
+        return scores
 
     def _accumulate(self, step: LoadedStep, update: int, advantages: Sequence[float]) -> Tally:
-        tally = Tally()
+        tally, told = Tally(), Tally()
         take = partial(self._loss, step, update, step.weights(update), advantages, tally)
-        self._run(self._chunks, self._microbatches(step, update), take, self._temperature)
-        return tally if self._place.reports else Tally()
+        microbatches = self._with_routes(step, self._microbatches(step, update))
+        self._run(self._chunks, microbatches, take, self._temperature, measured=update == 0 and not self._scores_first)
+        self._tally_routes(told)
+        return told.merge(tally) if self._place.reports else told
 
     # ---- weights and state
 
@@ -149,6 +175,7 @@ class MegatronBackend(Backend[Any]):
             self._chunks = wrap(chunks, config, self._args)
             self._optimizer = MegatronAdamW(self._args, self._chunks, self._config.train, self.num_updates, self._config.run.steps)
             self._optimizer.give_model_its_parameters()
+            self._routers = self._tapped()
             self._reference = None
             if self._algorithm.needs_reference(self._config.algorithm):
                 self._reference = self._loaded_chunks(transformer_config(self._args))
@@ -161,6 +188,14 @@ class MegatronBackend(Backend[Any]):
 
         return build_chunks(config, self._hf_config, self._layout.virtual, self._device, compiled=self._config.train.compile)
 
+    def _tapped(self) -> Routers | None:
+        from verst.training.megatron.routes import Routers
+
+        if self._kind is None:
+            return None
+        replays = self._config.train.routes == "replay"
+        return Routers(self._chunks, self._kind, self._hf_config.to_dict(), replays=replays)
+
     def _settle(self) -> None:
         """Ends the gathering of parameters that overlaps with the next forward, before they are read otherwise."""
         for chunk in self._chunks:
@@ -172,10 +207,34 @@ class MegatronBackend(Backend[Any]):
     def _microbatches(self, step: LoadedStep, update: int) -> list[Packed]:
         return [pack(step.batch.samples, i, self._layout, self._device) for i in step.plan.updates[update].ranks[self._place.data]]
 
+    def _with_routes(self, step: LoadedStep, microbatches: Sequence[Packed]) -> list[Packed]:
+        if self._routers is None or self.routes_wanted is None:
+            return list(microbatches)
+        return [self._routers.lay_out(step, packed) for packed in microbatches]
+
+    def _tally_routes(self, tally: Tally) -> None:
+        if self._routers is not None:
+            self._routers.tally(tally)
+
+    @property
+    def _scores_first(self) -> bool:
+        """Whether the batch is scored before its first update; else that update's forward is the pass that measures."""
+        return self._algorithm.needs_old_logprobs(self._config.algorithm, self.num_updates)
+
     def _run(
-        self, chunks: Sequence[Any], microbatches: Sequence[Packed], take: OnOutput, temperature: float, *, score_only: bool = False
+        self,
+        chunks: Sequence[Any],
+        microbatches: Sequence[Packed],
+        take: OnOutput,
+        temperature: float,
+        *,
+        measured: bool,
+        score_only: bool = False,
     ) -> None:
-        """Drives the microbatches through all stages, and back unless they are only scored. A collective."""
+        """Drives the microbatches through all stages, and back unless they are only scored. A collective.
+
+        `measured`: the policy's routes are compared with those recorded, if there are any.
+        """
         from verst.training.megatron.parallel import schedule
 
         if not microbatches:
@@ -183,7 +242,11 @@ class MegatronBackend(Backend[Any]):
         if self._layout.virtual > 1:  # virtual stages take microbatches in rounds of as many as there are stages
             missing = -len(microbatches) % self._layout.pipeline
             microbatches = [*microbatches, *[pack([], (), self._layout, self._device)] * missing]
-        schedule(chunks, microbatches, take, temperature, self._hf_config.vocab_size, score_only=score_only)
+        around = None
+        if self._routers is not None:
+            self._routers.begin()
+            around = partial(self._routers.during, measured=measured)
+        schedule(chunks, microbatches, take, temperature, self._hf_config.vocab_size, score_only=score_only, around=around)
 
     @torch.no_grad()
     def _score(self, chunks: Sequence[Any], microbatches: Sequence[Packed], temperature: float | None = None) -> PerSample:
@@ -195,7 +258,7 @@ class MegatronBackend(Backend[Any]):
                 found.update(split(logprobs_N.cpu().numpy(), packed))
             return logprobs_N
 
-        self._run(chunks, microbatches, take, temperature or self._temperature, score_only=True)
+        self._run(chunks, microbatches, take, temperature or self._temperature, measured=True, score_only=True)
         return found
 
     def _scores(self, step: LoadedStep) -> StepScores:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from verst.training.megatron.layout import Layout
 from verst.training.microbatch import Microbatch
@@ -24,15 +25,35 @@ _CPU_ROWS = (
 
 
 @dataclass(frozen=True, slots=True)
+class RankRoutes:
+    """Recorded routes of the T tokens of a microbatch that one rank's routers see, in the order they see them."""
+
+    experts_TLK: torch.Tensor
+    """[T, L, K] uint8 or int16, for each layer that routes in this rank's stages. What was filled up has experts 0 to K − 1."""
+    known_N: torch.Tensor
+    """[N] int64, the tokens whose routes were recorded."""
+    ages_N: NDArray[np.int64]
+    """Their ages; see `verst.routing.differences.row_ages`."""
+    free_T: torch.Tensor | None
+    """[T, 1] bool, tokens of sequences without a record, which go where the live router sends them. None: there are none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Packed(Microbatch):
     """`tokens_BT` is [1, T] with all sequences; positions count along T, over all context-parallel ranks."""
 
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] = field(kw_only=True)
     """Tokens of each sequence, what was filled up included. Their sum is T."""
+    rank_routes: RankRoutes | None = field(default=None, kw_only=True)
+    """What this rank's routers of the policy replay; None: they choose."""
+
+    def own_places(self, rank: int, ranks: int) -> NDArray[np.int64]:
+        """[T / ranks], the places along T whose tokens this context-parallel rank holds, in the order it holds them."""
+        return _own_places(self.lengths, rank, ranks)
 
     def local_places(self, rank: int, ranks: int) -> torch.Tensor:
-        """[T / ranks] int64, the places along T whose tokens this context-parallel rank holds, in the order it holds them."""
-        return torch.from_numpy(_local_places(self.lengths, rank, ranks)).to(self.tokens_BT.device)
+        """`own_places` as a tensor beside the tokens."""
+        return torch.from_numpy(self.own_places(rank, ranks)).to(self.tokens_BT.device)
 
 
 def pack(samples: Sequence[Sample], indices: tuple[int, ...], layout: Layout, device: torch.device) -> Packed:
@@ -75,10 +96,10 @@ def _packed(
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
-    return Packed(indices, tensor(tokens)[None], tensor(places), tensor(np.concatenate(targets)), counts, tuple(lengths))
+    return Packed(indices, tensor(tokens)[None], tensor(places), tensor(np.concatenate(targets)), counts, lengths=tuple(lengths))
 
 
-def _local_places(lengths: Sequence[int], rank: int, ranks: int) -> np.ndarray:
+def _own_places(lengths: Sequence[int], rank: int, ranks: int) -> np.ndarray:
     if ranks == 1:
         return np.arange(sum(lengths))
     places, start = [], 0

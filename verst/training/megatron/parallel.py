@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,8 +47,12 @@ def schedule(
     vocabulary: int,
     *,
     score_only: bool,
+    around: Callable[[Any, Packed], AbstractContextManager[None]] | None,
 ) -> None:
-    """Runs Megatron's schedule for this layout. `take` gets each microbatch's scores on the last stage and returns its loss."""
+    """Runs Megatron's schedule for this layout. `take` gets each microbatch's scores on the last stage and returns its loss.
+
+    `around`, if any, is entered around each chunk's forward pass of each microbatch.
+    """
 
     def forward_step(microbatch: Iterator[Packed], model: Any) -> tuple[torch.Tensor, Any]:
         packed = next(microbatch)
@@ -56,7 +61,8 @@ def schedule(
             value = take(packed, scores[0], scores[1].detach())
             return value if non_loss_data else (value, torch.tensor(0, dtype=torch.int), {})
 
-        return forward(model, packed, temperature, vocabulary), loss
+        with around(model, packed) if around else nullcontext():
+            return forward(model, packed, temperature, vocabulary), loss
 
     several = len(chunks) > 1
     with compat.quiet():

@@ -11,8 +11,9 @@ _STAND_INS = ("torchvision", "sgl_kernel")
 
 
 def python_path() -> list[str]:
-    """Directories for the server's PYTHONPATH, one for each package that is not installed."""
-    return [str(_HERE / f"{name}_absent") for name in _STAND_INS if importlib.util.find_spec(name) is None]
+    """Directories for the server's PYTHONPATH: one for each package that is not installed, and one where SGLang finds our plugin."""
+    absent = [str(_HERE / f"{name}_absent") for name in _STAND_INS if importlib.util.find_spec(name) is None]
+    return [*absent, str(_HERE / "plugins")]
 
 
 def environment(ranks: int) -> dict[str, str]:

@@ -151,34 +151,16 @@ def begin(directory: Path, name: str, steps: int, head: str) -> tuple[Path, subp
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_closed_terminal_changes_nothing(tmp_path: Path, head: str):
-    run, process = begin(tmp_path, "left", 40, head)
+def test_a_run_outlives_its_terminal_and_obeys_the_next(tmp_path: Path, head: str):
+    run, process = begin(tmp_path, "left", 400, head)
     process.send_signal(signal.SIGHUP)
     said, _ = process.communicate(timeout=60)
     left_at = step_of(run)
     assert process.returncode == 129, said
-    assert left_at < 40, "the run was over before the terminal was closed"
     assert f"look again with: verst watch {run}" in said
     assert holder_of(run) is not None
-    watching = start("watch", run)
-    seen, _ = watching.communicate(timeout=DEADLINE_S)
-    assert watching.returncode == 0, seen
-    assert "(following process " in seen
-    assert f"step {left_at + 1:>2}/40" in seen
-    assert "step 40/40" in seen
-    assert seen.rstrip().endswith("the run is done: all 40 steps")
-    assert JournalReader(run / "journal").index.last_commit == 40
-    assert holder_of(run) is None
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_resume_takes_a_living_run_up_and_its_signals_reach_it(tmp_path: Path, head: str):
-    run, process = begin(tmp_path, "taken", 400, head)
-    process.kill()  # as a lost connection does: no goodbye
-    process.communicate(timeout=60)
-    left_at = step_of(run)
     wait_for(lambda: step_of(run) > left_at)
+    watching = start("watch", run)
     alone = start("resume", run)
     said, _ = alone.communicate(timeout=60)
     assert alone.returncode == 1
@@ -187,17 +169,29 @@ def test_resume_takes_a_living_run_up_and_its_signals_reach_it(tmp_path: Path, h
     assert second.stdout is not None
     while "step " not in (line := second.stdout.readline()):
         assert line, "it ended without a step"
-    second.send_signal(signal.SIGINT)
-    said, _ = second.communicate(timeout=60)
-    assert second.returncode == 130, said
+    second.kill()  # as a lost connection does: no goodbye
+    second.communicate(timeout=60)
+    third = start("resume", run, "--address", head)
+    assert third.stdout is not None
+    while "step " not in (line := third.stdout.readline()):
+        assert line, "it ended without a step"
+    third.send_signal(signal.SIGINT)
+    said, _ = third.communicate(timeout=60)
+    assert third.returncode == 130, said
     assert f"stopped; continue with: verst resume {run}" in said
     stopped_at = step_of(run)
     assert stopped_at < 400
-    third = start("resume", run, "--address", "auto", f"run.steps={stopped_at + 1}", RAY_ADDRESS=head)
-    said, _ = third.communicate(timeout=DEADLINE_S)
-    assert third.returncode == 0, said
+    seen, _ = watching.communicate(timeout=DEADLINE_S)
+    assert "(following process " in seen
+    assert f"step {left_at:>3}/400" in seen
+    assert f"the run is not alive; step {stopped_at} of 400" in seen, seen
+    last = start("resume", run, "--address", "auto", f"run.steps={stopped_at + 1}", RAY_ADDRESS=head)
+    said, _ = last.communicate(timeout=DEADLINE_S)
+    assert last.returncode == 0, said
     assert f"run.steps: 400 -> {stopped_at + 1}" in said
     assert step_of(run) == stopped_at + 1
+    assert JournalReader(run / "journal").index.last_commit == stopped_at + 1
+    assert holder_of(run) is None
 
 
 @pytest.mark.slow

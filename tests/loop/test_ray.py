@@ -45,12 +45,8 @@ async def test_weights_read_from_the_trainers_reach_engines_on_the_same_device(t
         "train": {"groups_per_step": 4, "threads": 1, "lr": 1e-3, "ranks": 2},
         "checkpoint": {"every_steps": 2},
     }
-    digest: list[list[str]] = []
-    for transport, placement in (("shared", SHARED), ("file", None)):
-        run = named(tmp_path, model, transport, values | {"weights": {"transport": transport}})
-        await RunService(str(run.run.root), spawn, placement).run()
-        assert max(run.metric("mismatch/probe")) < 1e-5
-        assert max(run.metric("mismatch/abs_max")) < 1e-5
-        digest.append(digests(run))
-    assert len(digest[0]) == 4
-    assert digest[0] == digest[1]
+    run = named(tmp_path, model, "shared", values | {"weights": {"transport": "shared"}})
+    await RunService(str(run.run.root), spawn, SHARED).run()
+    assert len(set(digests(run))) == 4
+    assert max(run.metric("mismatch/probe")) < 1e-5
+    assert max(run.metric("mismatch/abs_max")) < 1e-5  # of tokens that those weights generated

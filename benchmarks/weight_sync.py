@@ -99,7 +99,7 @@ class Sync:
         """One optimizer step, so that every version differs from the one before."""
         backend = self.trainer.backend
         samples = tuple(random_sample(i, 256, self._vocabulary, version, self._rng) for i in range(2))
-        self.trainer.load_batch(encode_batch(Batch(version, (0, 1), samples)))
+        self.trainer.load_batch(encode_batch(Batch(version, (0, 1), samples)), None)
         for update in range(backend.num_updates):
             backend.forward_backward(update, [1.0, -1.0])
             backend.optimizer_step(update)

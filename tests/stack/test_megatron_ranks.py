@@ -107,7 +107,9 @@ FAMILIES = sorted({c.family for c in (*TWO.values(), *FOUR.values())})
 def config_of(paths: Mapping[str, str], chosen: Case) -> Config:
     kl = {"kl_coefficient": 0.1} if chosen.family == "llama_tied" else {}  # which keeps a reference model
     return make_config(
-        paths[chosen.family], train={"lr": 1e-3, "microbatch_tokens": 40, "routes": "ignore", **chosen.train}, algorithm={"name": "grpo", **kl}
+        paths[chosen.family],
+        train={"lr": 1e-3, "microbatch_tokens": 40, "routes": "ignore", **chosen.train},
+        algorithm={"name": "grpo", **kl},
     )
 
 

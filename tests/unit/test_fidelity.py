@@ -218,7 +218,13 @@ DENSE = {"num_hidden_layers": 2}
 
 @pytest.mark.parametrize(
     ("about", "routes", "algorithm", "lines"),
-    [(MOE, "ignore", "grpo", 1), (MOE, "record", "grpo", 1), (MOE, "replay", "grpo", 0), (DENSE, "ignore", "grpo", 0), (MOE, "ignore", "sft", 0)],
+    [
+        (MOE, "ignore", "grpo", 1),
+        (MOE, "record", "grpo", 1),
+        (MOE, "replay", "grpo", 0),
+        (DENSE, "ignore", "grpo", 0),
+        (MOE, "ignore", "sft", 0),
+    ],
 )
 def test_only_a_model_with_experts_that_samples_can_miss_its_routes(
     tmp_path: Path, about: dict[str, Any], routes: str, algorithm: str, lines: int

@@ -157,7 +157,12 @@ async def test_a_dense_model_and_an_engine_that_need_not_record_do_nothing(tmp_p
 
 @pytest.mark.parametrize(
     ("changes", "records"),
-    [({}, True), ({"train": {"routes": "record"}}, True), ({"train": {"routes": "ignore"}}, False), ({"algorithm": {"name": "sft"}}, False)],
+    [
+        ({}, True),
+        ({"train": {"routes": "record"}}, True),
+        ({"train": {"routes": "ignore"}}, False),
+        ({"algorithm": {"name": "sft"}}, False),
+    ],
 )
 def test_what_a_run_file_says_about_recording(tmp_path: Path, changes: dict[str, Any], records: bool):
     config = Config.model_validate({"model": {"path": "m"}, "data": {"path": "d"}, "run": {"steps": 1}} | changes)

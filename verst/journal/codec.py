@@ -137,7 +137,7 @@ def decode_batch(buffer: bytes | memoryview) -> Batch:
     """The batch in `buffer`. Raises `JournalError` if it holds anything else."""
     table, meta = _read(buffer, BATCH_SCHEMA)
     ids, groups, rewards = (table.column(name).to_pylist() for name in ("id", "group", "reward"))
-    arrays = _token_views(table, _BATCH_COLUMNS)
+    arrays: dict[str, Any] = _token_views(table, _BATCH_COLUMNS)
     samples = tuple(
         Sample(id=ids[i], group=groups[i], reward=rewards[i], **{name: views[i] for name, views in arrays.items()})
         for i in range(table.num_rows)
@@ -174,7 +174,7 @@ def _route_views(table: pa.RecordBatch, packed: Sequence[list[Any] | None]) -> l
             views.append(None)
         else:
             shape, dtype, digest = about
-            experts = np.ndarray(shape, dtype, value.as_buffer()) if math.prod(shape) else np.zeros(shape, dtype)
+            experts: Any = np.ndarray(shape, dtype, value.as_buffer()) if math.prod(shape) else np.zeros(shape, dtype)
             views.append(Routes(experts, digest))
     return views
 

@@ -21,9 +21,9 @@ from verst.data.stream import PromptStream, eval_prompts
 from verst.errors import ConfigError, ExtensionError, ModelError
 from verst.rewards import shipped as rewards
 from verst.rewards.spec import RewardSpec
-from verst.routing.kinds import routed_experts
 from verst.rollout import environments
 from verst.rollout.environments import environment_factory
+from verst.routing.kinds import routed_experts
 from verst.runtime.extensions import Extensions
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")

@@ -99,7 +99,9 @@ def routes_problem(parser: argparse.ArgumentParser) -> str | None:
     option = f"--{FLAG.replace('_', '-')}"
     if any(option in action.option_strings for action in parser._actions):
         return None
-    return f"train.routes: the installed SGLang cannot record expert routes, it has no {option}: install 0.5.17 or newer, or set it to ignore"
+    return (
+        f"train.routes: the installed SGLang cannot record expert routes, it has no {option}: install 0.5.17 or newer, or set it to ignore"
+    )
 
 
 def command_line(parser: argparse.ArgumentParser, arguments: Mapping[str, Any]) -> list[str]:

@@ -159,7 +159,8 @@ class Connection:
     def _require_routes(self, info: dict[str, Any]) -> None:
         if not info.get(FLAG):
             raise EngineFailure(
-                f"SGLang at {self.api.url} does not record expert routes: start it with --{FLAG.replace('_', '-')}, or set train.routes=ignore"
+                f"SGLang at {self.api.url} does not record expert routes: start it with --{FLAG.replace('_', '-')}, "
+                "or set train.routes=ignore"
             )
         for name in MOVES_CACHE:
             if info.get(name):

@@ -145,7 +145,13 @@ def config_of(model: Path, dtype: str, **train: Any) -> Config:
             "model": {"path": str(model), "dtype": dtype},
             "data": {"max_prompt_tokens": LENGTH},
             "rollout": {"group_size": 2, "max_new_tokens": NEW_TOKENS},
-            "train": {"groups_per_step": SEQUENCES // 2, "microbatch_tokens": 2 * (LENGTH + NEW_TOKENS), "lr": 1e-4, **train},
+            "train": {
+                "groups_per_step": SEQUENCES // 2,
+                "microbatch_tokens": 2 * (LENGTH + NEW_TOKENS),
+                "lr": 1e-4,
+                "routes": "ignore",  # every side routes by itself, or nothing would be compared
+                **train,
+            },
         }
     )
 

@@ -69,4 +69,6 @@ def test_sglang_generates_and_megatron_trains(tmp_path: Path, make: Callable[[Pa
         rows[-1]["engine/server_generated_tokens"] >= 2 * 16
     )  # what SGLang counts: three steps of 16 completions, the last report after two
     assert rows[-1]["rollout/failed"] == 0
+    replayed = {1.0} if make is mixture else {None}  # the experts that SGLang recorded, read at Megatron's dispatcher
+    assert {row.get("routes/replayed") for row in rows} == replayed
     assert (result.model / "model.safetensors").exists()

@@ -12,10 +12,10 @@ import transformers
 
 from tests.unit.fsdp_cases import VOCABULARY, write_model
 from verst.config.schema import Config
-from verst.data.packing import plan_step, samples_of_rank
 from verst.routing.records import routes_of
+from verst.runtime.batching import routes_for
 from verst.training.megatron.backend import MegatronBackend
-from verst.types import NO_VERSION, Batch, RoutedExperts, Routes, Sample
+from verst.types import NO_VERSION, Batch, RoutedExperts, Sample
 
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -101,20 +101,6 @@ def with_routes(batch: Batch, kind: RoutedExperts) -> Batch:
 
 def delivered(batch: Batch, backend: MegatronBackend, config: Config) -> Batch:
     """What one rank is given of a batch: the routes of its own samples and layers."""
-    wanted, own, layers = backend.routes_wanted, (), []
-    if wanted is not None:
-        plan = plan_step(
-            [len(s.tokens_T) for s in batch.samples],
-            [s.group for s in batch.samples],
-            minibatches=config.train.minibatches,
-            epochs=config.train.epochs,
-            ranks=wanted.ranks,
-            microbatch_tokens=config.train.microbatch_tokens,
-            packed=wanted.packed,
-        )
-        own, layers = samples_of_rank(plan, wanted.rank), list(wanted.layers)
-
-    def cut(index: int, routes: Routes | None) -> Routes | None:
-        return Routes(routes.experts_TLK[:, layers], routes.digest) if routes is not None and index in own else None
-
-    return replace(batch, samples=tuple(replace(s, routes=cut(i, s.routes)) for i, s in enumerate(batch.samples)))
+    wanted = backend.routes_wanted
+    own = {} if wanted is None else routes_for(batch, wanted, config.train)
+    return replace(batch, samples=tuple(replace(s, routes=own.get(i)) for i, s in enumerate(batch.samples)))

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from verst.config.schema import TrainConfig
 from verst.errors import ConfigError, InvariantViolation
+from verst.types import Sample
 
 Microbatch = tuple[int, ...]
 """Indices of the samples of one forward, longest first. Empty: this rank has none left and runs a dummy forward."""
@@ -73,6 +75,19 @@ def plan_step(
     held = sum(cost(m, lengths) for m in forwards)
     share = 1 - sum(lengths) / held if held else 0.0
     return StepPlan(tuple(parts) * epochs, share)
+
+
+def plan_samples(samples: Sequence[Sample], train: TrainConfig, *, ranks: int, packed: bool) -> StepPlan:
+    """`plan_step` for the samples of a batch. Whoever plans the same batch with the same arguments gets the same plan."""
+    return plan_step(
+        [len(s.tokens_T) for s in samples],
+        [s.group for s in samples],
+        minibatches=train.minibatches,
+        epochs=train.epochs,
+        ranks=ranks,
+        microbatch_tokens=train.microbatch_tokens,
+        packed=packed,
+    )
 
 
 def samples_of_rank(plan: StepPlan, rank: int) -> tuple[int, ...]:

@@ -9,11 +9,12 @@ from dataclasses import replace
 import numpy as np
 
 from verst.algorithms.table import algorithm_for
-from verst.config.schema import AlgorithmConfig
+from verst.config.schema import AlgorithmConfig, TrainConfig
+from verst.data.packing import plan_samples, samples_of_rank
 from verst.errors import RoutesRefused
 from verst.observe.metrics import Tally
 from verst.routing.records import require_routes
-from verst.types import NO_VERSION, Batch, Group, RoutedExperts, Sample, Status, Trajectory
+from verst.types import NO_VERSION, Batch, Group, RoutedExperts, Routes, RoutesWanted, Sample, Status, Trajectory
 
 
 def unusable(group: Group, min_members: int) -> str | None:
@@ -57,6 +58,14 @@ def assemble(step: int, groups: Sequence[Group]) -> Batch:
         for t in g.trainable
     )
     return Batch(step, tuple(g.seq for g in groups), samples)
+
+
+def routes_for(batch: Batch, wanted: RoutesWanted, train: TrainConfig) -> dict[int, Routes]:
+    """What one trainer rank replays, by the index of the sample: the routes of its own samples, in its own layers."""
+    own = samples_of_rank(plan_samples(batch.samples, train, ranks=wanted.ranks, packed=wanted.packed), wanted.rank)
+    found = {i: batch.samples[i].routes for i in own}
+    layers = list(wanted.layers)
+    return {i: Routes(routes.experts_TLK[:, layers], routes.digest) for i, routes in found.items() if routes is not None}
 
 
 def advantages(batch: Batch, options: AlgorithmConfig, reference_kl: Mapping[int, float]) -> list[float]:

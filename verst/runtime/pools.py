@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verst.config.schema import Config
-from verst.data.packing import plan_step, samples_of_rank
 from verst.errors import CheckpointError, ConfigError
 from verst.journal.codec import decode_group, encode_batch, encode_routes
 from verst.observe.metrics import Tally, merged
 from verst.runtime.actors import Worker
+from verst.runtime.batching import routes_for
 from verst.runtime.wait import GRACE_S, gather_named, within
 from verst.runtime.workers import Probe, Pulled, Scores, TrainerFacts, rolling_deadline_s
-from verst.types import Batch, Group, Manifest, Prompt, RoutedExperts, Routes, RoutesWanted
+from verst.types import Batch, Group, Manifest, Prompt, RoutedExperts, RoutesWanted
 
 if TYPE_CHECKING:
     from verst.weights.group import GroupAddress
@@ -42,8 +42,16 @@ class Trainers:
         """How the model routes, if recorded routes are needed."""
 
     async def _all(self, method: str, *args: Any, deadline_s: float | None = None, grace_s: float | None = None) -> list[Any]:
+        return await self._each(method, [args] * len(self._workers), deadline_s=deadline_s, grace_s=grace_s)
+
+    async def _each(
+        self, method: str, args: Sequence[tuple[Any, ...]], *, deadline_s: float | None = None, grace_s: float | None = None
+    ) -> list[Any]:
+        """As `_all`, with arguments of its own for each rank."""
         limit = deadline_s or self._deadline_s
-        calls = {(who := f"{w.name}: {method}"): within(w.call(method, *args), limit, who) for w in self._workers}
+        calls = {
+            (who := f"{w.name}: {method}"): within(w.call(method, *own), limit, who) for w, own in zip(self._workers, args, strict=True)
+        }
         return await gather_named(calls, grace_s=grace_s or GRACE_S)
 
     async def _first(self, method: str, *args: Any) -> Any:
@@ -63,11 +71,7 @@ class Trainers:
         """Hands every rank the batch, through the object store, with the routes that it needs, and merges what they learned from it."""
         encoded = self._put(encode_batch(batch))
         routes = self._routes(batch)
-        calls = {
-            (who := f"{w.name}: load_batch"): within(w.call("load_batch", encoded, routes.get(wanted)), self._deadline_s, who)
-            for w, wanted in zip(self._workers, self._wanted, strict=True)
-        }
-        scores = await gather_named(calls, grace_s=GRACE_S)
+        scores = await self._each("load_batch", [(encoded, routes.get(wanted)) for wanted in self._wanted])
         return Scores(merged(s.tally for s in scores), {i: kl for s in scores for i, kl in s.reference_kl.items()})
 
     def _routes(self, batch: Batch) -> dict[RoutesWanted | None, Any]:
@@ -76,19 +80,7 @@ class Trainers:
         for wanted in self._wanted:
             if wanted is None or wanted in found:
                 continue
-            plan = plan_step(
-                [len(s.tokens_T) for s in batch.samples],
-                [s.group for s in batch.samples],
-                minibatches=self._train.minibatches,
-                epochs=self._train.epochs,
-                ranks=wanted.ranks,
-                microbatch_tokens=self._train.microbatch_tokens,
-                packed=wanted.packed,
-            )
-            own = {i: batch.samples[i].routes for i in samples_of_rank(plan, wanted.rank)}
-            layers = list(wanted.layers)
-            kept = {i: Routes(routes.experts_TLK[:, layers], routes.digest) for i, routes in own.items() if routes is not None}
-            found[wanted] = self._put(encode_routes(kept))
+            found[wanted] = self._put(encode_routes(routes_for(batch, wanted, self._train)))
         return found
 
     async def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:

@@ -44,8 +44,9 @@ class Backend(ABC, Generic[Optimizer]):
         return self._config.train.minibatches * self._config.train.epochs
 
     @property
+    @abstractmethod
     def routed_experts(self) -> RoutedExperts | None:
-        return None
+        """See `verst.protocols.TrainBackend`."""
 
     @property
     def routes_wanted(self) -> RoutesWanted | None:
@@ -135,6 +136,11 @@ class Backend(ABC, Generic[Optimizer]):
     @abstractmethod
     def _vocabulary(self) -> int:
         """Tokens the model knows."""
+
+    @property
+    def _scores_first(self) -> bool:
+        """Whether the batch is scored before its first update; else that update's forward is the pass that measures."""
+        return self._algorithm.needs_old_logprobs(self._config.algorithm, self.num_updates)
 
     @abstractmethod
     def _routes_wanted(self) -> RoutesWanted | None:

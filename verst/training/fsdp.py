@@ -80,11 +80,10 @@ class FsdpBackend(Backend[MasterAdamW]):
 
     def _score_step(self, step: LoadedStep) -> StepScores:
         tally, reference_kl = Tally(), {}
-        scored = self._algorithm.needs_old_logprobs(self._config.algorithm, self.num_updates)
         for update in range(self._config.train.minibatches):  # every epoch has the same microbatches
             for microbatch in step.microbatches(update):
                 old = None
-                if scored:
+                if self._scores_first:
                     with self._during(step, microbatch, tally):
                         old = self._score(self._policy, microbatch)
                 reference = self._score(self._reference, microbatch) if self._reference is not None else None

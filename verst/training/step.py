@@ -14,7 +14,7 @@ from verst.algorithms.aggregate import token_weights
 from verst.algorithms.fidelity import tally_fidelity
 from verst.algorithms.losses import LossInputs
 from verst.config.schema import Config, GrpoConfig
-from verst.data.packing import StepPlan, plan_step
+from verst.data.packing import StepPlan, plan_samples
 from verst.errors import ModelError
 from verst.observe.metrics import Tally
 from verst.training.microbatch import Microbatch, collate, flat
@@ -114,14 +114,4 @@ def kl_estimator(config: Config) -> Any:
 
 def plan_batch(config: Config, batch: Batch, rank: int, world: int, device: torch.device, *, packed: bool = False) -> LoadedStep:
     """Plans a batch. Every rank makes the same plan and keeps the whole batch, of which it computes its own microbatches."""
-    train = config.train
-    plan = plan_step(
-        [len(s.tokens_T) for s in batch.samples],
-        [s.group for s in batch.samples],
-        minibatches=train.minibatches,
-        epochs=train.epochs,
-        ranks=world,
-        microbatch_tokens=train.microbatch_tokens,
-        packed=packed,
-    )
-    return LoadedStep(config, batch, rank, device, plan)
+    return LoadedStep(config, batch, rank, device, plan_samples(batch.samples, config.train, ranks=world, packed=packed))

@@ -216,11 +216,6 @@ class MegatronBackend(Backend[Any]):
         if self._routers is not None:
             self._routers.tally(tally)
 
-    @property
-    def _scores_first(self) -> bool:
-        """Whether the batch is scored before its first update; else that update's forward is the pass that measures."""
-        return self._algorithm.needs_old_logprobs(self._config.algorithm, self.num_updates)
-
     def _run(
         self,
         chunks: Sequence[Any],

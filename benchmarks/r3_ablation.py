@@ -141,6 +141,7 @@ class Run:
         self._stream = PromptStream(open_source(data, None), data, seed=arm.seed, split="train")
         self._seq = 0
         self._weights = Path(tempfile.mkdtemp(dir=scratch))
+        self._probe_T = np.zeros(2, np.int32)
 
     async def start(self) -> None:
         await self._rollout.start(True)
@@ -180,7 +181,7 @@ class Run:
         for old in self._weights.iterdir():
             old.unlink()
         rounded = ((name, tensor.to(torch.bfloat16)) for name, tensor in self._backend.weights())
-        await self._rollout.pull(publish(version, rounded, self._weights), None)
+        await self._rollout.pull(publish(version, rounded, self._weights), self._probe_T)
 
 
 def shifted(batch: Batch) -> Batch:

@@ -3,17 +3,20 @@
     python benchmarks/weight_sync.py [--shape 1.7b] [--backend megatron] [--engine sglang] [--transport group] [--repeats 8]
 
 With two GPUs the trainer has the first, the server the second (NCCL); with one they share it (`--transport shared`: CUDA IPC); without,
-all is on CPUs (gloo). Parts and calls are a run's: `TrainerWorker` publishes and sends, an engine pauses, receives, verifies every tensor,
-answers the probe and resumes; there is no Ray. Before each push one optimizer step changes the weights.
+all is on CPUs (gloo). Parts and calls are a run's: `TrainerWorker` publishes and sends, an engine pauses, receives, verifies every tensor
+and resumes, then both score the probe; there is no Ray. Before each push one optimizer step changes the weights.
 
     sync_gb_s   bytes of a version / seconds in which the engine's ranks receive it, copy it into the model and hash it; for the hf engine
-                seconds in which the trainer sends it
+                seconds for which it stands still
     link_gb_s   bytes / seconds of bare broadcasts of 512 MiB between the same devices, in this run (null if they share one)
     share       sync_gb_s / link_gb_s
-    pause_ms    from the end of the optimizer step to the first token of a request that the engine answers with the verified version: hash,
-                a record on disk, transfer, load, verify, probe, prefill
+    pause_ms    from the end of the optimizer step to the first token that may be used: of a request that the engine answers with the
+                verified version, once the probe was compared
+    stopped_ms  for how long the engine stands still
 
-Each is a median over the pushes after `--warmup`. `phases_ms` splits `pause_ms`. The last line is one JSON object.
+Each is a median over the pushes after `--warmup`. `phases_ms` has the parts of `pause_ms`: hash (`publish`), a record on disk (`commit`), the
+push until the engine runs again (`stopped`), and from then on, side by side, its first token, its probe and the trainer's. The last line is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -114,41 +118,45 @@ class Sync:
         if profile:
             pstats.Stats(profile).sort_stats("cumulative").print_stats(30)
         assert published is not None
-        manifest, logprobs_T = published
+        manifest = published.manifest
         times["publish"] = time.perf_counter()
         self._commit(manifest)
         times["commit"] = time.perf_counter()
-        sending = asyncio.create_task(self._send(manifest))
-
-        async def verdict() -> None:
-            times["push"] = time.perf_counter()
-            difference = compare_probe(logprobs_T, await self.engine.logprobs(self.probe_T))
-            check_probe(difference, self.config.weights.probe_limit, version)
-            times["difference"] = difference
-
+        sending = asyncio.create_task(self._send(manifest, times))
         update = GroupUpdate(manifest, BUCKET_BYTES, DEADLINE_S)
-        await push(self.engine, update, deadline_s=DEADLINE_S, before_resume=verdict)
-        times["probe"] = time.perf_counter()
-        sent_s = await sending
+        await push(self.engine, update, deadline_s=DEADLINE_S)
+        times["stopped"] = time.perf_counter()
+        engine_T, _ = await asyncio.gather(self._engine_probe(times), self._first_token(version, times))
+        difference = compare_probe(await sending, engine_T)
+        check_probe(difference, self.config.weights.probe_limit, version)
+        times["pause"] = time.perf_counter()
+        nbytes = sum(entry.nbytes for entry in manifest.entries)
+        stats = self.engine.stats()
+        received = {f"{name}_s": stats[f"weights_{name}_s"] for name in ("receive", "load") if f"weights_{name}_s" in stats}
+        return phases(times) | received | {"nbytes": float(nbytes), "difference": difference}
+
+    async def _first_token(self, version: int, times: dict[str, float]) -> None:
         request = GenerateRequest(f"first/{version}", self.probe_T[:16], Sampling(max_new_tokens=1), 0)
         generation = await self.engine.generate(request)
         if generation.versions_T.tolist() != [version]:
             raise SystemExit(f"the first token after the push is of version {generation.versions_T.tolist()}, not {version}")
         times["first_token"] = time.perf_counter()
-        nbytes = sum(entry.nbytes for entry in manifest.entries)
-        stats = self.engine.stats()
-        received = {f"{name}_s": stats[f"weights_{name}_s"] for name in ("receive", "load") if f"weights_{name}_s" in stats}
-        return phases(times) | received | {"sent_s": sent_s, "nbytes": float(nbytes), "difference": times["difference"]}
+
+    async def _engine_probe(self, times: dict[str, float]) -> NDArray[np.float32]:
+        logprobs_T = await self.engine.logprobs(self.probe_T)
+        times["engine_probe"] = time.perf_counter()
+        return logprobs_T
 
     def _commit(self, manifest: Manifest) -> None:
         """What a commit costs: a record on disk."""
         self._records.write(f"{manifest.version} {manifest.digest}\n".encode())
         os.fsync(self._records.fileno())
 
-    async def _send(self, manifest: Manifest) -> float:
-        start = time.perf_counter()
-        await asyncio.to_thread(self.trainer.send, manifest)
-        return time.perf_counter() - start
+    async def _send(self, manifest: Manifest, times: dict[str, float]) -> NDArray[np.float32]:
+        """The trainer's half: the broadcast and its probe."""
+        logprobs_T = await asyncio.to_thread(self.trainer.send, manifest, self.probe_T)
+        times["sent_and_probed"] = time.perf_counter()
+        return logprobs_T
 
     async def close(self) -> None:
         await self.engine.close()
@@ -157,9 +165,10 @@ class Sync:
 
 
 def phases(times: dict[str, float]) -> dict[str, float]:
-    names = ("start", "publish", "commit", "push", "probe", "first_token")
-    found = {f"{name}_s": times[name] - times[before] for before, name in itertools.pairwise(names)}
-    return found | {"pause_s": times["first_token"] - times["start"]}
+    """Seconds: of what comes one after the other, and of what begins with the commit (the trainer) or the resumption (the engine)."""
+    found = {f"{name}_s": times[name] - times[before] for before, name in itertools.pairwise(("start", "publish", "commit", "stopped"))}
+    found |= {f"{name}_s": times[name] - times["stopped"] for name in ("first_token", "engine_probe")}
+    return found | {"sent_and_probed_s": times["sent_and_probed"] - times["commit"], "pause_s": times["pause"] - times["start"]}
 
 
 # ---- the link
@@ -236,7 +245,7 @@ def main() -> None:
         link_s = None if options.transport == "shared" else link(options.link_bytes)
         pushes = asyncio.run(measure(options, directory))
     middle = {name: median(push[name] for push in pushes) for name in pushes[0]}
-    sync_s = middle["nbytes"] / middle.get("receive_s", middle["sent_s"])
+    sync_s = middle["nbytes"] / middle.get("receive_s", middle["stopped_s"])
     print(
         json.dumps(
             {
@@ -245,6 +254,7 @@ def main() -> None:
                 "link_gb_s": link_s and link_s / 1e9,
                 "share": link_s and sync_s / link_s,
                 "pause_ms": 1e3 * middle["pause_s"],
+                "stopped_ms": 1e3 * middle["stopped_s"],
                 "phases_ms": {name.removesuffix("_s"): 1e3 * middle[name] for name in middle if name.endswith("_s")},
                 "gib": middle["nbytes"] / 2**30,
                 "probe_difference": max(push["difference"] for push in pushes),

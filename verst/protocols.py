@@ -125,7 +125,7 @@ class Engine(Protocol):
     async def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
         """Log-probability of each token given those before it, at temperature 1, by a prefill; entry 0 is 0.
 
-        May be called while paused: it is the probe that compares engine and trainer before a version serves.
+        May be called while paused. It is the probe that compares engine and trainer as soon as a version serves.
         """
         ...
 

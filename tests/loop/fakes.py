@@ -20,7 +20,8 @@ from verst.observe.limits import FidelityWatch
 from verst.observe.metrics import Tally
 from verst.runtime.lease import Lease
 from verst.runtime.pools import Replicas, Trainers
-from verst.runtime.workers import Pulled, Scores
+from verst.runtime.transfer import Brought
+from verst.runtime.workers import Published, Scores
 from verst.types import FinishReason, Group, Manifest, Message, Prompt, RoutedExperts, Status, Trajectory, Turn
 
 
@@ -104,9 +105,9 @@ class FakeTrainers:
         self.events.append(f"optimizer {self._batch.step}.{update}")
         return Tally()
 
-    async def publish(self, version: int, location: str | None, probe_T: Any) -> tuple[Manifest, Any]:
+    async def publish(self, version: int, location: str | None, probe_T: Any) -> Published:
         self.events.append(f"publish {version}")
-        return Manifest(version, location or "", (), " ".join(map(str, self.trained))), np.zeros(3, np.float32)
+        return Published(Manifest(version, location or "", (), " ".join(map(str, self.trained))), np.zeros(3, np.float32))
 
     async def release_memory(self, *, weights: bool) -> None:
         self.events.append(f"trainers release {'all' if weights else 'state'}")
@@ -184,12 +185,17 @@ class FakeParts:
         self.events.append(f"evaluate {self.serving}")
         return {"eval/reward": 0.5}
 
-    async def bring(self, manifest: Manifest, probe: Any) -> Pulled:
-        self.events.append(f"pull {manifest.version}")
+    async def bring(self, published: Published, probe_T: Any) -> Brought:
+        version = published.manifest.version
+        self.events.append(f"pull {version}")
         await asyncio.sleep(self.pull_s)
-        self.serving = manifest.version
-        self.events.append(f"serve {manifest.version}")
-        return Pulled(0.0, {})
+        self.serving = version
+        self.events.append(f"serve {version}")
+        await self.verdict(version)
+        return Brought(0.0, {})
+
+    async def verdict(self, version: int) -> None:
+        """What the probe finds once a version serves."""
 
     # observer
     def note(self, line: str) -> None:
@@ -210,7 +216,7 @@ class FakeParts:
 
     def generated(self, group: Group) -> None: ...
 
-    def published(self, version: int, pulled: Pulled) -> None: ...
+    def published(self, version: int, brought: Brought) -> None: ...
 
     def checkpoint_failed(self, step: int, error: CheckpointError) -> None:
         self.note(f"checkpoint of step {step}: {error}")

@@ -12,13 +12,14 @@ import pytest
 
 from tests.loop.fakes import FakeParts, FakeStream, config, group
 from verst.config.schema import Config
-from verst.errors import DataError, DeadlineExceeded, EngineFailure, InvariantViolation
+from verst.errors import DataError, DeadlineExceeded, EngineFailure, InvariantViolation, TrainingDiverged
 from verst.journal.codec import encode_group
 from verst.runtime.loop import Loop
 from verst.runtime.parts import Parts
 from verst.runtime.recovery import Cursor, JournaledBatch, Restored
-from verst.runtime.workers import Pulled
-from verst.types import Message, Prompt
+from verst.runtime.transfer import Brought
+from verst.runtime.workers import Published
+from verst.types import Group, Message, Prompt
 
 
 def loop_of(cfg: Config, parts: FakeParts, restored: Restored | None = None) -> Loop:
@@ -45,13 +46,41 @@ async def test_the_commit_is_durable_before_the_engines_see_the_version(tmp_path
     committed: list[int] = []
     pull = parts.bring
 
-    async def checked_pull(manifest: Any, probe: Any) -> Pulled:
+    async def checked_pull(published: Published, probe_T: Any) -> Brought:
         committed.append(parts.journal.index.last_commit)
-        return await pull(manifest, probe)
+        return await pull(published, probe_T)
 
     parts.bring = checked_pull
     await run(config(), parts)
     assert committed == [0, 1, 2, 3]  # version v is pulled when commit v is in the journal
+
+
+async def test_what_was_generated_before_the_probe_was_compared_is_held_back(tmp_path: Path):
+    """Engines serve a version as soon as its checksums match. If the probe then disagrees, nothing of it is in the journal."""
+    cfg = config(rollout={"group_size": 2, "capacity_groups": 4})
+    rolled_on: dict[int, int] = {}
+    later = asyncio.Event()
+
+    async def roll(seq: int, version: int) -> Group:
+        while version == 0 and seq >= 2 and parts.serving == 0:  # beside the first step's training; it ends on the next version
+            await asyncio.sleep(0.001)
+        rolled_on[seq] = parts.serving
+        if parts.serving == 1:
+            later.set()
+        return group(seq, version)
+
+    async def verdict(version: int) -> None:
+        if version == 1:
+            await later.wait()
+            await asyncio.sleep(0.05)  # time enough to accept what must not be accepted
+            raise TrainingDiverged("version 1: trainer and engine disagree")
+
+    parts = FakeParts(cfg, tmp_path, roll)
+    parts.verdict = verdict
+    with pytest.raises(TrainingDiverged, match="version 1"):
+        await run(cfg, parts)
+    assert {seq for seq, version in rolled_on.items() if version == 1}
+    assert set(parts.journal.index.groups) == {seq for seq, version in rolled_on.items() if version == 0}
 
 
 async def test_slots_are_freed_only_after_the_verified_pull(tmp_path: Path):

@@ -18,7 +18,7 @@ from verst.observe.sinks import read_rows
 from verst.observe.spans import Spans
 from verst.runtime import observer as module
 from verst.runtime.observer import Observer
-from verst.runtime.workers import Pulled
+from verst.runtime.transfer import Brought
 from verst.types import NO_VERSION
 
 
@@ -69,7 +69,7 @@ def test_a_step_generated_again_has_its_new_speed(tmp_path: Path):
 
 def test_a_probe_is_shown_with_its_version(observer: Observer, tmp_path: Path):
     observer.step(1, [], {}, Spans())
-    observer.published(1, Pulled(0.25, {"generated_tokens": 7.0}))
+    observer.published(1, Brought(0.25, {"generated_tokens": 7.0}))
     observer.step(2, [], {}, Spans())
     first, second = rows_of(tmp_path)
     assert "mismatch/probe" not in first  # none was measured, which is not 0

@@ -7,33 +7,45 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from verst.config.schema import Config
-from verst.errors import WeightMismatch
+from verst.errors import TrainingDiverged, WeightMismatch
 from verst.runtime.placement import Placement
 from verst.runtime.transfer import Transfer
-from verst.runtime.workers import GROUP, Probe, Pulled
+from verst.runtime.workers import GROUP, Published, Pulled
 from verst.types import Manifest
 
-PROBE = Probe(np.zeros(1, np.int32), np.zeros(1, np.float32), 0.1)
+PROBE_T = np.array([3, 1, 2], np.int32)
+TRAINER_T = np.array([0.0, -1.0, -2.0], np.float32)
+BY_FILE = Published(Manifest(1, "", (), ""), TRAINER_T)
+BY_GROUP = Published(Manifest(1, GROUP, (), ""))
 
 
 class Side:
-    """Trainers and replicas at once; records what is asked of them. The first `wrong` pulls find a mismatch."""
+    """Trainers and two replicas at once; records what is asked of them. The first `wrong` pulls find a mismatch.
 
-    def __init__(self, wrong: int = 0) -> None:
+    The second replica's log-probabilities of the probe differ from the trainer's by `off`.
+    """
+
+    def __init__(self, wrong: int = 0, off: float = 0.0625) -> None:
         self.events: list[Any] = []
         self._wrong = wrong
+        self._off = off
 
-    async def pull(self, manifest: Manifest, probe: Probe) -> Pulled:
+    async def pull(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> list[Pulled]:
+        assert probe_T is PROBE_T
         self.events.append("pull")
         if self._wrong:
             self._wrong -= 1
             raise WeightMismatch("1 different: scale")
-        return Pulled(0.5, {})
+        stats = [{"generated_tokens": 3.0, "weights_load_s": 0.5}, {"generated_tokens": 4.0, "weights_load_s": 0.25}]
+        return [Pulled(TRAINER_T, stats[0]), Pulled(TRAINER_T + np.array([0, self._off, 0], np.float32), stats[1])]
 
-    async def send(self, manifest: Manifest) -> None:
+    async def send(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> NDArray[np.float32]:
+        assert probe_T is PROBE_T
         self.events.append("send")
+        return TRAINER_T
 
     async def weight_ranks(self) -> list[int]:
         return [1, 2, 1]
@@ -56,7 +68,9 @@ async def test_a_file_is_pulled_and_nothing_else_happens():
     side = Side()
     by_file = transfer(side)
     await by_file.open("run")
-    assert (await by_file.bring(Manifest(1, "", (), ""), PROBE)).difference == 0.5
+    brought = await by_file.bring(BY_FILE, PROBE_T)
+    assert brought.difference == 0.0625 / 2  # the mean over two tokens, of the replica that is further off
+    assert brought.stats == {"generated_tokens": 7.0, "weights_load_s": 0.5}
     assert (side.events, by_file.location) == (["pull"], "somewhere")
 
 
@@ -65,7 +79,7 @@ async def test_a_version_that_did_not_arrive_whole_is_brought_again_whole(transp
     side = Side(wrong=1)
     by_group = transfer(side, transport)
     await by_group.open("run")
-    assert (await by_group.bring(Manifest(1, GROUP, (), ""), PROBE)).difference == 0.5
+    assert (await by_group.bring(BY_GROUP, PROBE_T)).difference == 0.0625 / 2
     met = [("run/0", 5, transport == "shared"), ("the address",), ("the address", [1, 2, 4])]
     assert side.events == [*met, "pull", "send", "pull", "send"]
 
@@ -73,8 +87,14 @@ async def test_a_version_that_did_not_arrive_whole_is_brought_again_whole(transp
 async def test_after_two_failures_it_is_told():
     side = Side(wrong=2)
     with pytest.raises(WeightMismatch, match="after 2 whole pushes the engines are left paused: 1 different: scale"):
-        await transfer(side).bring(Manifest(1, "", (), ""), PROBE)
+        await transfer(side).bring(BY_FILE, PROBE_T)
     assert side.events == ["pull", "pull"]
+
+
+@pytest.mark.parametrize(("transport", "published"), [("file", BY_FILE), ("group", BY_GROUP)])
+async def test_a_replica_that_computes_something_else_is_told(transport: str, published: Published):
+    with pytest.raises(TrainingDiverged, match=r"version 1: .* disagree by 0.5 on average .* the limit is 0.1"):
+        await transfer(Side(off=1.0), transport).bring(published, PROBE_T)
 
 
 @pytest.mark.parametrize(("gpus", "location", "met"), [(0.0, "somewhere", []), (0.5, GROUP, [True]), (1.0, GROUP, [False])])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from verst.errors import ConfigError, DeadlineExceeded, InvariantViolation, TrainingDiverged, WeightMismatch
 from verst.protocols import WeightUpdate
@@ -173,6 +174,10 @@ class Recorder:
     async def resume(self) -> None:
         await self._did("resume")
 
+    async def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
+        await self._did("probe")
+        return -tokens_T.astype(np.float32)
+
     async def update_weights(self, update: WeightUpdate) -> Mapping[str, str]:
         await self._did("update")
         self.version = update.manifest.version
@@ -188,14 +193,12 @@ def update(tmp_path: Path) -> FileUpdate:
     return FileUpdate(publish(7, iter(model().items()), tmp_path))
 
 
-async def test_an_engine_serves_only_after_verification_and_probe(update: FileUpdate):
+async def test_an_engine_serves_after_verification_and_nobody_waits_for_the_probe(update: FileUpdate):
     engine: Any = Recorder()
-
-    async def probe() -> None:
-        engine.events.append("probe")
-
-    await push(engine, update, deadline_s=10, before_resume=probe)
-    assert engine.events == ["pause", "update", "probe", "resume"]
+    logprobs_T = await push(engine, update, deadline_s=10, probe_T=np.array([1, 2], np.int32))
+    assert logprobs_T is not None
+    assert logprobs_T.tolist() == [-1.0, -2.0]
+    assert engine.events == ["pause", "update", "resume", "probe"]
     assert engine.version == 7
 
 
@@ -208,35 +211,30 @@ async def test_after_a_failure_the_engine_is_left_paused_until_a_push_succeeds(u
     assert engine.events == ["pause", "update", "pause", "update", "resume"]
 
 
-async def test_a_probe_that_fails_leaves_the_engine_paused(update: FileUpdate):
-    engine: Any = Recorder()
-
-    async def probe() -> None:
-        check_probe(0.5, 0.1, 7)
-
-    with pytest.raises(TrainingDiverged, match="version 7"):
-        await push(engine, update, deadline_s=10, before_resume=probe)
-    assert engine.events == ["pause", "update"]
-
-
 @pytest.mark.parametrize(
     ("slow", "named"),
-    [("pause", "the engine to pause for version 7"), ("update", "load version 7"), ("resume", "the engine to resume with")],
+    [
+        ("pause", "the engine to pause for version 7"),
+        ("update", "load version 7"),
+        ("resume", "the engine to resume with"),
+        ("probe", "the probe of version 7"),
+    ],
 )
 async def test_every_wait_has_a_deadline_that_names_it(update: FileUpdate, slow: str, named: str):
     engine: Any = Recorder(slow=slow)
     with pytest.raises(DeadlineExceeded, match=rf"waited for .*{named}.*: not done within the 0.2 s"):
-        await push(engine, update, deadline_s=0.2)
+        await push(engine, update, deadline_s=0.2, probe_T=np.zeros(1, np.int32))
 
 
 async def test_a_timeout_inside_the_engine_is_not_taken_for_the_deadline(update: FileUpdate):
     engine: Any = Recorder()
 
-    async def probe() -> None:
+    async def resume() -> None:
         raise TimeoutError("the engine's own")
 
+    engine.resume = resume
     with pytest.raises(TimeoutError, match="the engine's own"):
-        await push(engine, update, deadline_s=10, before_resume=probe)
+        await push(engine, update, deadline_s=10)
 
 
 def test_the_probe_is_the_mean_over_the_tokens_that_were_scored():

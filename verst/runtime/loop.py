@@ -35,8 +35,8 @@ from verst.runtime.recovery import Cursor, JournaledBatch, LoopState, Restored
 from verst.runtime.saving import Saver
 from verst.runtime.slots import GroupSlots
 from verst.runtime.wait import within
-from verst.runtime.workers import Probe
-from verst.types import Group, Manifest, Prompt
+from verst.runtime.workers import Published
+from verst.types import Group, Prompt
 
 
 @dataclass
@@ -156,6 +156,7 @@ class Loop:
         while True:
             seq, prompt = await self._admitted.get()
             encoded, group = await self._parts.replicas.roll(seq, prompt, self._algorithm.learns_from)
+            await self._pulled()  # tokens of a version are held back until its probe has been compared
             self._parts.journal.append_group(seq, encoded)
             self._parts.observer.generated(group)
             await self._ready.put(group)
@@ -227,15 +228,15 @@ class Loop:
                 with spans("optimizer"):
                     tally.merge(await trainers.optimizer_step(update))
             with spans("publish"):
-                manifest, probe = await self._publish(step)
+                published = await self._publish(step)
             with spans("commit"):
-                await self._commit(step, manifest.digest, journaled)
+                await self._commit(step, published.manifest.digest, journaled)
             for seq in batch.groups:
                 self._cursors.pop(seq, None)
             with spans("pull_wait"):
                 await self._pulled()
             held = [] if journaled else batch.groups
-            self._pulling = self._tasks.create_task(self._pull(manifest, probe, held))
+            self._pulling = self._tasks.create_task(self._pull(published, held))
             with spans("checkpoint"):
                 await self._saver.after_step(self._state())
         metrics = batching.describe([*groups, *dropped], advantages, step - 1) | tally.report() | {"groups/dropped": float(len(dropped))}
@@ -270,31 +271,32 @@ class Loop:
         await self._pulled()
         self._spans = Spans()
         async with self._parts.lease.training(self._spans):
-            manifest, probe = await self._publish(self.version)
-        await self._pull(manifest, probe, [])
+            published = await self._publish(self.version)
+        await self._pull(published, [])
         if self._config.eval.every_steps and self.version == 0:
             self._parts.observer.evaluation(0, await self._parts.evaluate())
 
-    async def _publish(self, version: int) -> tuple[Manifest, Probe]:
+    async def _publish(self, version: int) -> Published:
         """Hashes the trainer's weights, and writes them where the engines will need them."""
         needed = self._algorithm.learns_from == "policy" or self._evaluates_at(version) or version == self._restored.step
-        tokens = self._parts.probe_tokens
-        manifest, logprobs = await self._parts.trainers.publish(version, self._parts.transfer.location if needed else None, tokens)
-        return manifest, Probe(tokens, logprobs, self._config.weights.probe_limit)
+        return await self._parts.trainers.publish(version, self._parts.transfer.location if needed else None, self._parts.probe_tokens)
 
-    async def _pull(self, manifest: Manifest, probe: Probe, seqs: Sequence[int]) -> None:
-        """All engines load and verify a version; only then are the slots free whose gradient it includes."""
-        if manifest.location:
+    async def _pull(self, published: Published, seqs: Sequence[int]) -> None:
+        """All engines load, verify and serve a version; only then are the slots free whose gradient it includes."""
+        if published.manifest.location:
             async with self._parts.lease.transfer(reads_trainers=self._parts.transfer.reads_trainers):
-                pulled = await self._parts.transfer.bring(manifest, probe)
-            self._parts.observer.published(manifest.version, pulled)
+                brought = await self._parts.transfer.bring(published, self._parts.probe_tokens)
+            self._parts.observer.published(published.manifest.version, brought)
         await self._slots.free(seqs)
 
     async def _pulled(self) -> None:
-        """Waits for the pull in progress, if there is one."""
-        if self._pulling is not None:
-            limit_s = 2 * self._config.weights.deadline_s + 10 + self._parts.lease.hand_over_s
-            await within(asyncio.shield(self._pulling), limit_s, f"engines to pull version {self.version}")
+        """Waits for the pull in progress, if there is one: until its version serves, and its probe was compared."""
+        pulling = self._pulling
+        if pulling is None:
+            return
+        limit_s = 2 * self._config.weights.deadline_s + 10 + self._parts.lease.hand_over_s
+        await within(asyncio.shield(pulling), limit_s, f"engines to pull version {self.version}")
+        if self._pulling is pulling:  # several wait for it, and the next one may have begun
             self._pulling = None
 
     def _evaluates_at(self, version: int) -> bool:

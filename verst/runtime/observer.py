@@ -20,7 +20,7 @@ from verst.observe.terminal import step_line
 from verst.routing.kinds import routed_experts
 from verst.runtime import batching
 from verst.runtime.rundir import RunDirectory
-from verst.runtime.workers import Pulled
+from verst.runtime.transfer import Brought
 from verst.types import Group
 
 _KEPT_LINES = 10_000
@@ -78,10 +78,10 @@ class Observer:
         """A group was made by this process, not found in the journal."""
         self._generated += sum(t.generated_tokens for t in group.trajectories)
 
-    def published(self, version: int, pulled: Pulled) -> None:
+    def published(self, version: int, brought: Brought) -> None:
         """A version serves. Its pull may end after the row of its step is written, so rows name the version."""
-        self._pulled = {"mismatch/probe": pulled.difference, "mismatch/probe_version": float(version)}
-        self._pulled |= {f"engine/{name}": value for name, value in pulled.stats.items()}
+        self._pulled = {"mismatch/probe": brought.difference, "mismatch/probe_version": float(version)}
+        self._pulled |= {f"engine/{name}": value for name, value in brought.stats.items()}
 
     def checkpoint_failed(self, step: int, error: CheckpointError) -> None:
         """A checkpoint could not be written: told at once, and counted in every row from here on."""

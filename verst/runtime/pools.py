@@ -15,7 +15,7 @@ from verst.observe.metrics import Tally, merged
 from verst.runtime.actors import Worker
 from verst.runtime.batching import routes_for
 from verst.runtime.wait import GRACE_S, gather_named, within
-from verst.runtime.workers import Probe, Pulled, Scores, TrainerFacts, rolling_deadline_s
+from verst.runtime.workers import Published, Pulled, Scores, TrainerFacts, rolling_deadline_s
 from verst.types import Batch, Group, Manifest, Prompt, RoutedExperts, RoutesWanted
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Trainers:
         """Only called once every rank finished its backward pass: all ranks step, or none."""
         return merged(await self._all("optimizer_step", update))
 
-    async def publish(self, version: int, location: str | None, probe_T: NDArray[np.int32] | None) -> tuple[Manifest, NDArray[np.float32]]:
+    async def publish(self, version: int, location: str | None, probe_T: NDArray[np.int32]) -> Published:
         return (await self._all("publish", version, location, probe_T))[0]
 
     async def host_group(self, name: str, world: int, *, shared: bool) -> GroupAddress:
@@ -99,8 +99,9 @@ class Trainers:
     async def join_group(self, address: GroupAddress) -> None:
         await self._first("join_group", address)
 
-    async def send(self, manifest: Manifest) -> None:
-        await self._all("send", manifest)
+    async def send(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Sends a version; returns the trainer's log-probabilities of the probe."""
+        return (await self._all("send", manifest, probe_T))[0]
 
     async def release_memory(self, *, weights: bool) -> None:
         await self._all("release_memory", weights)
@@ -179,11 +180,9 @@ class Replicas:
             self._in_flight[index] -= 1
         return encoded, decode_group(encoded)
 
-    async def pull(self, manifest: Manifest, probe: Probe | None) -> Pulled:
-        """Every replica loads and verifies one version. Returns the largest probe difference, and what the engines count in sum."""
-        pulled: list[Pulled] = await self._all("pull", self._config.weights.deadline_s + 5, manifest, probe)
-        stats = {name: (max if name.startswith("weights_") else sum)(p.stats[name] for p in pulled) for name in pulled[0].stats}
-        return Pulled(max(p.difference for p in pulled), stats)
+    async def pull(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> list[Pulled]:
+        """Every replica loads and verifies one version, serves it and scores the probe."""
+        return await self._all("pull", self._config.weights.deadline_s + 5, manifest, probe_T)
 
     async def release_memory(self) -> None:
         await self._all("release_memory", self._config.weights.deadline_s)

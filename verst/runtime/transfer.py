@@ -5,21 +5,35 @@
     shared  trainer rank 0 fills buffers that the engines on its device map (`verst.weights.shared`)
 
 Either way it is verified before it serves, and one that did not arrive whole is brought again whole, once: an engine cannot go back.
+Right after, trainer and engines score the probe; what engines generate before its verdict is held back by the loop.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
 
 from verst.config.schema import Config
 from verst.errors import WeightMismatch
 from verst.runtime.placement import Placement
 from verst.runtime.pools import Replicas, Trainers
 from verst.runtime.wait import gather_named, within
-from verst.runtime.workers import GROUP, Probe, Pulled
-from verst.types import Manifest
+from verst.runtime.workers import GROUP, Published, Pulled
+from verst.weights.push import check_probe, compare_probe
 
 ATTEMPTS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """A version that all replicas serve."""
+
+    difference: float  # largest mean |trainer - engine| of the probe's log-probabilities
+    stats: dict[str, float]  # what the engines count, in sum
 
 
 class Transfer:
@@ -28,6 +42,7 @@ class Transfer:
     def __init__(self, config: Config, placement: Placement, trainers: Trainers, replicas: Replicas, location: str) -> None:
         self._trainers, self._replicas = trainers, replicas
         self._deadline_s = config.weights.deadline_s
+        self._probe_limit = config.weights.probe_limit
         transport = config.weights.transport or _default(placement, config.train.ranks)
         self._by_group, self._shared = transport != "file", transport == "shared"
         self.location = GROUP if self._by_group else location
@@ -46,14 +61,28 @@ class Transfer:
         calls = {"the trainers": self._trainers.join_group(address), "the replicas": self._replicas.join_group(address, firsts)}
         await within(gather_named(calls), self._deadline_s + 20, "trainer and replicas to meet in the weight group")
 
-    async def bring(self, manifest: Manifest, probe: Probe) -> Pulled:
-        """All engines load, verify and serve a version. Raises `WeightMismatch` after `ATTEMPTS`; the engines are left paused then."""
+    async def bring(self, published: Published, probe_T: NDArray[np.int32]) -> Brought:
+        """All engines load, verify and serve a version, and agree with the trainer about the tokens of the probe.
+
+        Raises `WeightMismatch` after `ATTEMPTS`, the engines are left paused then, and `TrainingDiverged` if they do not agree.
+        """
+        pulled, trainer_T = await self._pull(published, probe_T)
+        stats = {name: (max if name.startswith("weights_") else sum)(p.stats[name] for p in pulled) for name in pulled[0].stats}
+        differences = [compare_probe(trainer_T, p.probe_T) for p in pulled]
+        for difference in differences:
+            check_probe(difference, self._probe_limit, published.manifest.version)
+        return Brought(max(differences), stats)
+
+    async def _pull(self, published: Published, probe_T: NDArray[np.int32]) -> tuple[Sequence[Pulled], NDArray[np.float32]]:
+        """What the replicas report, and the trainer's log-probabilities of the probe."""
+        manifest = published.manifest
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                if not self._by_group:
-                    return await self._replicas.pull(manifest, probe)
-                calls = {"the replicas": self._replicas.pull(manifest, probe), "the trainers": self._trainers.send(manifest)}
-                return (await gather_named(calls))[0]
+                if published.probe_T is not None:
+                    return await self._replicas.pull(manifest, probe_T), published.probe_T
+                calls = {"the replicas": self._replicas.pull(manifest, probe_T), "the trainers": self._trainers.send(manifest, probe_T)}
+                pulled, trainer_T = await gather_named(calls)
+                return pulled, trainer_T
             except WeightMismatch as error:
                 if attempt == ATTEMPTS:
                     raise WeightMismatch(f"after {ATTEMPTS} whole pushes the engines are left paused: {error}") from error

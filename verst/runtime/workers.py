@@ -33,12 +33,11 @@ GROUP = "group"
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """The trainer's log-probabilities of a fixed token sequence under the weights just published."""
+class Published:
+    """A version that can be brought to the engines. `probe_T`: the trainer's log-probabilities of the probe, if they are known already."""
 
-    tokens_T: NDArray[np.int32]
-    logprobs_T: NDArray[np.float32]
-    limit: float  # largest mean |trainer - engine| that may serve
+    manifest: Manifest
+    probe_T: NDArray[np.float32] | None = None
 
 
 def turn_limit_s(config: Config) -> float:
@@ -61,7 +60,7 @@ def rolling_deadline_s(config: Config, groups: int, *, shared: bool) -> float:
 class Pulled:
     """What a replica reports with a new version."""
 
-    difference: float  # mean |trainer - engine| of the probe's log-probabilities; 0 without a probe
+    probe_T: NDArray[np.float32]  # the engine's log-probabilities of the probe
     stats: dict[str, float]  # the engine's counters and gauges
 
 
@@ -156,20 +155,13 @@ class RolloutWorker:
             self._rolling -= 1
         return encode_group(await self._scorer.score(group))
 
-    async def pull(self, manifest: Manifest, probe: Probe | None) -> Pulled:
-        """Loads and verifies one version; it serves only if every checksum matches and the probe is within its limit."""
-        from verst.weights.push import check_probe, compare_probe, push
+    async def pull(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> Pulled:
+        """Loads one version, which serves if every checksum matches, and scores the probe with it."""
+        from verst.weights.push import push
 
-        difference = 0.0
-
-        async def verdict() -> None:
-            nonlocal difference
-            if probe is not None:
-                difference = compare_probe(probe.logprobs_T, await self.engine.logprobs(probe.tokens_T))
-                check_probe(difference, probe.limit, manifest.version)
-
-        await push(self.engine, self._update(manifest), deadline_s=self._config.weights.deadline_s, before_resume=verdict)
-        return Pulled(difference, dict(self.engine.stats()))
+        logprobs_T = await push(self.engine, self._update(manifest), deadline_s=self._config.weights.deadline_s, probe_T=probe_T)
+        assert logprobs_T is not None
+        return Pulled(logprobs_T, dict(self.engine.stats()))
 
     def _update(self, manifest: Manifest) -> WeightUpdate:
         from verst.weights.files import FileUpdate
@@ -266,27 +258,27 @@ class TrainerWorker:
     def optimizer_step(self, update: int) -> Tally:
         return self.backend.optimizer_step(update)
 
-    def publish(self, version: int, location: str | None, probe_T: NDArray[np.int32] | None) -> tuple[Manifest, NDArray[np.float32]] | None:
-        """Hashes the weights and, given a location, writes them for the engines. Rank 0 returns manifest and probe log-probabilities.
+    def publish(self, version: int, location: str | None, probe_T: NDArray[np.int32]) -> Published | None:
+        """Hashes the weights and, given a location, writes them for the engines. Rank 0 returns what the engines need.
 
-        A collective: every rank takes part in gathering the tensors.
+        A collective: every rank takes part in gathering the tensors. The call that reads the weights for the engines scores the probe,
+        because their memory may be given up right after it: this one, if it writes a file, else `send`.
         """
         from verst.weights.files import describe, publish
         from verst.weights.location import remove_versions
 
         weights = self.backend.weights()
-        logprobs = np.zeros(0, np.float32) if probe_T is None else self.backend.logprobs(probe_T)
+        manifest: Manifest | None = None
         if self._rank:
             for _ in weights:
                 pass
-            return None
-        if not location:
-            return describe(version, weights), logprobs
-        if location == GROUP:
-            return replace(describe(version, weights), location=GROUP), logprobs
-        manifest = publish(version, weights, location)
-        remove_versions(location, keep={version - 1, version})  # the one before may still be on its way into an engine
-        return manifest, logprobs
+        elif location and location != GROUP:
+            manifest = publish(version, weights, location)
+            remove_versions(location, keep={version - 1, version})  # the one before may still be on its way into an engine
+        else:
+            manifest = replace(describe(version, weights), location=location or "")
+        logprobs_T = self.backend.logprobs(probe_T) if location and location != GROUP else None
+        return None if manifest is None else Published(manifest, logprobs_T)
 
     def host_group(self, name: str, world: int, shared: bool) -> GroupAddress:
         """Opens the place where the weight group meets. Rank 0 only; `join_group` follows."""
@@ -303,8 +295,8 @@ class TrainerWorker:
 
         self._group = enter(self._store, address, SENDER, device=self._device, timeout_s=self._config.weights.deadline_s)
 
-    def send(self, manifest: Manifest) -> None:
-        """Broadcasts the weights that `publish` described, before anything changes them. A collective of the trainer's ranks."""
+    def send(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Broadcasts the weights that `publish` described, before anything changes them, and scores the probe. A collective of the ranks."""
         from verst.weights.group import send
         from verst.weights.layout import BUCKET_BYTES
 
@@ -314,6 +306,7 @@ class TrainerWorker:
                 pass
         else:
             send(self._group, manifest, weights, bucket_bytes=BUCKET_BYTES, deadline_s=self._config.weights.deadline_s)
+        return self.backend.logprobs(probe_T)
 
     def release_memory(self, weights: bool) -> None:
         self.backend.release_memory(weights=weights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -37,24 +37,22 @@ def verify(manifest: Manifest, checksums: Mapping[str, str]) -> None:
 
 
 async def push(
-    engine: Engine,
-    update: WeightUpdate,
-    *,
-    deadline_s: float,
-    before_resume: Callable[[], Awaitable[None]] | None = None,
-) -> None:
-    """Pauses the engine, loads and verifies the update, and resumes it. `deadline_s` limits the whole.
+    engine: Engine, update: WeightUpdate, *, deadline_s: float, probe_T: NDArray[np.int32] | None = None
+) -> NDArray[np.float32] | None:
+    """Pauses the engine, loads and verifies the update, resumes it, and returns its log-probabilities `[T]` of the probe, if there is one.
 
-    `before_resume` is awaited once the weights are verified: the probe. Whatever is raised, the engine is left paused: `WeightMismatch`
-    (push the version again, whole), `DeadlineExceeded` naming what was awaited, or what the engine or `before_resume` raised.
+    `deadline_s` limits the whole. The probe comes after the resumption, so that nobody waits for it: what the engine generates before its
+    verdict (`check_probe`) must be held back. What is raised before, `WeightMismatch` (push the version again, whole), `DeadlineExceeded`
+    naming what was awaited, or what the engine raised, leaves the engine paused.
     """
     version = update.manifest.version
     wait = _Budget(deadline_s)
     await wait.until(engine.pause(), f"the engine to pause for version {version}")
     verify(update.manifest, await wait.until(engine.update_weights(update), f"the engine to load version {version}"))
-    if before_resume is not None:
-        await wait.until(before_resume(), f"the probe of version {version}")
     await wait.until(engine.resume(), f"the engine to resume with version {version}")
+    if probe_T is None:
+        return None
+    return await wait.until(engine.logprobs(probe_T), f"the probe of version {version}")
 
 
 def compare_probe(trainer_logprobs_T: NDArray[np.float32], engine_logprobs_T: NDArray[np.float32]) -> float:

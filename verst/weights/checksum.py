@@ -63,18 +63,31 @@ def start_checksums(tensors: Sequence[torch.Tensor]) -> Callable[[], list[str]]:
 
 
 def hashed(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor, str]]:
-    """Name, tensor and checksum of each; up to `BUCKET_BYTES` of tensors exist and are hashed at a time."""
-    names: list[str] = []
-    some: list[torch.Tensor] = []
+    """Name, tensor and checksum of each. A GPU hashes up to `BUCKET_BYTES` of them while the next ones are made."""
+    under_way: tuple[list[tuple[str, torch.Tensor]], Callable[[], list[str]]] = [], list
+    for some in _by_bytes(tensors):
+        before, checksums = under_way
+        under_way = some, start_checksums([tensor for _, tensor in some])
+        yield from _with(before, checksums())
+    yield from _with(under_way[0], under_way[1]())
+
+
+def _with(tensors: Iterable[tuple[str, torch.Tensor]], checksums: Iterable[str]) -> Iterator[tuple[str, torch.Tensor, str]]:
+    return ((name, tensor, checksum) for (name, tensor), checksum in zip(tensors, checksums, strict=True))
+
+
+def _by_bytes(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Consecutive ones, `BUCKET_BYTES` of them or little more together."""
+    some: list[tuple[str, torch.Tensor]] = []
     nbytes = 0
     for name, tensor in tensors:
-        names.append(name)
-        some.append(tensor)
+        some.append((name, tensor))
         nbytes += tensor.nbytes
         if nbytes >= BUCKET_BYTES:
-            yield from zip(names, some, tensor_checksums(some), strict=True)
-            names, some, nbytes = [], [], 0
-    yield from zip(names, some, tensor_checksums(some), strict=True)
+            yield some
+            some, nbytes = [], 0
+    if some:
+        yield some
 
 
 def _digest(kind: str, sums: NDArray[np.int64]) -> str:

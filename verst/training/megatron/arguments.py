@@ -292,7 +292,7 @@ def _defaults(config: Config) -> dict[str, Any]:
         "transformer_impl": "transformer_engine" if engine else "local",
         "moe_token_dispatcher_type": "alltoall",
         "moe_router_dtype": "fp32",
-        "use_distributed_optimizer": True,
+        "use_distributed_optimizer": config.train.ranks > 1,  # alone it has nothing to share, and copies tensor by tensor
     }
     if not engine:  # kernels that only TransformerEngine or Apex have
         defaults |= {

@@ -64,6 +64,7 @@ class ModelTensors:
             )
         self._key_of = {id(tensor): key for key, tensor in self.local.items()}
         self._splits: dict[Key, tuple[int, int]] = {}
+        self._views: dict[Key, list[torch.Tensor]] = {}
         self._stage = self._stages()
 
     # ---- import
@@ -101,9 +102,15 @@ class ModelTensors:
         tensor = self.local.get(entry.key)
         if tensor is None:
             return None
+        views = self._views.get(entry.key)
+        if views is not None and _same_memory(views[0], tensor):
+            return views
         ranks, _ = self._split(entry, tensor)
         shards = _all_gather(tensor.detach(), _tensor_group(entry.row)) if ranks > 1 else [tensor.detach()]
-        return unshard(entry.row, shards, entry.shapes, self._groups)
+        full = unshard(entry.row, shards, entry.shapes, self._groups)
+        if all(_same_memory(part, tensor) for part in full):
+            self._views[entry.key] = full  # making them anew for every version takes longer than sending them
+        return full
 
     def _experts(self, first: Entry) -> Iterator[tuple[str, torch.Tensor]]:
         ranks = groups.expert().size()
@@ -236,6 +243,10 @@ def _pattern(name: str) -> tuple[str, int, int]:
         elif "experts" in parts and "shared_experts" not in parts and part.startswith("weight") and part != "weight":
             expert, parts[i] = int(part.removeprefix("weight")), "weight{expert}"
     return ".".join(parts), layer, expert
+
+
+def _same_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _is_buffer(row: Row) -> bool:

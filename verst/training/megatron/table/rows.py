@@ -140,17 +140,24 @@ def shard(row: Row, parts: Sequence[torch.Tensor], rank: int, ranks: int, groups
 
 
 def unshard(row: Row, shards: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]], groups: int) -> list[torch.Tensor]:
-    """The inverse of `shard`: full Hugging Face tensors of these shapes from the shards of all ranks, in order."""
+    """The inverse of `shard`: full Hugging Face tensors of these shapes from the shards of all ranks, in order.
+
+    Of one shard they are views, but for queries, keys and values.
+    """
     if row.split == "no":
         return [shards[0]]
     if row.split == "columns":
-        return [torch.cat(list(shards), dim=1)]
+        return [_joined(shards, dim=1)]
     if row.split == "vocabulary":
-        return [torch.cat(list(shards))[: shapes[0][0]]]
+        return [_joined(shards, dim=0)[: shapes[0][0]]]
     ranks = len(shards)
     sizes = [shape[0] // ranks for shape in shapes]
     pieces = [_deinterleave(part, sizes, groups // ranks if row.fuse == "qkv" else 1) for part in shards]
-    return [torch.cat([piece[i] for piece in pieces]) for i in range(len(shapes))]
+    return [_joined([piece[i] for piece in pieces], dim=0) for i in range(len(shapes))]
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 def padded(rows: int, ranks: int) -> int:

@@ -1,9 +1,9 @@
 """What replaying the engine's expert routes in training (R3, arXiv 2510.11370) changes: mismatch, routes, reward and time.
 
-    python benchmarks/r3_ablation.py [--size cpu|gpu] [--seeds 3] [--steps 30] [--updates 1 4] [--out runs/r3_ablation]
+    python benchmarks/r3_ablation.py [--size cpu|gpu|many] [--seeds 3] [--steps 30] [--updates 1 4] [--jobs 1] [--out runs/r3_ablation]
 
-A Mixture-of-Experts model made from scratch (16 experts, 4 for each token) learns the quickstart's task by supervised fine-tuning, routes
-of its own and all in float32. Then GRPO goes on from there with an engine that computes in bfloat16 and a trainer that computes in
+A Mixture-of-Experts model made from scratch (`SIZES`: 4 of 16 experts for each token, or 8 of 128) learns the quickstart's task by
+supervised fine-tuning, routes of its own and all in float32. Then GRPO goes on from there with an engine that computes in bfloat16 and a trainer that computes in
 float32: that is the mismatch of numbers, always the same, to which routers answer by choosing other experts. Each arm has its own
 weights, data order and random numbers by its seed:
 
@@ -26,11 +26,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
@@ -58,10 +60,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ARMS = ("record", "replay", "shifted")
 COLOURS = {"record": "tab:red", "replay": "tab:blue", "shifted": "tab:gray"}
 SIZES: dict[str, dict[str, int]] = {
-    "cpu": {"hidden": 64, "layers": 3, "experts": 16, "expert_width": 32, "groups": 16, "sft_steps": 100},
-    "gpu": {"hidden": 512, "layers": 8, "experts": 64, "expert_width": 256, "groups": 64, "sft_steps": 200},
+    "cpu": {"hidden": 64, "layers": 3, "experts": 16, "chosen": 4, "expert_width": 32, "groups": 16, "sft_steps": 100},
+    "gpu": {"hidden": 256, "layers": 8, "experts": 16, "chosen": 4, "expert_width": 256, "groups": 64, "sft_steps": 300},
+    "many": {"hidden": 256, "layers": 8, "experts": 128, "chosen": 8, "expert_width": 64, "groups": 64, "sft_steps": 300},
 }
-CHOSEN = 4
 
 
 def build_model(directory: Path, size: dict[str, int]) -> Path:
@@ -81,7 +83,7 @@ def build_model(directory: Path, size: dict[str, int]) -> Path:
         num_attention_heads=heads,
         num_key_value_heads=heads,
         num_experts=size["experts"],
-        num_experts_per_tok=CHOSEN,
+        num_experts_per_tok=size["chosen"],
         norm_topk_prob=True,
         max_position_embeddings=256,
         tie_word_embeddings=True,
@@ -195,6 +197,7 @@ def shifted(batch: Batch) -> Batch:
 
 
 async def train_arm(arm: Arm, model: Path, size: dict[str, int], steps: int, scratch: Path, device: str) -> Arm:
+    torch.set_num_threads(1)
     run = Run(arm, model, size, steps, scratch, device)
     await run.start()
     try:
@@ -298,15 +301,20 @@ async def measure(options: argparse.Namespace, scratch: Path) -> tuple[dict[tupl
     size, device = SIZES[options.size], "cuda" if torch.cuda.is_available() else "cpu"
     model = taught(scratch, size)
     times = await time_arms(model, size, options.timed, scratch, device)
-    results: dict[tuple[int, str], Summary] = {}
-    for updates in options.updates:
-        for routes in ARMS:
-            arms = [Arm(routes, updates, seed) for seed in range(options.seeds)]
-            for arm in arms:
-                await train_arm(arm, model, size, options.steps, scratch, device)
-                print(f"{updates} updates, {routes}, seed {arm.seed}: KL {mean(arm.values('mismatch/k3')):.2e}", flush=True)
-            results[updates, routes] = Summary(arms)
+    arms = [Arm(routes, updates, seed) for updates in options.updates for routes in ARMS for seed in range(options.seeds)]
+    given = (model, size, options.steps, scratch, device)
+    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        under_way = [pool.submit(_in_a_process, arm, given) for arm in arms]
+        for done in as_completed(under_way):
+            arm = done.result()
+            print(f"{arm.updates} updates, {arm.routes}, seed {arm.seed}: KL {mean(arm.values('mismatch/k3')):.2e}", flush=True)
+        trained = [done.result() for done in under_way]
+    results = {(u, r): Summary([a for a in trained if (a.updates, a.routes) == (u, r)]) for u in options.updates for r in ARMS}
     return results, times
+
+
+def _in_a_process(arm: Arm, given: tuple[Path, dict[str, int], int, Path, str]) -> Arm:
+    return asyncio.run(train_arm(arm, *given))
 
 
 def main() -> None:
@@ -315,6 +323,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30, help="of reinforcement learning in each arm")
     parser.add_argument("--updates", type=int, nargs="+", default=[1, 4], help="optimizer updates a step, each measured apart")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once; those whose time is compared have the machine for themselves")
     parser.add_argument("--timed", type=int, default=15, help="steps whose time is compared")
     parser.add_argument("--out", type=Path, default=Path("runs/r3_ablation"))
     options = parser.parse_args()
@@ -327,8 +336,11 @@ def main() -> None:
     rows = [{"arm": arm.routes, "updates": arm.updates, "seed": arm.seed, "rows": arm.rows} for s in results.values() for arm in s.arms]
     (options.out / "steps.json").write_text(json.dumps(rows))
     plot(results, options.out)
-    settings = {"size": options.size, "seeds": options.seeds, "steps": options.steps, "cpus": os.cpu_count(), "torch": torch.__version__}
-    print(json.dumps(report(results, times) | settings | {"cuda": torch.cuda.is_available()}))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPUs"
+    settings = {"size": options.size, "seeds": options.seeds, "steps": options.steps, "device": device, "torch": torch.__version__}
+    found = json.dumps(report(results, times) | SIZES[options.size] | settings)
+    (options.out / "result.json").write_text(found + "\n")
+    print(found)
 
 
 if __name__ == "__main__":

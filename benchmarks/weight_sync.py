@@ -14,9 +14,9 @@ and resumes, then both score the probe; there is no Ray. Before each push one op
                 verified version, once the probe was compared
     stopped_ms  for how long the engine stands still
 
-Each is a median over the pushes after `--warmup`. `phases_ms` has the parts of `pause_ms`: hash (`publish`), a record on disk (`commit`), the
-push until the engine runs again (`stopped`), and from then on, side by side, its first token, its probe and the trainer's. The last line is
-one JSON object.
+Each is a median over the pushes after `--warmup`. `phases_ms` has the parts of `pause_ms`: hash (`publish`), a record on disk (`commit`),
+the push until the engine runs again (`stopped`), and from then on, side by side, its first token, its probe and the trainer's. The last
+line is one JSON object.
 """
 
 from __future__ import annotations

@@ -59,18 +59,18 @@ async def test_what_was_generated_before_the_probe_was_compared_is_held_back(tmp
     """Engines serve a version as soon as its checksums match. If the probe then disagrees, nothing of it is in the journal."""
     cfg = config(rollout={"group_size": 2, "capacity_groups": 4})
     rolled_on: dict[int, int] = {}
-    later = asyncio.Event()
+    serves, later = asyncio.Event(), asyncio.Event()
 
     async def roll(seq: int, version: int) -> Group:
-        while version == 0 and seq >= 2 and parts.serving == 0:  # beside the first step's training; it ends on the next version
-            await asyncio.sleep(0.001)
-        rolled_on[seq] = parts.serving
-        if parts.serving == 1:
+        if seq >= 2:  # beside the first step's training; it ends on the next version
+            await serves.wait()
             later.set()
+        rolled_on[seq] = parts.serving
         return group(seq, version)
 
     async def verdict(version: int) -> None:
         if version == 1:
+            serves.set()
             await later.wait()
             await asyncio.sleep(0.05)  # time enough to accept what must not be accepted
             raise TrainingDiverged("version 1: trainer and engine disagree")

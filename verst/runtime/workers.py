@@ -296,7 +296,7 @@ class TrainerWorker:
         self._group = enter(self._store, address, SENDER, device=self._device, timeout_s=self._config.weights.deadline_s)
 
     def send(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Broadcasts the weights that `publish` described, before anything changes them, and scores the probe. A collective of the ranks."""
+        """Broadcasts the weights that `publish` described, before anything changes them, and scores the probe. A collective."""
         from verst.weights.group import send
         from verst.weights.layout import BUCKET_BYTES
 

@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
-NAME = "verst_exact"
+_NAME = "verst_exact"
 
 _KEYS = 16  # multiple of the keys: whole vectors of a softmax's sum
 _SUMMED = 512  # keys at most in one sum of values; more are summed in this order
 _QUERIES = 256  # of a sequence at once: what holds their weights is at most this times its length
 
 
-def register() -> None:
-    """Makes `NAME` known to transformers. May be repeated."""
-    AttentionInterface.register(NAME, exact_attention)
+def use_exact_attention(model: PreTrainedModel) -> None:
+    """Has the model's attention computed here from now on: causal, of whole sequences."""
+    AttentionInterface.register(_NAME, exact_attention)
+    model.set_attn_implementation(_NAME)
 
 
 def exact_attention(

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from verst.errors import ModelError
-from verst.exact.attention import NAME, register
+from verst.exact.attention import use_exact_attention
+from verst.exact.experts import use_exact_experts
 from verst.exact.rows import row_multiple
 from verst.training.logprobs import token_logprobs
 
@@ -124,8 +125,8 @@ class Policy(nn.Module):
 
     def make_exact(self) -> None:
         """From now on a token's bits do not depend on its neighbours, and are those of the `hf` engine in deterministic mode."""
-        register()
-        self.model.set_attn_implementation(NAME)
+        use_exact_attention(self.model)
+        use_exact_experts(self.model)
         self.multiple = row_multiple(self.model.config.get_text_config())
         self._exact = True
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from verst.errors import EngineFailure, ModelError
+from verst.exact.experts import has_experts, use_exact_experts
 from verst.exact.head import head_logits, operand, row_logs, row_sums
 from verst.exact.rows import PRODUCT_ROWS, filled, row_multiple
 from verst.rollout.hf.attention import EXACT_NAME, NAME, DecodePlan, attended_length, decoding, register
@@ -28,7 +29,6 @@ from verst.routing.tap import RoutingTap, tap_of
 from verst.weights.offload import Offload, own_memory, return_unused
 
 _LAYERS_SUPPORTED = {"full_attention", "sliding_attention"}
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _LONGEST_RECORDED = 1024  # tokens of a prompt; a longer one keeps the device busy without a recording
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.3}  # relative; a wrong mask or position gives about 1
 
@@ -58,7 +58,7 @@ class SlotModel:
         # On a CPU, tokens of a forward pass come in multiples of this, or a row's bits would depend on how many there are.
         self._multiple = row_multiple(config) if exact else 1
         self.rows = -(-slots // self._multiple) * self._multiple
-        self._experts = exact and any(getattr(config, name, None) for name in _EXPERT_COUNTS)
+        self._switches_experts = exact and device.type == "cuda" and has_experts(self.model)
         self._prefill_experts = getattr(self.model.config, "_experts_implementation", None)
         self.cache = SlotCache(self.rows, max_tokens, self._multiple)
         self._graphs = ForwardGraphs(device)
@@ -182,12 +182,12 @@ class SlotModel:
         return logits, choices.live().to(getattr(torch, expert_dtype(self.tap.kind.experts).name))
 
     def _use_experts(self, implementation: str | None) -> None:
-        """Chooses how experts are computed, in deterministic mode only.
+        """Chooses how experts are computed, in deterministic mode on a GPU only.
 
         A decode step needs one product for each (token, expert), or the number of rows of an expert's product, hence its bits, would
         depend on where the neighbours are routed. A prefill has no neighbours, and such products would need too much memory.
         """
-        if self._experts and implementation is not None:
+        if self._switches_experts and implementation is not None:
             self.model.set_experts_implementation(implementation)
 
     def _refuse_unsupported(self, config: Any) -> None:
@@ -233,6 +233,8 @@ class SlotModel:
         register()
         name = EXACT_NAME if self.exact else NAME
         self.model.set_attn_implementation(name)
+        if self.exact and self.device.type == "cpu":
+            use_exact_experts(self.model)
         if self.model.config.get_text_config()._attn_implementation != name:
             raise self._unsupported("its attention cannot be replaced")
 

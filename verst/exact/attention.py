@@ -67,7 +67,11 @@ class _Causal(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scale, ctx.window = scale, window
-        return _causal_on_cpu(query, key, value, scale, window)
+        if not query.is_cuda:
+            return _causal_on_cpu(query, key, value, scale, window)
+        from verst.exact.attention_kernels import causal_forward  # needs triton
+
+        return causal_forward(query, key, value, scale, window)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -131,4 +135,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: to
 def newest(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, filled_R: torch.Tensor, scale: float, window: int | None
 ) -> torch.Tensor:
-    raise NotImplementedError
+    """On a GPU: `query` `[R, kv_heads, heads of each, dim]`, each at position `filled_R` of slots `[R, kv_heads, L, dim]` → its shape."""
+    from verst.exact.attention_kernels import newest_forward
+
+    return newest_forward(query, key, value, filled_R, scale, window)

@@ -158,7 +158,7 @@ class FsdpBackend(Backend[MasterAdamW]):
         policy = Policy(load_model(self._config.model.path, self._dtype), self._config.model.path)
         train = self._config.train
         if self._is_exact:
-            policy.make_exact()
+            policy.make_exact(self._device)
         if trainable:
             self._follow_routes(policy)
         policy.prepare_layers(recompute=trainable and train.gradient_checkpointing, compile_each=train.compile)

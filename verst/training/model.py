@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from verst.errors import ModelError
 from verst.exact.attention import use_exact_attention
 from verst.exact.experts import use_exact_experts
+from verst.exact.layers import use_exact_layers
 from verst.exact.rows import row_multiple
 from verst.training.logprobs import token_logprobs
 
@@ -123,12 +124,15 @@ class Policy(nn.Module):
                 return list(child)
         raise ModelError(f"model.path {self._path}: {self._family} keeps its layers in no list; use another model")
 
-    def make_exact(self) -> None:
-        """From now on a token's bits do not depend on its neighbours, and are those of the `hf` engine in deterministic mode."""
+    def make_exact(self, device: torch.device) -> None:
+        """From now on, on such a device, a token's bits do not depend on its neighbours, and are those of the `hf` engine in deterministic mode."""
         use_exact_attention(self.model)
+        self._exact = True
+        if device.type == "cuda":
+            use_exact_layers(self.model, self._parts[1])
+            return
         use_exact_experts(self.model)
         self.multiple = row_multiple(self.model.config.get_text_config())
-        self._exact = True
 
     def forward(
         self, tokens_BT: torch.Tensor, positions_N: torch.Tensor, targets_N: torch.Tensor, temperature: float

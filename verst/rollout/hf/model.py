@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from verst.errors import EngineFailure, ModelError
 from verst.exact.experts import has_experts, use_exact_experts
 from verst.exact.head import head_logits, operand, row_logs, row_sums
+from verst.exact.layers import use_exact_layers
 from verst.exact.rows import PRODUCT_ROWS, filled, row_multiple
 from verst.rollout.hf.attention import EXACT_NAME, NAME, DecodePlan, attended_length, decoding, register
 from verst.rollout.hf.cache import SlotCache
@@ -235,6 +236,8 @@ class SlotModel:
         self.model.set_attn_implementation(name)
         if self.exact and self.device.type == "cpu":
             use_exact_experts(self.model)
+        elif self.exact:
+            use_exact_layers(self.model, self.model.get_output_embeddings())
         if self.model.config.get_text_config()._attn_implementation != name:
             raise self._unsupported("its attention cannot be replaced")
 

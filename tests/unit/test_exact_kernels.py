@@ -78,7 +78,9 @@ for dtype, dim, length, window in (
 
 def run(script: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when a kernel is defined
-    done = subprocess.run([sys.executable, "-c", PRELUDE + script], env=environment, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + script], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
     assert not done.returncode, done.stderr
 
 

@@ -62,9 +62,7 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
 
 class _Causal(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
-    ) -> torch.Tensor:
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scale, ctx.window = scale, window
         if not query.is_cuda:
@@ -75,10 +73,10 @@ class _Causal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        query, key, value = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
         with torch.enable_grad():
-            out = plain_causal(*inputs, ctx.scale, ctx.window)
-        return (*torch.autograd.grad(out, inputs, grads[0]), None, None)
+            out = plain_causal(query, key, value, ctx.scale, ctx.window)
+        return (*torch.autograd.grad(out, (query, key, value), grads[0]), None, None)
 
 
 def plain_causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, window: int | None) -> torch.Tensor:
@@ -95,6 +93,7 @@ def plain_causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sc
 def _causal_on_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
     rows, heads, length, dim = query.shape
     padded = -length % _KEYS
+    dtype = value.dtype
     query, key, value = (pad(tensor.float(), (0, 0, 0, padded)) if padded else tensor.float() for tensor in (query, key, value))
     grouped = query.reshape(rows, key.shape[1], -1, length + padded, dim)
     places = torch.arange(length + padded)
@@ -109,7 +108,7 @@ def _causal_on_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
         block = grouped[:, :, :, start:stop]
         out.append(attend(block, key[:, :, :stop], value[:, :, :stop], mask, scale).view(rows, heads, -1, dim))
     joined = out[0] if len(out) == 1 else torch.cat(out, dim=2)
-    return joined[:, :, :length].transpose(1, 2).to(value.dtype).contiguous()
+    return joined[:, :, :length].transpose(1, 2).to(dtype).contiguous()
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:

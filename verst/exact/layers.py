@@ -1,4 +1,4 @@
-"""Linear layers, norms and routers of a transformers model on a GPU, computed so that a row's bits do not depend on how many rows there are.
+"""Linear layers, norms and routers of a transformers model on a GPU, whose rows have the same bits however many there are.
 
 A CPU needs none of it: there rows in multiples of `verst.exact.rows` have that property with PyTorch's own kernels.
 """
@@ -19,7 +19,7 @@ _PER_ROW = (nn.Embedding, nn.LayerNorm)
 """Modules whose kernels compute each row on its own already."""
 
 
-def use_exact_layers(model: nn.Module, head: nn.Module) -> None:
+def use_exact_layers(model: nn.Module, head: nn.Module | None) -> None:
     """Replaces the forward of linear layers, and in all other modules that hold parameters themselves (norms, routers) the operations
     that would mix rows. The output layer `head` is computed apart.
     """
@@ -57,10 +57,10 @@ class _OwnBits(TorchFunctionMode):
     """Inside, means over the last axis and linear layers are those of this module. Belongs to the thread that entered it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        args, kwargs = tuple(args), kwargs or {}
         if func is linear:
             return exact_linear(*args, **kwargs)
-        if func in _MEAN and args[0].is_cuda and _last_axis(args, kwargs):
+        if func in _MEAN and args and args[0].is_cuda and _last_axis(args, kwargs):
             keeps = kwargs.get("keepdim", args[2] if len(args) > 2 else False)
             mean = _Mean.apply(args[0])
             return mean if keeps else mean[..., 0]

@@ -34,26 +34,11 @@ def invariant_product(
     precise = left_MK.dtype == torch.float32
     depth = 32 if precise else 64  # the same for both tiles, or they would sum in another order
     grid = (triton.cdiv(rows, tile_m) * triton.cdiv(columns, tile_n),)
-    options: Any = {"num_warps": warps, "num_stages": 2 if precise else stages}
+    tiles: Any = {"TILE_M": tile_m, "TILE_N": tile_n, "DEPTH": depth, "GROUP": _GROUP, "num_warps": warps}
+    options: Any = tiles | {"HAS_BIAS": bias_N is not None, "EVEN": inner % depth == 0, "num_stages": 2 if precise else stages}
+    operands = (left_MK, right_NK, out if bias_N is None else bias_N, out)
     with torch.cuda.device_of(left_MK):
-        _product[grid](
-            left_MK,
-            right_NK,
-            out if bias_N is None else bias_N,
-            out,
-            rows,
-            columns,
-            inner,
-            left_MK.stride(0),
-            right_NK.stride(0),
-            HAS_BIAS=bias_N is not None,
-            EVEN=inner % depth == 0,
-            TILE_M=tile_m,
-            TILE_N=tile_n,
-            DEPTH=depth,
-            GROUP=_GROUP,
-            **options,
-        )
+        _product[grid](*operands, rows, columns, inner, left_MK.stride(0), right_NK.stride(0), **options)
     return out
 
 
@@ -72,16 +57,16 @@ def row_means(rows_RD: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _product(  # noqa: ANN202, PLR0913 - triton's kind
-    left,  # noqa: ANN001
-    right,  # noqa: ANN001
-    bias,  # noqa: ANN001
-    out,  # noqa: ANN001
-    rows,  # noqa: ANN001
-    columns,  # noqa: ANN001
-    inner,  # noqa: ANN001
-    left_stride,  # noqa: ANN001
-    right_stride,  # noqa: ANN001
+def _product(
+    left,
+    right,
+    bias,
+    out,
+    rows,
+    columns,
+    inner,
+    left_stride,
+    right_stride,
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -121,7 +106,7 @@ def _product(  # noqa: ANN202, PLR0913 - triton's kind
 
 
 @triton.jit
-def _row_mean(values, out, width, stride, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202 - triton's kind
+def _row_mean(values, out, width, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     value = tl.load(values + row * stride + place, mask=place < width, other=0.0).to(tl.float32)

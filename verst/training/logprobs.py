@@ -199,7 +199,6 @@ def _factor(head: _Head) -> float:
     return (1.0 if head.softcap is not None else head.scale) / head.temperature
 
 
-
 def _of_all_words(sums_4C: torch.Tensor, shard: VocabularyShard | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probability of the target, entropy and log-sum-exp of each row, over the words of all ranks."""
     top_C, total_C, weighted_C, target_C = sums_4C
@@ -234,13 +233,9 @@ def _slope(logits_CV: torch.Tensor, lse_C: torch.Tensor, targets_C: torch.Tensor
     return out_CV.copy_(slope_CV)
 
 
-
 def _own_targets(targets_N: torch.Tensor, shard: VocabularyShard | None) -> torch.Tensor:
     """Targets counted from this rank's first word: those of other ranks lie outside its rows."""
     return targets_N if shard is None else targets_N - shard.start
-
-
-
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -248,10 +243,6 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(left, right)
-
-
-
-
 
 
 def _chunks(first: int, count: int, rows: int) -> list[slice]:

@@ -125,7 +125,7 @@ class Policy(nn.Module):
         raise ModelError(f"model.path {self._path}: {self._family} keeps its layers in no list; use another model")
 
     def make_exact(self, device: torch.device) -> None:
-        """From now on, on such a device, a token's bits do not depend on its neighbours, and are those of the `hf` engine in deterministic mode."""
+        """From now on, on such a device, a token has the bits of the `hf` engine in deterministic mode, whatever its neighbours."""
         use_exact_attention(self.model)
         self._exact = True
         if device.type == "cuda":

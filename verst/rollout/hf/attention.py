@@ -117,7 +117,5 @@ def _decode(
     elif exact:
         out = newest(grouped, key, value, plan.filled_R, scale, window)
     else:
-        out = scaled_dot_product_attention(
-            grouped, key[:, :, :length], value[:, :, :length], attn_mask=plan.mask(window), scale=scale
-        )
+        out = scaled_dot_product_attention(grouped, key[:, :, :length], value[:, :, :length], attn_mask=plan.mask(window), scale=scale)
     return out.reshape(rows, 1, heads, dim)

@@ -16,7 +16,7 @@ from transformers import Gemma2Config, GptOssConfig, LlamaConfig, MambaConfig, P
 from tests.contracts.engine_cases import TINY, ask, hf_engine, opening, prompt, save_model
 from verst.errors import EngineFailure, ModelError
 from verst.rollout.hf import HFEngine
-from verst.rollout.hf.attention import DecodePlan, attended_lengths
+from verst.rollout.hf.attention import DecodePlan, attended_length
 from verst.rollout.hf.decoder import Decoder
 from verst.rollout.hf.model import Passed, SlotModel
 from verst.rollout.hf.prompts import HeldPrompts
@@ -148,25 +148,22 @@ def test_without_determinism_a_step_computes_only_the_rows_in_use(llama: str, mo
 
 
 def test_in_deterministic_mode_rows_fill_whole_vector_blocks(llama: str):
-    # 48 numbers in each row of the widest layer and heads of 8: 16 rows make every tensor a multiple of 128.
+    # 48 numbers in each row of the widest layer and heads of 8: 16 rows make every tensor a multiple of 128, and products agree.
     assert SlotModel(llama, torch.float32, CPU, slots=13, max_tokens=80, exact=True).rows == 16
     assert SlotModel(llama, torch.float32, CPU, slots=13, max_tokens=80, exact=False).rows == 13
 
 
-def test_a_row_attends_to_the_shortest_length_it_fits_into():
-    filled = np.array([0, 63, 64, 127, 128, 150, 299])
-    own = attended_lengths(filled, 300, exact=True)
-    lengths = [64, 128, 256, 300]
-    exact = DecodePlan(torch.from_numpy(filled), torch.from_numpy(own), lengths, torch.float32)
-    assert sorted(set(own)) == lengths
-    assert [exact.own(length).flatten().nonzero().flatten().tolist() for length in exact.lengths] == [[0, 1], [2, 3], [4, 5], [6]]
-    assert set(attended_lengths(filled[:5], 300, exact=False)) == {192}
-    assert set(attended_lengths(filled[:5], 300, exact=False, rounded=True)) == {256}
-    mask = exact.mask(256, None)
-    assert (mask == 0).sum(-1).flatten().tolist() == [1, 64, 65, 128, 129, 151, 256]
-    windowed = exact.mask(300, 10)
-    assert (windowed == 0).sum(-1).flatten().tolist() == [1, 10, 10, 10, 10, 10, 10]
-    assert windowed[6, 0, 0, 290:].tolist() == [0] * 10
+def test_rows_attend_to_a_few_lengths_and_see_their_own_positions():
+    filled = np.array([0, 63, 64, 127, 128, 150])
+    assert [attended_length(filled[: n + 1], 320, rounded=False) for n in range(6)] == [64, 64, 128, 128, 192, 192]
+    assert [attended_length(filled[: n + 1], 320, rounded=True) for n in range(6)] == [64, 64, 128, 128, 256, 256]
+    assert attended_length(np.array([299]), 320, rounded=True) == 320
+    plan = DecodePlan(torch.from_numpy(filled), 192, torch.float32)
+    assert plan.mask(None).shape == (6, 1, 1, 192)
+    assert (plan.mask(None) == 0).sum(-1).flatten().tolist() == [1, 64, 65, 128, 129, 151]
+    windowed = plan.mask(10)
+    assert (windowed == 0).sum(-1).flatten().tolist() == [1, 10, 10, 10, 10, 10]
+    assert windowed[5, 0, 0, 141:151].tolist() == [0] * 10
 
 
 def test_held_prompts_are_found_until_their_last_slot_is_taken():

@@ -18,6 +18,7 @@ LAYERS = {
     **dict.fromkeys(["extend", "protocols", "observe"], 0.5),
     "config": 1,
     **dict.fromkeys(["data", "rewards", "algorithms", "routing", "precision", "journal"], 2),
+    "exact": 2,
     "weights": 2.5,  # files, checksums and pushes: what engines and backends have in common
     **dict.fromkeys(["rollout", "training"], 3),
     "runtime": 4,

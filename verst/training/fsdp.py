@@ -19,6 +19,7 @@ from torch import nn
 
 from verst.algorithms.kl import kl_per_sample
 from verst.config.schema import Config
+from verst.exact.rows import filled
 from verst.observe.metrics import Tally
 from verst.protocols import BackendState
 from verst.routing.kinds import routed_experts
@@ -73,7 +74,7 @@ class FsdpBackend(Backend[MasterAdamW]):
         return self._policy.vocabulary
 
     def _plan(self, batch: Batch) -> LoadedStep:
-        step = plan_batch(self._config, batch, self._rank, self._world, self._device)
+        step = plan_batch(self._config, batch, self._rank, self._world, self._device, multiple=self._policy.multiple)
         if self._routes is not None:
             self._routes.require(step)
         return step
@@ -128,7 +129,7 @@ class FsdpBackend(Backend[MasterAdamW]):
     def _probe(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
         tokens = torch.tensor(tokens_T, dtype=torch.int64, device=self._device)
         positions = torch.arange(len(tokens) - 1, device=self._device)
-        microbatch = Microbatch((0,), tokens[None, :-1], positions, tokens[1:], (len(positions),))
+        microbatch = Microbatch((0,), filled(tokens[:-1], self._policy.multiple)[None], positions, tokens[1:], (len(positions),))
         return self._score(self._policy, microbatch, temperature=1.0)
 
     def state(self) -> RankState:
@@ -156,6 +157,8 @@ class FsdpBackend(Backend[MasterAdamW]):
     def _load(self, *, trainable: bool) -> Policy:
         policy = Policy(load_model(self._config.model.path, self._dtype), self._config.model.path)
         train = self._config.train
+        if self._is_exact:
+            policy.make_exact(self._device)
         if trainable:
             self._follow_routes(policy)
         policy.prepare_layers(recompute=trainable and train.gradient_checkpointing, compile_each=train.compile)
@@ -166,6 +169,13 @@ class FsdpBackend(Backend[MasterAdamW]):
             return policy.to(self._device)
         own_memory(policy.to(self._device))
         return policy
+
+    @property
+    def _is_exact(self) -> bool:
+        """Whether a token must get the log-probability that the engine gave it, to the bit. Compiled layers have sums of their own."""
+        config = self._config
+        sampled_by_hf = config.rollout.engine == "hf" and config.algorithm.name != "sft"
+        return config.run.deterministic and sampled_by_hf and not config.train.compile
 
     def _follow_routes(self, policy: Policy) -> None:
         """Raises `ModelError` if routes are wanted, but the model's cannot be followed."""

@@ -5,10 +5,8 @@ through the output layer in chunks that fit a byte budget. Backward needs each r
 first rows, in the weight's type, as far as a second budget goes, and backward computes the logits of the other rows again.
 
 Bits: each row is reduced on its own, so its neighbours matter only where a matrix product picks another kernel for another number of
-rows. Measured on a CPU in float32: rows behind the last multiple of 4 may differ (with one thread only in products of 1 to 3 rows, with
-2 to 16 threads in products of up to 27), and no multiple of 4 ever did. On a GPU even large products differ. So chunks are filled up
-with zero rows, to a multiple of 4 on a CPU and to one constant size on a GPU; only gradients of rows that were kept come from one product
-of them all.
+rows (`verst.exact.rows` says when). So chunks are filled up with zero rows, to a multiple of 16 on a CPU and to one constant size on a GPU;
+only gradients of rows that were kept come from one product of them all.
 """
 
 from __future__ import annotations
@@ -20,10 +18,12 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from verst.exact.head import compute_dtype, fused, head_logits, inside, operand, operand_dtype, product, row_logs, row_sums, widens
+from verst.exact.rows import PRODUCT_ROWS, filled
+
 CHUNK_BYTES = 256 * 2**20
 GPU_CHUNK_BYTES = 640 * 2**20  # 1,024 rows of the largest common vocabularies: with fewer, adding to the weight's gradient is all waiting
 GPU_KEPT_BYTES = 2 * 2**30  # 7,000 rows of a vocabulary of 151,936: each saves backward one of three products of the output layer
-_CPU_ROWS = 4
 _GPU_ROWS = 1024  # at most: enough to fill the device, and a small vocabulary must not make a huge chunk to fill up
 _GPU_TILE = 128  # rows of a matrix product's tile: a part of one costs as much as a whole one
 
@@ -47,6 +47,7 @@ class _Head:
     kept: int  # rows whose one-hot minus softmax stays until backward
     multiple: int  # of which the rows of the last chunk, filled up, are one
     shard: VocabularyShard | None
+    exact: bool
 
 
 def token_logprobs(  # noqa: PLR0913 (what a head may do to a logit)
@@ -61,6 +62,7 @@ def token_logprobs(  # noqa: PLR0913 (what a head may do to a logit)
     chunk_bytes: int | None = None,
     kept_bytes: int | None = None,
     shard: VocabularyShard | None = None,
+    exact: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target [N] under its row's softmax, and that distribution's entropy [N] in nats, without gradient.
 
@@ -76,6 +78,8 @@ def token_logprobs(  # noqa: PLR0913 (what a head may do to a logit)
     With `shard`, `weight_VH` and `bias` are that shard's and targets are counted over the whole vocabulary. All ranks of the group give the
     same hidden states and get the same results; the hidden states' gradient is then each rank's part of a sum.
 
+    `exact`: a row's bits are those of the `hf` engine in deterministic mode, on a GPU too (on a CPU they always are).
+
     Raises `ValueError` if the temperature is not positive, or hidden states and weight differ in type or size.
     """
     if temperature <= 0:
@@ -88,15 +92,15 @@ def token_logprobs(  # noqa: PLR0913 (what a head may do to a logit)
     rows, multiple = _chunk_rows(weight_VH, chunk_bytes)
     goes_back = torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad)
     kept = _kept_rows(weight_VH, kept_bytes, len(hidden_NH), rows) if goes_back else 0
-    head = _Head(temperature, softcap, scale, rows, kept, multiple, shard)
+    head = _Head(temperature, softcap, scale, rows, kept, multiple, shard, exact)
     return _TokenLogprobs.apply(hidden_NH, weight_VH, bias, targets_N, head)  # pyright: ignore[reportReturnType]
 
 
 def _chunk_rows(weight_VH: torch.Tensor, chunk_bytes: int | None) -> tuple[int, int]:
     allowed = (GPU_CHUNK_BYTES if weight_VH.is_cuda else CHUNK_BYTES) if chunk_bytes is None else chunk_bytes
-    fitting = allowed // (weight_VH.shape[0] * _compute_dtype(weight_VH).itemsize)
+    fitting = allowed // (weight_VH.shape[0] * compute_dtype(weight_VH).itemsize)
     if not weight_VH.is_cuda:
-        return max(fitting // _CPU_ROWS, 1) * _CPU_ROWS, _CPU_ROWS
+        return max(fitting // PRODUCT_ROWS, 1) * PRODUCT_ROWS, PRODUCT_ROWS
     rows = min(fitting, _GPU_ROWS)
     rows = rows // _GPU_TILE * _GPU_TILE if rows > _GPU_TILE else max(rows, 1)
     return rows, rows
@@ -105,7 +109,7 @@ def _chunk_rows(weight_VH: torch.Tensor, chunk_bytes: int | None) -> tuple[int, 
 def _kept_rows(weight_VH: torch.Tensor, kept_bytes: int | None, count: int, rows: int) -> int:
     """All rows, or as many whole chunks of them as fit."""
     allowed = (GPU_KEPT_BYTES if weight_VH.is_cuda else 0) if kept_bytes is None else kept_bytes
-    fitting = allowed // (weight_VH.shape[0] * _operand_dtype(weight_VH).itemsize)
+    fitting = allowed // (weight_VH.shape[0] * operand_dtype(weight_VH).itemsize)
     return count if count <= fitting else fitting // rows * rows
 
 
@@ -114,14 +118,14 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, targets_N: torch.Tensor, head: _Head
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs_N, entropy_N, lse_N = (hidden_NH.new_empty(len(hidden_NH), dtype=_compute_dtype(weight_VH)) for _ in range(3))
-        operand_VH = _operand(weight_VH)
+        logprobs_N, entropy_N, lse_N = (hidden_NH.new_empty(len(hidden_NH), dtype=compute_dtype(weight_VH)) for _ in range(3))
+        operand_VH = operand(weight_VH)
         kept_KV = operand_VH.new_empty(head.kept, len(weight_VH))
         own_N = _own_targets(targets_N, head.shard)
         for chunk in _chunks(0, len(hidden_NH), head.rows):
-            hidden_CH, targets_C = (_filled(t[chunk], head.multiple) for t in (hidden_NH, own_N))
+            hidden_CH, targets_C = (filled(t[chunk], head.multiple) for t in (hidden_NH, own_N))
             logits_CV = _logits(hidden_CH, operand_VH, bias_V, head)
-            found = _of_all_words(_row_sums(logits_CV, targets_C, _factor(head)), head.shard)
+            found = _of_all_words(row_sums(logits_CV, targets_C, _factor(head)), head.shard)
             for whole_N, found_C in zip((logprobs_N, entropy_N, lse_N), found, strict=True):
                 whole_N[chunk] = found_C[: chunk.stop - chunk.start]
             if chunk.stop <= head.kept:
@@ -136,14 +140,14 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_NH, weight_VH, bias_V, targets_N, lse_N, kept_KV = ctx.saved_tensors
-        head, operand_VH = ctx.head, _operand(weight_VH)
+        head, operand_VH = ctx.head, operand(weight_VH)
         sums = _Gradients(ctx.needs_input_grad, hidden_NH, operand_VH, bias_V, grads[0])
         if head.kept:
             sums.add(slice(head.kept), kept_KV, hidden_NH[: head.kept])
         own_N = _own_targets(targets_N, head.shard)
         for chunk in _chunks(head.kept, len(hidden_NH), head.rows):
-            hidden_CH, targets_C = (_filled(t[chunk], head.multiple) for t in (hidden_NH, own_N))
-            lse_C = _filled(lse_N[chunk], head.multiple, torch.inf)  # a softmax of 0, whatever the bias
+            hidden_CH, targets_C = (filled(t[chunk], head.multiple) for t in (hidden_NH, own_N))
+            lse_C = filled(lse_N[chunk], head.multiple, torch.inf)  # a softmax of 0, whatever the bias
             logits_CV = _logits(hidden_CH, operand_VH, bias_V, head)
             slope_CV = _slope(logits_CV, lse_C, targets_C, head, torch.empty_like(logits_CV, dtype=operand_VH.dtype))
             sums.add(chunk, slope_CV, hidden_CH)
@@ -160,7 +164,7 @@ class _Gradients:
     def __init__(
         self, needs: tuple[bool, ...], hidden_NH: torch.Tensor, operand_VH: torch.Tensor, bias_V: torch.Tensor | None, grad_N: torch.Tensor
     ) -> None:
-        compute = _compute_dtype(operand_VH)
+        compute = compute_dtype(operand_VH)
         self._operand_VH, self._grad_N = operand_VH, grad_N
         self._hidden_NH = torch.empty_like(hidden_NH) if needs[0] else None
         self._weight_VH = torch.zeros_like(operand_VH, dtype=compute) if needs[1] else None
@@ -169,11 +173,11 @@ class _Gradients:
     def add(self, chunk: slice, slope_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:
         """Of the rows of `chunk`. Slopes and hidden states may have more rows, to fill the chunk up."""
         own_C = self._grad_N[chunk]
-        grad_C1 = _filled(own_C, len(slope_CV))[:, None]
+        grad_C1 = filled(own_C, len(slope_CV))[:, None]
         if self._bias_V is not None:
             self._bias_V += (slope_CV.to(self._bias_V.dtype) * grad_C1).sum(dim=0)
         if self._hidden_NH is not None:
-            self._hidden_NH[chunk] = _product(slope_CV, self._operand_VH)[: len(own_C)] * own_C[:, None]
+            self._hidden_NH[chunk] = product(slope_CV, self._operand_VH)[: len(own_C)] * own_C[:, None]
         if self._weight_VH is not None:
             _add_product(self._weight_VH, slope_CV.t(), (hidden_CH * grad_C1).to(slope_CV.dtype))
 
@@ -184,9 +188,7 @@ class _Gradients:
 
 def _logits(hidden_CH: torch.Tensor, operand_VH: torch.Tensor, bias_V: torch.Tensor | None, head: _Head) -> torch.Tensor:
     """Logits but for `_factor`. The same call in forward and backward, so that both see the same bits."""
-    logits_CV = _product(hidden_CH.to(operand_VH.dtype), operand_VH.t())
-    if bias_V is not None:
-        logits_CV += bias_V
+    logits_CV = head_logits(hidden_CH, operand_VH, bias_V, exact=head.exact)
     if head.softcap is not None:
         logits_CV.mul_(head.scale / head.softcap).tanh_().mul_(head.softcap)
     return logits_CV
@@ -195,24 +197,6 @@ def _logits(hidden_CH: torch.Tensor, operand_VH: torch.Tensor, bias_V: torch.Ten
 def _factor(head: _Head) -> float:
     """What logits are multiplied by as they are read: a pass over a chunk costs memory bandwidth."""
     return (1.0 if head.softcap is not None else head.scale) / head.temperature
-
-
-def _row_sums(logits_CV: torch.Tensor, targets_C: torch.Tensor, factor: float) -> torch.Tensor:
-    """[4, C]: with z = factor · logit, of each row m = max z, Σ exp(z − m), Σ exp(z − m) · (z − m), and the target's z.
-
-    A target outside the row, which is in another rank's shard, counts as 0.
-    """
-    if _fused(logits_CV):
-        from verst.training import logprob_kernels  # needs triton
-
-        return logprob_kernels.row_sums(logits_CV, targets_C, factor)
-    below_CV = logits_CV * factor
-    inside_C, at_C = _inside(targets_C, logits_CV.shape[1])
-    target_C = below_CV.gather(1, at_C[:, None])[:, 0] * inside_C
-    top_C = below_CV.amax(dim=1)
-    below_CV -= top_C[:, None]
-    weights_CV = below_CV.exp()
-    return torch.stack((top_C, weights_CV.sum(dim=1), weights_CV.mul_(below_CV).sum(dim=1), target_C))
 
 
 def _of_all_words(sums_4C: torch.Tensor, shard: VocabularyShard | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -225,8 +209,9 @@ def _of_all_words(sums_4C: torch.Tensor, shard: VocabularyShard | None) -> tuple
         sums_3C = torch.stack((shift_C.exp() * total_C, shift_C.exp() * (weighted_C + total_C * shift_C), target_C))
         dist.all_reduce(sums_3C, group=shard.group)
         total_C, weighted_C, target_C = sums_3C
-    lse_C = top_C + total_C.log()
-    return target_C - lse_C, total_C.log() - weighted_C / total_C, lse_C
+    log_C = row_logs(total_C)
+    lse_C = top_C + log_C
+    return target_C - lse_C, log_C - weighted_C / total_C, lse_C
 
 
 def _slope(logits_CV: torch.Tensor, lse_C: torch.Tensor, targets_C: torch.Tensor, head: _Head, out_CV: torch.Tensor) -> torch.Tensor:
@@ -234,13 +219,13 @@ def _slope(logits_CV: torch.Tensor, lse_C: torch.Tensor, targets_C: torch.Tensor
     temperature, cap and scale. On a GPU that rounds it to the weight's type, which the next products need. The logits may be overwritten.
     """
     factor = _factor(head)
-    if _fused(logits_CV) and head.softcap is None:
-        from verst.training import logprob_kernels
+    if fused(logits_CV) and head.softcap is None:
+        from verst.exact import logprob_kernels
 
         return logprob_kernels.slope(logits_CV, lse_C, targets_C, factor, out_CV)
     slope_CV = out_CV if out_CV.dtype == logits_CV.dtype else torch.empty_like(logits_CV)
     torch.mul(logits_CV, factor, out=slope_CV).sub_(lse_C[:, None]).exp_().neg_()
-    inside_C, at_C = _inside(targets_C, logits_CV.shape[1])
+    inside_C, at_C = inside(targets_C, logits_CV.shape[1])
     slope_CV.scatter_add_(1, at_C[:, None], inside_C[:, None].to(slope_CV.dtype))
     slope_CV.mul_(factor)
     if head.softcap is not None:  # tanh' = 1 − tanh²
@@ -248,52 +233,16 @@ def _slope(logits_CV: torch.Tensor, lse_C: torch.Tensor, targets_C: torch.Tensor
     return out_CV.copy_(slope_CV)
 
 
-def _fused(logits_CV: torch.Tensor) -> bool:
-    return logits_CV.is_cuda and logits_CV.dtype == torch.float32
-
-
 def _own_targets(targets_N: torch.Tensor, shard: VocabularyShard | None) -> torch.Tensor:
     """Targets counted from this rank's first word: those of other ranks lie outside its rows."""
     return targets_N if shard is None else targets_N - shard.start
 
 
-def _inside(targets_C: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whether each target is among so many words, and its place there, or any place if it is not."""
-    return (targets_C >= 0) & (targets_C < size), targets_C.clamp(0, size - 1)
-
-
-def _filled(tensor_C: torch.Tensor, multiple: int, value: float = 0) -> torch.Tensor:
-    """The rows of a chunk and zeros behind them. With a gradient of zero such rows add nothing to the weight's."""
-    missing = -len(tensor_C) % multiple
-    return torch.cat((tensor_C, tensor_C.new_full((missing, *tensor_C.shape[1:]), value))) if missing else tensor_C
-
-
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return torch.mm(left, right, out_dtype=torch.float32) if _widens(left) else torch.mm(left, right)
-
-
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    if _widens(left):
+    if widens(left):
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(left, right)
-
-
-def _operand(weight_VH: torch.Tensor) -> torch.Tensor:
-    """The weight as it enters a matrix product: a CPU has no product of bfloat16 with float32 results, so it is widened once there."""
-    return weight_VH.to(_operand_dtype(weight_VH))
-
-
-def _operand_dtype(weight_VH: torch.Tensor) -> torch.dtype:
-    return weight_VH.dtype if weight_VH.is_cuda else _compute_dtype(weight_VH)
-
-
-def _widens(operand: torch.Tensor) -> bool:
-    return operand.is_cuda and operand.dtype in (torch.bfloat16, torch.float16)
-
-
-def _compute_dtype(weight_VH: torch.Tensor) -> torch.dtype:
-    return torch.float64 if weight_VH.dtype == torch.float64 else torch.float32
 
 
 def _chunks(first: int, count: int, rows: int) -> list[slice]:

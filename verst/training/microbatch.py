@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ class Microbatch:
 
     indices: tuple[int, ...]
     tokens_BT: torch.Tensor
-    """[rows, longest − 1] int64: a sample's last token predicts nothing, so it is no input."""
+    """[rows, longest − 1 or more] int64: a sample's last token predicts nothing, so it is no input."""
     positions_N: torch.Tensor
     """[N] int64, the place of the token before each loss token in the flattened `tokens_BT`."""
     targets_N: torch.Tensor
@@ -35,8 +36,8 @@ class Microbatch:
         return sum(self.counts)
 
 
-def collate(samples: Sequence[Sample], indices: tuple[int, ...], device: torch.device) -> Microbatch:
-    """The microbatch of these samples of a batch.
+def collate(samples: Sequence[Sample], indices: tuple[int, ...], device: torch.device, multiple: int = 1) -> Microbatch:
+    """The microbatch of these samples of a batch, its tokens, padding included, a multiple of `multiple`.
 
     Without any loss token (a rank whose peers have more to do than it) it is one token with one target, to be weighed by 0: a
     sharded model's forward and backward are collectives, so every rank must run them.
@@ -46,7 +47,7 @@ def collate(samples: Sequence[Sample], indices: tuple[int, ...], device: torch.d
     if not sum(counts):
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         return Microbatch((), zero.view(1, 1), zero, zero, ())
-    width = max(len(row.tokens_T) for row in rows) - 1
+    width = padded_width(len(rows), max(len(row.tokens_T) for row in rows) - 1, multiple)
     tokens_BT = np.zeros((len(rows), width), dtype=np.int64)
     positions: list[NDArray[np.int64]] = []
     targets: list[NDArray[np.int64]] = []
@@ -60,6 +61,12 @@ def collate(samples: Sequence[Sample], indices: tuple[int, ...], device: torch.d
         return torch.from_numpy(array).to(device)
 
     return Microbatch(indices, tensor(tokens_BT), tensor(np.concatenate(positions)), tensor(np.concatenate(targets)), counts)
+
+
+def padded_width(rows: int, width: int, multiple: int) -> int:
+    """The least width, from `width` on, at which so many rows hold a multiple of `multiple` tokens."""
+    step = multiple // math.gcd(multiple, rows)
+    return -(-width // step) * step
 
 
 def flat(values: Mapping[int, NDArray[np.float32]], microbatch: Microbatch) -> NDArray[np.float32]:

@@ -14,6 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from verst.errors import ModelError
+from verst.exact.attention import use_exact_attention
+from verst.exact.experts import use_exact_experts
+from verst.exact.layers import use_exact_layers
+from verst.exact.rows import row_multiple
 from verst.training.logprobs import token_logprobs
 
 DYNAMIC = True
@@ -103,6 +107,9 @@ class Policy(nn.Module):
         # Not registered a second time: they are submodules of `model` already.
         self._parts: tuple[nn.Module, nn.Linear] = (decoder, projection)
         self.vocabulary = projection.out_features
+        self.multiple = 1
+        """Of which the number of tokens in a forward pass has to be a multiple."""
+        self._exact = False
         self.head = _head_of(model.config.get_text_config())
         self._check_head()
         model.requires_grad_(False)
@@ -116,6 +123,16 @@ class Policy(nn.Module):
             if isinstance(child, nn.ModuleList):
                 return list(child)
         raise ModelError(f"model.path {self._path}: {self._family} keeps its layers in no list; use another model")
+
+    def make_exact(self, device: torch.device) -> None:
+        """From now on, on such a device, a token has the bits of the `hf` engine in deterministic mode, whatever its neighbours."""
+        use_exact_attention(self.model)
+        self._exact = True
+        if device.type == "cuda":
+            use_exact_layers(self.model, self._parts[1])
+            return
+        use_exact_experts(self.model)
+        self.multiple = row_multiple(self.model.config.get_text_config())
 
     def forward(
         self, tokens_BT: torch.Tensor, positions_N: torch.Tensor, targets_N: torch.Tensor, temperature: float
@@ -136,6 +153,7 @@ class Policy(nn.Module):
             temperature=temperature,
             softcap=self.head.softcap,
             scale=self.head.scale,
+            exact=self._exact,
         )
 
     def prepare_layers(self, *, recompute: bool, compile_each: bool) -> None:

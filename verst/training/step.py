@@ -41,6 +41,7 @@ class LoadedStep:
     rank: int
     device: torch.device
     plan: StepPlan
+    multiple: int = 1  # of which the tokens of a microbatch are one
     old: PerSample = field(default_factory=dict)
     reference: PerSample = field(default_factory=dict)
 
@@ -50,7 +51,7 @@ class LoadedStep:
         return self.batch.step - 1
 
     def microbatches(self, update: int) -> list[Microbatch]:
-        return [collate(self.batch.samples, indices, self.device) for indices in self.plan.updates[update].ranks[self.rank]]
+        return [collate(self.batch.samples, indices, self.device, self.multiple) for indices in self.plan.updates[update].ranks[self.rank]]
 
     def is_empty(self, update: int) -> bool:
         """Whether no rank has a loss token in this update."""
@@ -112,6 +113,8 @@ def kl_estimator(config: Config) -> Any:
     return options.kl_estimator if isinstance(options, GrpoConfig) else "k1"
 
 
-def plan_batch(config: Config, batch: Batch, rank: int, world: int, device: torch.device, *, packed: bool = False) -> LoadedStep:
+def plan_batch(
+    config: Config, batch: Batch, rank: int, world: int, device: torch.device, *, packed: bool = False, multiple: int = 1
+) -> LoadedStep:
     """Plans a batch. Every rank makes the same plan and keeps the whole batch, of which it computes its own microbatches."""
-    return LoadedStep(config, batch, rank, device, plan_samples(batch.samples, config.train, ranks=world, packed=packed))
+    return LoadedStep(config, batch, rank, device, plan_samples(batch.samples, config.train, ranks=world, packed=packed), multiple)

@@ -1,18 +1,17 @@
-"""Attention over the slot cache, as one function in transformers' attention registry.
+"""Attention over the slot cache, as functions in transformers' attention registry.
 
-A prefill is ordinary causal attention of one prompt over itself. A decode step has one query for each row, and the cache hands over the
-keys and values of whole slots; a `DecodePlan` says how much of its slot each row has filled.
+A prefill is causal attention of one prompt over itself. A decode step has one query for each row, and the cache hands over the keys and
+values of whole slots; a `DecodePlan` says how much of its slot each row has filled.
 
-The order in which a kernel adds up a row depends on the length it is given. So in exact mode a row always attends to the shortest of the
-lengths 64, 128, 256, … that its own sequence fits into: the step computes all rows at each length that some row needs, and each row takes
-the result of its own. Shapes are then a function of the row alone, and its bits do not depend on how far its neighbours reach.
+In exact mode both go through `verst.exact.attention`, where a row's bits depend on neither its neighbours nor the length that is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,50 +20,44 @@ from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-NAME = "verst_slots"
+from verst.exact.attention import attend, causal, newest, plain_causal, refuse_more
+
+NAME, EXACT_NAME = "verst_slots", "verst_exact_slots"
 SHORTEST_TOKENS = 64
 
 
-def attended_lengths(filled_R: NDArray[np.int64], limit: int, *, exact: bool, rounded: bool = False) -> NDArray[np.int64]:
-    """How much of its slot each row attends to, `[R]`: one of the lengths 64, 128, 256, … in exact mode, else as much as the longest needs.
+def attended_length(filled_R: NDArray[np.int64], limit: int, *, rounded: bool) -> int:
+    """How much of their slots all rows attend to: a multiple of 64 that the longest fits into.
 
-    `rounded` takes the longest from the same few lengths, for callers to whom each new length is expensive.
+    `rounded` takes one of 64, 128, 256, …, for callers to whom each new length is expensive.
     """
-    blocks_R = -(-(filled_R + 1) // SHORTEST_TOKENS)
-    if not exact:
-        blocks_R = np.full_like(blocks_R, blocks_R.max())
-    if exact or rounded:
-        blocks_R = 2 ** np.ceil(np.log2(blocks_R)).astype(np.int64)
-    return np.minimum(blocks_R * SHORTEST_TOKENS, limit)
+    blocks = -(-(int(filled_R.max()) + 1) // SHORTEST_TOKENS)
+    if rounded:
+        blocks = 1 << (blocks - 1).bit_length()
+    return min(blocks * SHORTEST_TOKENS, limit)
 
 
 class DecodePlan:
-    """What each of R rows attends to in one decode step: its slot up to and including position `filled_R`, at its length `lengths_R`.
+    """What R rows attend to in one decode step: the first `length` positions of their slots, each up to and including `filled_R`.
 
-    `lengths` are the different values of `lengths_R`, in order. Masks are made once for all layers.
+    Masks are made once for all layers.
     """
 
-    def __init__(self, filled_R: torch.Tensor, lengths_R: torch.Tensor, lengths: Sequence[int], dtype: torch.dtype) -> None:
-        self.lengths = lengths
-        self._lengths_R = lengths_R[:, None, None, None]
-        self._filled_R = filled_R[:, None, None, None]
-        self._positions = torch.arange(lengths[-1], device=filled_R.device)
+    def __init__(self, filled_R: torch.Tensor, length: int, dtype: torch.dtype) -> None:
+        self.filled_R, self.length = filled_R, length
         self._dtype = dtype
         self._masks: dict[int | None, torch.Tensor] = {}
 
-    def mask(self, length: int, window: int | None) -> torch.Tensor:
+    def mask(self, window: int | None) -> torch.Tensor:
         """Additive mask `[R, 1, 1, length]`: 0 where a row attends. A window is the number of newest positions it sees."""
         if window not in self._masks:
-            hidden = self._positions > self._filled_R
+            filled = self.filled_R[:, None, None, None]
+            positions = torch.arange(self.length, device=filled.device)
+            hidden = positions > filled
             if window is not None:
-                hidden |= self._positions <= self._filled_R - window
-            lowest = torch.finfo(self._dtype).min  # finite: a row that sees nothing at a length that is not its own must not give NaN
-            self._masks[window] = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device).masked_fill_(hidden, lowest)
-        return self._masks[window][..., :length]
-
-    def own(self, length: int) -> torch.Tensor:
-        """Rows `[R, 1, 1, 1]` whose own length this is."""
-        return self._lengths_R == length
+                hidden |= positions <= filled - window
+            self._masks[window] = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        return self._masks[window]
 
 
 _plan: ContextVar[DecodePlan | None] = ContextVar("decode_plan", default=None)
@@ -81,8 +74,9 @@ def decoding(plan: DecodePlan) -> Iterator[None]:
 
 
 def register() -> None:
-    """Makes `NAME` known to transformers. May be repeated."""
-    AttentionInterface.register(NAME, slot_attention)
+    """Makes both names known to transformers. May be repeated."""
+    for name, exact in ((NAME, False), (EXACT_NAME, True)):
+        AttentionInterface.register(name, partial(slot_attention, exact=exact))
 
 
 def slot_attention(
@@ -92,60 +86,36 @@ def slot_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    *,
+    exact: bool,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`query` `[rows, heads, tokens, dim]` → `[rows, tokens, heads, dim]`.
 
     Raises `NotImplementedError` for a model that asks for more than a scale and a sliding window.
     """
-    for name, what in (("softcap", "soft-capped scores"), ("s_aux", "attention sinks"), ("position_bias", "position biases")):
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"{type(module).__name__} uses {what}, which the hf engine does not compute")
+    refuse_more(module, kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window, plan = kwargs.get("sliding_window"), _plan.get()
-    if plan is None:
-        return _prefill(query, key, value, scaling, window), None
-    return _decode(query, key, value, scaling, window, plan), None
-
-
-def _prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, window: int | None) -> torch.Tensor:
-    length, shared = query.shape[2], query.shape[1] != key.shape[1]
-    mask = None
-    if window is not None and window < length:
-        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
-    causal = mask is None and length > 1
-    out = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=shared)
-    return out.transpose(1, 2).contiguous()
+    if plan is not None:
+        return _decode(query, key, value, scale, window, plan, exact=exact), None
+    return (causal if exact else plain_causal)(query, key, value, scale, window), None
 
 
 def _decode(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, window: int | None, plan: DecodePlan
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None, plan: DecodePlan, *, exact: bool
 ) -> torch.Tensor:
     rows, heads, _, dim = query.shape
-    kv_heads = key.shape[1]
+    kv_heads, length = key.shape[1], plan.length
     # The query heads that share a key head pose as that many query tokens, so keys and values need not be repeated.
     grouped = query.view(rows, kv_heads, heads // kv_heads, dim)
-    attend = _attend_on_cpu if query.device.type == "cpu" else _attend
-    merged = None
-    for length in plan.lengths:
-        out = attend(grouped, key, value, plan.mask(length, window), dim**-0.5 if scale is None else scale)
-        merged = out if merged is None else torch.where(plan.own(length), out, merged)
-    assert merged is not None
-    return merged.reshape(rows, 1, heads, -1)
-
-
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    length = mask.shape[-1]
-    return scaled_dot_product_attention(query, key[:, :, :length], value[:, :, :length], attn_mask=mask, scale=scale)
-
-
-def _attend_on_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """The textbook formula, in float32.
-
-    As fast as PyTorch's CPU kernel for one query, whose bits change with the thread that computes a row (measured with torch 2.13
-    from 2 threads on, for 1 query and head size 32; it puts each thread's scratch at another alignment).
-    """
-    (rows, kv_heads, queries, _), length = query.shape, mask.shape[-1]
-    keys, values = key.flatten(0, 1)[:, :length].float(), value.flatten(0, 1)[:, :length].float()
-    scores = torch.bmm(query.flatten(0, 1).float() * scale, keys.transpose(1, 2)).view(rows, kv_heads, queries, length)
-    weights = scores.add_(mask).softmax(-1).flatten(0, 1)
-    return torch.bmm(weights, values).view(rows, kv_heads, queries, -1).to(value.dtype)
+    if query.device.type == "cpu":
+        # Not PyTorch's kernel, which is as fast: with one query its bits change with the thread that computes a row (measured with
+        # torch 2.13 from 2 threads on, for head size 32; it puts each thread's scratch at another alignment).
+        keys, values = key[:, :, :length].float(), value[:, :, :length].float()
+        out = attend(grouped[:, :, :, None], keys, values, plan.mask(window)[:, None], scale).to(value.dtype)
+    elif exact:
+        out = newest(grouped, key, value, plan.filled_R, scale, window)
+    else:
+        out = scaled_dot_product_attention(grouped, key[:, :, :length], value[:, :, :length], attn_mask=plan.mask(window), scale=scale)
+    return out.reshape(rows, 1, heads, dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,12 @@ class SlotCache(Cache):
     sequence write there, so that a step can run on all rows and still leave the content of free slots alone.
     """
 
-    def __init__(self, slots: int, max_tokens: int) -> None:
+    def __init__(self, slots: int, max_tokens: int, multiple: int = 1) -> None:
+        """`multiple`: prompts are filled up to one of these."""
         super().__init__(layers=[])
         self._slots = slots
         self.scrap = max_tokens  # the position where rows without a sequence write
-        self._columns = -(-(max_tokens + 1) // 64) * 64  # so that all rows are aligned alike, or their last bits may differ
+        self.columns = _round_up(max_tokens + 1, math.lcm(64, multiple))  # all rows aligned alike, or their last bits may differ
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._prefill_slot: torch.Tensor | None = None
         self._all_rows = self._positions = torch.empty(0, dtype=torch.long)
@@ -70,9 +72,13 @@ class SlotCache(Cache):
             values[written, :, :length] = values[read, :, :length]
 
     def _allocate(self, states: torch.Tensor) -> torch.Tensor:
-        shape = (self._slots, states.shape[1], self._columns, states.shape[3])
+        shape = (self._slots, states.shape[1], self.columns, states.shape[3])
         if states.device.type != "cpu":
             return torch.zeros(shape, dtype=states.dtype, device=states.device)
         # NumPy's zeros are pages that the system hands out when they are first written, so memory follows the sequences' real
         # lengths, not the limit; torch.zeros writes all of it at once.
         return torch.from_numpy(np.zeros((*shape[:3], shape[3] * states.element_size()), np.uint8)).view(states.dtype)
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

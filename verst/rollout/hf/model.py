@@ -18,7 +18,11 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from verst.errors import EngineFailure, ModelError
-from verst.rollout.hf.attention import NAME, DecodePlan, attended_lengths, decoding, register
+from verst.exact.experts import has_experts, use_exact_experts
+from verst.exact.head import head_logits, operand, row_logs, row_sums
+from verst.exact.layers import use_exact_layers
+from verst.exact.rows import PRODUCT_ROWS, filled, row_multiple
+from verst.rollout.hf.attention import EXACT_NAME, NAME, DecodePlan, attended_length, decoding, register
 from verst.rollout.hf.cache import SlotCache
 from verst.rollout.hf.graphs import ForwardGraphs
 from verst.routing.records import expert_dtype
@@ -26,8 +30,6 @@ from verst.routing.tap import RoutingTap, tap_of
 from verst.weights.offload import Offload, own_memory, return_unused
 
 _LAYERS_SUPPORTED = {"full_attention", "sliding_attention"}
-_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim")
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _LONGEST_RECORDED = 1024  # tokens of a prompt; a longer one keeps the device busy without a recording
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.3}  # relative; a wrong mask or position gives about 1
 
@@ -49,15 +51,17 @@ class SlotModel:
     ) -> None:
         """Loads and checks the model. Raises `ModelError` if the directory is no model, `EngineFailure` if its type does not work."""
         self.device, self.slots, self.max_tokens, self.exact = device, slots, max_tokens, exact
-        self.model = _load(path, dtype, device)
+        self.model = _load(path, dtype, device, exact=exact)
         config = self.model.config.get_text_config()
         self.type: str = self.model.config.model_type
         self.vocab_size: int = config.vocab_size
         self._refuse_unsupported(config)
-        self.rows = _aligned_rows(config, slots) if exact else slots
-        self._experts = exact and any(getattr(config, name, None) for name in _EXPERT_COUNTS)
+        # On a CPU, tokens of a forward pass come in multiples of this, or a row's bits would depend on how many there are.
+        self._multiple = row_multiple(config) if exact else 1
+        self.rows = -(-slots // self._multiple) * self._multiple
+        self._switches_experts = exact and device.type == "cuda" and has_experts(self.model)
         self._prefill_experts = getattr(self.model.config, "_experts_implementation", None)
-        self.cache = SlotCache(self.rows, max_tokens)
+        self.cache = SlotCache(self.rows, max_tokens, self._multiple)
         self._graphs = ForwardGraphs(device)
         self._weights_memory = Offload(device)
         if exact and device.type == "cuda":
@@ -97,8 +101,8 @@ class SlotModel:
     def _prefill_length(self, count: int) -> int:
         """A recording is of one length, so on a GPU prompts are filled up to one of a few."""
         if self.device.type == "cpu" or count > _LONGEST_RECORDED:
-            return count
-        return int(attended_lengths(np.array([count - 1]), self.max_tokens, exact=True)[0])
+            return -(-count // self._multiple) * self._multiple
+        return attended_length(np.array([count - 1]), self.cache.columns, rounded=True)
 
     @torch.inference_mode()
     def decode(self, tokens_R: NDArray[np.integer[Any]], filled_R: NDArray[np.int64], active_R: NDArray[np.bool_]) -> Passed:
@@ -110,15 +114,14 @@ class SlotModel:
         self._use_experts("batched_mm")
         positions = np.where(active_R, filled_R, 0)
         targets = np.where(active_R, filled_R, self.cache.scrap)
-        own = attended_lengths(positions, self.max_tokens, exact=self.exact, rounded=self._graphs.enabled)
-        lengths = tuple(sorted({int(length) for length in own}))
-        inputs = torch.from_numpy(np.stack((tokens_R, positions, targets, own)))
-        return Passed(*self._graphs.run((len(positions), lengths), partial(self._decode, lengths=lengths), inputs))
+        length = attended_length(positions, self.cache.columns, rounded=self._graphs.enabled)
+        inputs = torch.from_numpy(np.stack((tokens_R, positions, targets)))
+        return Passed(*self._graphs.run((len(positions), length), partial(self._decode, length=length), inputs))
 
-    def _decode(self, inputs_4R: torch.Tensor, lengths: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        tokens, positions, targets, own = inputs_4R
+    def _decode(self, inputs_3R: torch.Tensor, length: int) -> tuple[torch.Tensor, ...]:
+        tokens, positions, targets = inputs_3R
         self.cache.aim_decode(targets)
-        with decoding(DecodePlan(positions, own, lengths, self.model.dtype)):
+        with decoding(DecodePlan(positions, length, self.model.dtype)):
             logits, *experts = self._recorded(
                 input_ids=tokens[:, None], position_ids=positions[:, None], past_key_values=self.cache, use_cache=True
             )
@@ -135,10 +138,11 @@ class SlotModel:
     def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
         """Log-probability `[T]` of each token given those before it, at temperature 1; entry 0 is 0. Leaves the cache alone."""
         self._use_experts(self._prefill_experts)
-        tokens, positions = self._prompt(tokens_T)
-        logits = self._forward(input_ids=tokens, position_ids=positions, use_cache=False)[0, :-1]
-        found = torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens[0, 1:, None])[:, 0]
-        return np.concatenate((np.zeros(1, np.float32), found.cpu().numpy()))
+        inputs, positions = self._prompt(tokens_T)
+        targets = inputs[0, 1 : len(tokens_T)]
+        logits = self._forward(input_ids=inputs, position_ids=positions, use_cache=False)[0, : len(targets)]
+        top, total, _, target = row_sums(logits.float(), targets, 1.0)
+        return np.concatenate((np.zeros(1, np.float32), (target - (top + row_logs(total))).cpu().numpy()))
 
     def release_memory(self, *, weights: bool) -> None:
         """Gives up the cache and, with `weights`, the parameters: their contents are gone. Buffers, which no update brings, stay."""
@@ -163,8 +167,9 @@ class SlotModel:
         return (ids,) if isinstance(ids, int) else tuple(ids)
 
     def _prompt(self, tokens_T: NDArray[np.int32]) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = torch.from_numpy(tokens_T.astype(np.int64)).to(self.device)[None]
-        return tokens, torch.arange(len(tokens_T), device=self.device)[None]
+        """Tokens and positions `[1, T or more]`."""
+        tokens = filled(torch.from_numpy(tokens_T.astype(np.int64)).to(self.device), self._multiple)
+        return tokens[None], torch.arange(len(tokens), device=self.device)[None]
 
     def _forward(self, **inputs: Any) -> torch.Tensor:
         return self.model(**inputs).logits
@@ -178,12 +183,12 @@ class SlotModel:
         return logits, choices.live().to(getattr(torch, expert_dtype(self.tap.kind.experts).name))
 
     def _use_experts(self, implementation: str | None) -> None:
-        """Chooses how experts are computed, in deterministic mode only.
+        """Chooses how experts are computed, in deterministic mode on a GPU only.
 
         A decode step needs one product for each (token, expert), or the number of rows of an expert's product, hence its bits, would
         depend on where the neighbours are routed. A prefill has no neighbours, and such products would need too much memory.
         """
-        if self._experts and implementation is not None:
+        if self._switches_experts and implementation is not None:
             self.model.set_experts_implementation(implementation)
 
     def _refuse_unsupported(self, config: Any) -> None:
@@ -227,14 +232,18 @@ class SlotModel:
 
     def _switch_attention(self) -> None:
         register()
-        self.model.set_attn_implementation(NAME)
-        used = self.model.config.get_text_config()._attn_implementation
-        if used != NAME:
+        name = EXACT_NAME if self.exact else NAME
+        self.model.set_attn_implementation(name)
+        if self.exact and self.device.type == "cpu":
+            use_exact_experts(self.model)
+        elif self.exact:
+            use_exact_layers(self.model, self.model.get_output_embeddings())
+        if self.model.config.get_text_config()._attn_implementation != name:
             raise self._unsupported("its attention cannot be replaced")
 
     def _own_attention(self, tokens_T: NDArray[np.int32]) -> torch.Tensor:
         tokens, positions = self._prompt(tokens_T)
-        return self._forward(input_ids=tokens, position_ids=positions, use_cache=False)[0, -1].float()
+        return self._forward(input_ids=tokens, position_ids=positions, use_cache=False)[0, len(tokens_T) - 1].float()
 
     def _teacher_forced(self, tokens_T: NDArray[np.int32], filled: Sequence[int]) -> torch.Tensor:
         """Logits `[rows, V]` after all tokens, half of them prefilled and half decoded, with the same sequence in each filled row."""
@@ -249,19 +258,7 @@ class SlotModel:
         return logits.float()
 
 
-def _aligned_rows(config: Any, slots: int) -> int:
-    """Slots rounded up so that no row lies on the ragged end of an elementwise operation.
-
-    PyTorch's CPU kernels compute `silu` and the like in blocks of 32 or 64 numbers and what is left over with other, scalar code, with
-    other last bits. Measured: with 13 rows of 48 the last row's SiLU differs. Two threads cut a tensor in halves, hence 128.
-    """
-    widths = [width for name in _WIDTHS if (width := getattr(config, name, None))]
-    heads = config.hidden_size // config.num_attention_heads
-    granule = 128 // math.gcd(128, heads, *widths)
-    return -(-slots // granule) * granule
-
-
-def _load(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _load(path: str, dtype: torch.dtype, device: torch.device, *, exact: bool) -> PreTrainedModel:
     if not (Path(path) / "config.json").is_file():
         raise ModelError(f"{path} is no Hugging Face model directory: it has no config.json")
     try:
@@ -269,21 +266,19 @@ def _load(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedMode
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path} cannot be loaded as a causal language model: {error}") from error
     own_memory(torch.nn.Module.to(model, device))
-    _widen_head(model)
+    _replace_head(model, exact=exact)
     return model.requires_grad_(False).eval()
 
 
-def _widen_head(model: PreTrainedModel) -> None:
-    """Gives a bfloat16 model float32 logits, as the trainer computes them: rounded, a logit of 20 is off by up to 0.06."""
+def _replace_head(model: PreTrainedModel, *, exact: bool) -> None:
+    """Gives float32 logits to a bfloat16 model, as the trainer computes them: rounded, a logit of 20 is off by up to 0.06."""
     head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or head.weight.dtype != torch.bfloat16:
-        return
-    head.forward = partial(_float32_logits, head)  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(head, torch.nn.Linear) and (exact or head.weight.dtype == torch.bfloat16):
+        head.forward = partial(_float32_logits, head, exact=exact)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _float32_logits(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-    rows, weight = hidden.flatten(0, -2), head.weight.t()
-    # A CPU has no product of bfloat16 with float32 results.
-    logits = torch.mm(rows, weight, out_dtype=torch.float32) if rows.is_cuda else torch.mm(rows.float(), weight.float())
-    logits = logits if head.bias is None else logits + head.bias
-    return logits.view(*hidden.shape[:-1], -1)
+def _float32_logits(head: torch.nn.Linear, hidden: torch.Tensor, *, exact: bool) -> torch.Tensor:
+    rows = hidden.flatten(0, -2)
+    on_cpu = not rows.is_cuda
+    logits = head_logits(filled(rows, PRODUCT_ROWS) if exact and on_cpu else rows, operand(head.weight), head.bias, exact=exact)
+    return logits[: len(rows)].view(*hidden.shape[:-1], -1)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from verst.exact.head import row_logs, row_sums
+
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -33,7 +35,7 @@ def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 class RowSampling:
     """Sampling settings of R rows as columns `[R, 1]`. Filters that are off hold values that keep every token."""
 
-    temperature: torch.Tensor  # 1 where greedy
+    factor: torch.Tensor  # 1 / temperature, rounded once as the trainer's is; 1 where greedy
     top_p: torch.Tensor
     top_k: torch.Tensor
     min_p: torch.Tensor
@@ -44,7 +46,7 @@ class RowSampling:
     @classmethod
     def of(
         cls,
-        temperature: NDArray[np.float32],
+        temperature: NDArray[np.floating],
         top_p: NDArray[np.float32],
         top_k: NDArray[np.int64],
         min_p: NDArray[np.float32],
@@ -58,7 +60,7 @@ class RowSampling:
         greedy = temperature == 0
         filters = (top_p < 1) | (top_k > 0) | (min_p > 0)
         return cls(
-            temperature=column(np.where(greedy, np.float32(1), temperature)),
+            factor=column((1 / np.where(greedy, 1.0, temperature)).astype(np.float32)),
             # A rounded cumulative sum may reach 1 before the last token; above 1 means that no token is ever cut.
             top_p=column(np.where(top_p < 1, top_p, 2.0)),
             top_k=column(np.where(top_k > 0, top_k, np.iinfo(np.int64).max)),
@@ -75,11 +77,10 @@ def sample(logits_RV: torch.Tensor, rows: RowSampling, uniforms_R: torch.Tensor)
     A greedy row takes the most likely token with log-probability 0. A filter needs a sort of all rows, and leaves the bits of rows
     without filters as they are.
     """
-    scaled = logits_RV.float() / rows.temperature
+    scaled = logits_RV.float() * rows.factor
     if rows.any_filter:
         scaled = filtered(scaled, rows)
-    logprobs = torch.log_softmax(scaled, dim=-1)
-    # softmax, not exp of the above: a kernel by rows, so that no row gets other bits by its place in the tensor.
+    # softmax, not exp of a log-softmax: a kernel by rows, so that no row gets other bits by its place in the tensor.
     # float64, or tokens less likely than 2**-24 could never be drawn at the end of the sum.
     cumulative = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
@@ -87,8 +88,9 @@ def sample(logits_RV: torch.Tensor, rows: RowSampling, uniforms_R: torch.Tensor)
     drawn = torch.minimum(uniforms_R[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     # The clamp is for rows that are not finite: their log-probability then is not either, and the caller sees it.
     tokens = torch.searchsorted(cumulative, drawn, right=True).clamp_(max=logits_RV.shape[-1] - 1)
-    found = logprobs.gather(-1, tokens)[:, 0]
     tokens = tokens[:, 0]
+    top, total, _, target = row_sums(scaled, tokens, 1.0)  # as the trainer does
+    found = target - (top + row_logs(total))
     if rows.any_greedy:
         tokens = torch.where(rows.greedy, scaled.argmax(-1), tokens)
         found = torch.where(rows.greedy, 0.0 * found, found)

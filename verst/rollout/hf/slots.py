@@ -22,7 +22,7 @@ class SlotTable:
         self.length_S = np.zeros(slots, np.int64)
         self.limit_S = np.zeros(slots, np.int64)
         self.seed_S = np.zeros(slots, np.uint64)
-        self.temperature_S = np.ones(slots, np.float32)
+        self.temperature_S = np.ones(slots, np.float64)  # of which the trainer, too, takes the reciprocal before rounding
         self.top_p_S = np.ones(slots, np.float32)
         self.top_k_S = np.zeros(slots, np.int64)
         self.min_p_S = np.zeros(slots, np.float32)

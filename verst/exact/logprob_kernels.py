@@ -1,4 +1,4 @@
-"""The two passes over a chunk of logits that `verst.training.logprobs` makes on a GPU, each reading every logit once.
+"""The two passes over a chunk of logits on a GPU, each reading every logit once: `verst.training.logprobs` makes both, samplers the first.
 
 PyTorch's own operators would read and write the chunk some ten times: 66 bytes of traffic for each logit instead of 18. Blocks and their
 order are fixed and nothing is tuned at run time, so that a row always has the same bits. Imported only where there are CUDA tensors: it
@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 
 _BLOCK = 2048
-_LAUNCH: Any = {"BLOCK": _BLOCK, "num_warps": 8}
+# Fused multiply-adds would tell logits that were scaled before from those that are scaled here.
+_LAUNCH: Any = {"BLOCK": _BLOCK, "num_warps": 8, "enable_fp_fusion": False}
 
 
 def row_sums(logits_CV: torch.Tensor, targets_C: torch.Tensor, factor: float) -> torch.Tensor:
-    """[4, C] float32: see `verst.training.logprobs._row_sums`. Logits are float32 and contiguous; a target outside its row counts as 0."""
+    """[4, C] float32: see `verst.exact.head.row_sums`. Logits are float32 and contiguous; a target outside its row counts as 0."""
     rows, vocabulary = logits_CV.shape
     sums = torch.empty(4, rows, dtype=torch.float32, device=logits_CV.device)
     with torch.cuda.device_of(logits_CV):
@@ -36,7 +37,7 @@ def slope(logits_CV: torch.Tensor, lse_C: torch.Tensor, targets_C: torch.Tensor,
 
 
 @triton.jit
-def _row_sums(logits, targets, sums, factor, rows, vocabulary, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202 - triton's kind
+def _row_sums(logits, targets, sums, factor, rows, vocabulary, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * vocabulary
     lane = tl.arange(0, BLOCK)
@@ -68,7 +69,7 @@ def _row_sums(logits, targets, sums, factor, rows, vocabulary, BLOCK: tl.constex
 
 
 @triton.jit
-def _slope(logits, lse, targets, out, factor, vocabulary, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202 - triton's kind
+def _slope(logits, lse, targets, out, factor, vocabulary, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < vocabulary

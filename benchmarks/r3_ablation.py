@@ -3,9 +3,9 @@
     python benchmarks/r3_ablation.py [--size cpu|gpu|many] [--seeds 3] [--steps 30] [--updates 1 4] [--jobs 1] [--out runs/r3_ablation]
 
 A Mixture-of-Experts model made from scratch (`SIZES`: 4 of 16 experts for each token, or 8 of 128) learns the quickstart's task by
-supervised fine-tuning, routes of its own and all in float32. Then GRPO goes on from there with an engine that computes in bfloat16 and a trainer that computes in
-float32: that is the mismatch of numbers, always the same, to which routers answer by choosing other experts. Each arm has its own
-weights, data order and random numbers by its seed:
+supervised fine-tuning, routes of its own and all in float32. Then GRPO goes on from there with an engine that computes in bfloat16 and a
+trainer that computes in float32: that is the mismatch of numbers, always the same, to which routers answer by choosing other experts. Each
+arm has its own weights, data order and random numbers by its seed:
 
     record    routes are recorded and compared; the trainer's router chooses by itself   (R3 off)
     replay    the recorded experts are used                                              (R3 on)

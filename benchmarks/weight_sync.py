@@ -72,7 +72,7 @@ def run_file(options: argparse.Namespace, directory: Path) -> Config:
             "data": {"max_prompt_tokens": 256},
             "rollout": {"engine": options.engine, "max_new_tokens": 64, "max_running": 32}
             | ({"sglang": server} if options.engine == "sglang" and server else {}),
-            "train": {"backend": options.backend, "lr": 1e-4, "microbatch_tokens": 512},
+            "train": {"backend": options.backend, "lr": 1e-4, "microbatch_tokens": 512, "compile": options.compile},
             "weights": {"transport": options.transport, "deadline_s": DEADLINE_S, "probe_limit": 1.0},
         }
     )
@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=8, help="pushes that count")
     parser.add_argument("--warmup", type=int, default=2, help="pushes before them; the first one goes through the model's own loader")
     parser.add_argument("--sglang", action="append", default=[], metavar="NAME=JSON", help="argument of SGLang's server")
+    parser.add_argument("--compile", action="store_true", help="train.compile")
     parser.add_argument("--profile", action="store_true", help="print where the time of the last publish goes in the trainer")
     parser.add_argument("--link-bytes", type=int, default=BUCKET_BYTES if torch.cuda.is_available() else 64 << 20)
     options = parser.parse_args()

@@ -61,8 +61,8 @@ ARMS = ("record", "replay", "shifted")
 COLOURS = {"record": "tab:red", "replay": "tab:blue", "shifted": "tab:gray"}
 SIZES: dict[str, dict[str, int]] = {
     "cpu": {"hidden": 64, "layers": 3, "experts": 16, "chosen": 4, "expert_width": 32, "groups": 16, "sft_steps": 100},
-    "gpu": {"hidden": 256, "layers": 8, "experts": 16, "chosen": 4, "expert_width": 256, "groups": 64, "sft_steps": 300},
-    "many": {"hidden": 256, "layers": 8, "experts": 128, "chosen": 8, "expert_width": 64, "groups": 64, "sft_steps": 300},
+    "gpu": {"hidden": 256, "layers": 8, "experts": 16, "chosen": 4, "expert_width": 256, "groups": 24, "sft_steps": 300},
+    "many": {"hidden": 256, "layers": 8, "experts": 128, "chosen": 8, "expert_width": 64, "groups": 24, "sft_steps": 300},
 }
 
 

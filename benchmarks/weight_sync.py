@@ -128,7 +128,7 @@ class Sync:
         times["stopped"] = time.perf_counter()
         engine_T, _ = await asyncio.gather(self._engine_probe(times), self._first_token(version, times))
         difference = compare_probe(await sending, engine_T)
-        check_probe(difference, self.config.weights.probe_limit, version)
+        check_probe(difference, self.config.probe_limit, version)
         times["pause"] = time.perf_counter()
         nbytes = sum(entry.nbytes for entry in manifest.entries)
         stats = self.engine.stats()

@@ -20,7 +20,7 @@ from verst.runtime.actors import spawn
 from verst.runtime.placement import Placement
 from verst.runtime.service import RunService
 from verst.testing import tiny_model
-from verst.weights.offload import Offload
+from verst.weights.offload import Offload, return_unused
 
 __all__ = ["models"]  # a fixture
 
@@ -59,7 +59,7 @@ def test_a_trainer_lends_its_memory_and_trains_on_with_the_same_bits(tmp_path: P
     expected = undisturbed.state().tensors
     del undisturbed
     gc.collect()
-    torch.cuda.empty_cache()
+    return_unused(torch.device("cuda"))  # cuBLAS's memory too, which lending gives up
     empty = torch.cuda.memory_allocated()
     lending = make_backend(config, device="cuda")
     parameters = sum(tensor.numel() for _, tensor in lending.weights())
@@ -101,6 +101,8 @@ async def test_an_engine_lends_its_memory_and_records_its_graphs_anew(models, tm
         mixed = 0
         for n, answer in enumerate(await asyncio.gather(*answers)):
             new = answer.versions_T == 4
+            if not new.any():
+                continue  # it had ended before
             whole = torch.cat((torch.from_numpy(prompt(n)), torch.from_numpy(answer.tokens_T))).numpy()
             expected = reference_logprobs(model, whole, 1.5)[len(prompt(n)) - 1 :]
             assert abs(answer.logprobs_T[new] - expected[new]).max() < 1e-4

@@ -73,10 +73,10 @@ def steps(backend: TrainBackend, config: Config, batches: list[Batch]) -> list[T
     return train(backend, config, batches, advantages=advantages)
 
 
-def of_transformers(path: str, batch: Batch) -> list[torch.Tensor]:
-    """Log-probability of each token but the first, from whole float32 logits, without anything of ours."""
+def of_transformers(path: str, batch: Batch, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Log-probability of each token but the first, from whole float32 logits, without anything of ours. The weights are bfloat16's."""
     reference: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="sdpa")
-    reference = reference.cuda().eval()
+    reference = reference.to(dtype).cuda().eval()
     found = []
     for sample in batch.samples:
         tokens = torch.from_numpy(sample.tokens_T.astype(np.int64)).cuda()
@@ -94,11 +94,13 @@ def test_log_probabilities_and_losses_are_those_of_transformers(model: str, name
     backend, config = built(model, name, compiled=compiled, deterministic=deterministic)
     for step, even in ((1, False), (2, True)):  # sequences of one length have a kernel of their own
         batch = batch_of(step, even=even)
-        expected = of_transformers(model, batch)
+        expected = of_transformers(model, batch, torch.float32)
         if step == 1:  # the weights are still those of the files
-            for sample, logprobs in zip(batch.samples, expected, strict=True):
+            rounded = of_transformers(model, batch, torch.bfloat16)
+            for sample, logprobs, other in zip(batch.samples, expected, rounded, strict=True):
                 found = torch.from_numpy(backend.logprobs(sample.tokens_T)[1:])
-                assert (found - logprobs).abs().mean() <= 1e-2
+                # Compiled layers round at other places, so what is compared is the distance from the exact values.
+                assert (found - logprobs).abs().mean() <= 1.2 * (other - logprobs).abs().mean() <= 1.2e-2
         report = steps(backend, config, [batch])[0].report()
         # What transformers would see; one update of 1e-6 moves no log-probability by as much as is allowed.
         mismatch = torch.cat([(e[2:] + 8.5).abs() for e in expected]).mean().item()

@@ -224,8 +224,10 @@ class WeightsConfig(Section):
     location: Text | None = Field(
         default=None, description="Directory for published weights. Default: shared memory. Several nodes need one on a shared disk."
     )
-    probe_limit: Positive = Field(
-        default=0.1, description="Largest mean |trainer - engine| of the probe's log-probabilities; past it the run stops."
+    probe_limit: Positive | None = Field(
+        default=None,
+        description="Largest mean |trainer - engine| of the probe's log-probabilities; past it the run stops. "
+        "Default: 0.01 in float32, 0.5 in bfloat16.",
     )
     deadline_s: Seconds = Field(
         default=600.0, description="Limit of bringing a published version into an engine, its repetition and probe included."
@@ -272,6 +274,11 @@ class Config(Section):
     def capacity_groups(self) -> int:
         """Group slots: as configured, or one batch (synchronous)."""
         return self.rollout.capacity_groups or self.train.groups_per_step
+
+    @property
+    def probe_limit(self) -> float:
+        """As configured, or far above what rounding alone does to tokens that the policy finds unlikely, as those of a prompt are."""
+        return self.weights.probe_limit or (0.01 if self.model.dtype == "float32" else 0.5)
 
     @property
     def max_trajectory_tokens(self) -> int:

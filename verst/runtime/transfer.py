@@ -42,7 +42,7 @@ class Transfer:
     def __init__(self, config: Config, placement: Placement, trainers: Trainers, replicas: Replicas, location: str) -> None:
         self._trainers, self._replicas = trainers, replicas
         self._deadline_s = config.weights.deadline_s
-        self._probe_limit = config.weights.probe_limit
+        self._probe_limit = config.probe_limit
         transport = config.weights.transport or _default(placement, config.train.ranks)
         self._by_group, self._shared = transport != "file", transport == "shared"
         self.location = GROUP if self._by_group else location

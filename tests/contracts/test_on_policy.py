@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen3Config
+from transformers import DeepseekV3Config, LlamaConfig, Qwen2MoeConfig, Qwen3Config
 
 from tests.contracts.engine_cases import CONFIGS, TINY, Update, ask, hf_engine, paused, prompt, reached
 from tests.contracts.on_policy_cases import as_sample, first_differences, requests, sampled, save_with_tokenizer, trained
@@ -24,6 +24,15 @@ MODELS = {
     **CONFIGS,
     "llama_tied": LlamaConfig(**TINY, tie_word_embeddings=True),
     "wide": LlamaConfig(**{**WIDE, "initializer_range": 0.1}, attention_bias=True),
+    "latent": DeepseekV3Config(
+        **{**TINY, "num_key_value_heads": 4, "initializer_range": 0.1},
+        **{"kv_lora_rank": 64, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
+        **{"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        **{"n_shared_experts": 1, "first_k_dense_replace": 1},
+    ),
+    "shared_expert": Qwen2MoeConfig(
+        **TINY, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40
+    ),
     "heads_of_128": Qwen3Config(**{**TINY, "hidden_size": 96, "initializer_range": 0.1}, head_dim=128),
 }
 

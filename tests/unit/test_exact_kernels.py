@@ -54,24 +54,24 @@ def expected(query, key, value, scale, window):
     scores = (query.double() @ key.transpose(2, 3) * scale).masked_fill(~seen, -torch.inf)
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
-for dtype, dim, length, window in (
-    (torch.float32, 16, 150, None), (torch.float32, 24, 150, 70), (torch.float16, 64, 70, 5), (torch.float32, 32, 1, None)
+for dtype, dim, value_dim, length, window in (
+    (torch.float32, 16, 16, 150, None), (torch.float32, 24, 40, 150, 70), (torch.float16, 64, 64, 70, 5), (torch.float32, 32, 32, 1, None)
 ):
     heads, kv_heads = 4, 2
     query = noise(2, length, heads, dim, dtype=dtype).transpose(1, 2)  # as models give them: heads are not the outer axis
-    key, value = (noise(2, kv_heads, length, dim, dtype=dtype) for _ in range(2))
+    key, value = (noise(2, kv_heads, length, width, dtype=dtype) for width in (dim, value_dim))
     found = causal_forward(query, key, value, 0.3, window)
-    assert found.shape == (2, length, heads, dim)
+    assert found.shape == (2, length, heads, value_dim)
     tolerance = 0.02 if dtype == torch.float16 else 1e-5
     torch.testing.assert_close(found.double(), expected(query, key, value, 0.3, window), rtol=tolerance, atol=tolerance)
     # A prompt's first tokens alone, and each as the newest of a slot that holds more than it has to see.
     short = length // 2 + 1
     assert torch.equal(causal_forward(query[:, :, :short], key[:, :, :short], value[:, :, :short], 0.3, window), found[:, :short])
-    slots = [torch.cat((t, noise(2, kv_heads, 30, dim, dtype=dtype)), 2) for t in (key, value)]
+    slots = [torch.cat((t, noise(2, kv_heads, 30, t.shape[3], dtype=dtype)), 2) for t in (key, value)]
     for place in sorted({0, length // 3, length - 1}):
         grouped = query[:, :, place].reshape(2, kv_heads, 2, dim)
         filled = torch.tensor([place, place // 2])
-        newest = newest_forward(grouped, *slots, filled, 0.3, window).reshape(2, heads, dim)
+        newest = newest_forward(grouped, *slots, filled, 0.3, window).reshape(2, heads, value_dim)
         assert torch.equal(newest[0], found[0, place]), (dim, length, place)
 """
 

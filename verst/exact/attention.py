@@ -106,20 +106,21 @@ def _causal_on_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
             hidden |= places[:stop] <= own - window
         mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
         block = grouped[:, :, :, start:stop]
-        out.append(attend(block, key[:, :, :stop], value[:, :, :stop], mask, scale).view(rows, heads, -1, dim))
+        out.append(attend(block, key[:, :, :stop], value[:, :, :stop], mask, scale).view(rows, heads, len(own), -1))
     joined = out[0] if len(out) == 1 else torch.cat(out, dim=2)
     return joined[:, :, :length].transpose(1, 2).to(dtype).contiguous()
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """On a CPU: `query` `[B, kv_heads, heads of each, Q, dim]`, float32 keys and values `[B, kv_heads, L, dim]` → the query's shape.
+    """On a CPU: `query` `[B, kv_heads, heads of each, Q, dim]`, float32 keys and values `[B, kv_heads, L, dim]` → like the query.
 
-    `mask` is added to the scores `[B, kv_heads, heads of each, Q, L]`; L is a multiple of 16.
+    The result has the values' `dim`, which may be another. `mask` is added to the scores `[B, kv_heads, heads of each, Q, L]`; L is a
+    multiple of 16.
     """
     rows, kv_heads, group, queries, dim = query.shape
     length = key.shape[2]
     own_rows = query.float().reshape(rows * kv_heads, group * queries, dim) * scale
-    missing = -own_rows.shape[1] % (4 if dim <= 64 else 16)
+    missing = -own_rows.shape[1] % (4 if max(dim, value.shape[3]) <= 64 else 16)
     keys, values = key.flatten(0, 1), value.flatten(0, 1)
     scores = torch.bmm(pad(own_rows, (0, 0, 0, missing)) if missing else own_rows, keys.transpose(1, 2))
     used = scores[:, : group * queries].view(rows, kv_heads, group, queries, length)
@@ -128,7 +129,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: to
     out = torch.bmm(weights[..., :_SUMMED], values[:, :_SUMMED])
     for start in range(_SUMMED, length, _SUMMED):
         out += torch.bmm(weights[..., start : start + _SUMMED], values[:, start : start + _SUMMED])
-    return out[:, : group * queries].reshape(query.shape)
+    return out[:, : group * queries].reshape(rows, kv_heads, group, queries, -1)
 
 
 def newest(

@@ -22,8 +22,8 @@ _LAUNCH: Any = {"ROWS": _ROWS, "KEYS": _KEYS, "num_warps": 4, "num_stages": 2, "
 
 def causal_forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
     """`query` `[B, heads, T, dim]`, keys and values `[B, kv_heads, T, dim]` → `[B, T, heads, dim]`. The last axes are contiguous."""
-    batch, heads, length, dim = query.shape
-    out = torch.empty(batch, length, heads, dim, dtype=query.dtype, device=query.device)
+    batch, heads, length, _ = query.shape
+    out = torch.empty(batch, length, heads, value.shape[-1], dtype=query.dtype, device=query.device)
     grid = (triton.cdiv(length, _ROWS), heads, batch)
     strides = (query.stride(0), query.stride(1), query.stride(2), out.stride(0), out.stride(2), out.stride(1))
     _launch(grid, (query, key, value, out), out, strides, (length, heads // key.shape[1]), scale, window, decodes=False)
@@ -35,7 +35,7 @@ def newest_forward(
 ) -> torch.Tensor:
     """`query` `[R, kv_heads, heads of each, dim]`, each at position `filled_R` of slots `[R, kv_heads, L, dim]` → the query's shape."""
     rows, kv_heads, group, _ = query.shape
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    out = torch.empty(rows, kv_heads, group, value.shape[-1], dtype=query.dtype, device=query.device)
     strides = (query.stride(0), query.stride(1), query.stride(2), out.stride(0), out.stride(1), out.stride(2))
     grid = (triton.cdiv(group, _ROWS), kv_heads, rows)
     _launch(grid, (query, key, value, out), filled_R, strides, (group, 1), scale, window, decodes=True)
@@ -54,11 +54,12 @@ def _launch(
     decodes: bool,
 ) -> None:
     query, key, value, _ = tensors
-    dim = query.shape[-1]
+    dims = {"DIM": query.shape[-1], "VALUE_DIM": value.shape[-1]}
+    padded = {f"PADDED_{name}": max(16, triton.next_power_of_2(dim)) for name, dim in dims.items()}
     if any(tensor.stride(-1) != 1 for tensor in tensors):
         raise ValueError("attention takes tensors whose last axis is contiguous")
     numbers = (*strides, *key.stride()[:3], *value.stride()[:3], *sizes, scale * math.log2(math.e), window or 0)
-    options: Any = _LAUNCH | {"DIM": dim, "PADDED_DIM": max(16, triton.next_power_of_2(dim)), "WINDOWED": bool(window), "DECODES": decodes}
+    options: Any = _LAUNCH | dims | padded | {"WINDOWED": bool(window), "DECODES": decodes}
     launch: Any = _attention[grid]
     with torch.cuda.device_of(query):
         launch(*tensors, filled, *numbers, **options)
@@ -88,7 +89,9 @@ def _attention(
     scale,
     window,
     DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
     WINDOWED: tl.constexpr,
     DECODES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -112,11 +115,15 @@ def _attention(
         oldest = first
     keys = key + batch * key_batch + unit // shared * key_head
     values = value + batch * value_batch + unit // shared * value_head
+    lane = tl.arange(0, PADDED_VALUE_DIM)
+    # fmt: off
     result = _over_keys(
-        q, keys, values, key_place, value_place, at, oldest, newest, scale, window, lane < DIM, WINDOWED, ROWS, KEYS, PADDED_DIM
+        q, keys, values, key_place, value_place, at, oldest, newest, scale, window,
+        DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE_DIM, WINDOWED, ROWS, KEYS,
     )
+    # fmt: on
     offsets = batch * out_batch + unit * out_unit + row.to(tl.int64)[:, None] * out_row + lane[None, :]
-    tl.store(out + offsets, result.to(out.dtype.element_ty), mask=there)
+    tl.store(out + offsets, result.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (lane < VALUE_DIM)[None, :])
 
 
 @triton.jit
@@ -131,25 +138,28 @@ def _over_keys(
     newest,
     scale,
     window,
-    real,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
     WINDOWED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
 ):
     """What rows at positions `at`, the first of them `oldest` and the last `newest`, take from the values they see."""
     lane = tl.arange(0, PADDED_DIM)
+    value_lane = tl.arange(0, PADDED_VALUE_DIM)
     begin = 0
     if WINDOWED:
         begin = tl.maximum(oldest - window + 1, 0) // KEYS * KEYS
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    result = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    result = tl.zeros([ROWS, PADDED_VALUE_DIM], tl.float32)
     for start in range(begin, newest + 1, KEYS):
         place = start + tl.arange(0, KEYS)
         near = place <= newest
         far = place.to(tl.int64)
-        k = tl.load(keys + far[None, :] * key_place + lane[:, None], mask=near[None, :] & real[:, None], other=0.0)
+        k = tl.load(keys + far[None, :] * key_place + lane[:, None], mask=near[None, :] & (lane < DIM)[:, None], other=0.0)
         score = tl.dot(q, k, input_precision="ieee") * scale
         seen = place[None, :] <= at[:, None]
         if WINDOWED:
@@ -161,7 +171,8 @@ def _over_keys(
         weight = tl.exp2(score - safe[:, None])
         keep = tl.exp2(top - safe)
         total = total * keep + tl.sum(weight, axis=1)
-        v = tl.load(values + far[:, None] * value_place + lane[None, :], mask=near[:, None] & real[None, :], other=0.0)
+        there = near[:, None] & (value_lane < VALUE_DIM)[None, :]
+        v = tl.load(values + far[:, None] * value_place + value_lane[None, :], mask=there, other=0.0)
         result = tl.dot(weight.to(v.dtype), v, result * keep[:, None], input_precision="ieee")
         top = higher
     return result / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -17,12 +17,14 @@ ELEMENTS = 128
 """Elementwise kernels compute blocks of 32 or 64 numbers, and what is left over with other, scalar code, with other last bits. Measured:
 with 13 rows of 48 the last row's SiLU differs. Two threads cut a tensor in halves, hence 128."""
 
-_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim")
+_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "num_local_experts", "n_routed_experts")
 
 
 def row_multiple(config: Any) -> int:
     """Of which the number of tokens in a forward pass of this text config's model has to be a multiple on a CPU."""
     widths = [width for name in _WIDTHS if (width := getattr(config, name, None))]
+    if getattr(config, "shared_expert_intermediate_size", None):
+        widths.append(1)  # its gate is a sigmoid of one number a row
     return math.lcm(PRODUCT_ROWS, elements_multiple(config.hidden_size // config.num_attention_heads, *widths))
 
 

@@ -118,4 +118,4 @@ def _decode(
         out = newest(grouped, key, value, plan.filled_R, scale, window)
     else:
         out = scaled_dot_product_attention(grouped, key[:, :, :length], value[:, :, :length], attn_mask=plan.mask(window), scale=scale)
-    return out.reshape(rows, 1, heads, dim)
+    return out.reshape(rows, 1, heads, -1)

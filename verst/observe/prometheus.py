@@ -23,8 +23,7 @@ class Endpoint(Collector):
     def __init__(self, host: str, port: int, *, run: str, version: str) -> None:
         """`port` 0: the system chooses. Raises `OSError` if the address cannot be had."""
         self._run, self._version = run, version
-        self._gauges: dict[str, float] = {}
-        self._counters = {"steps": 0.0, "groups_dropped": 0.0, "failures": 0.0}
+        self._values: tuple[dict[str, float], dict[str, float]] = {}, {"steps": 0.0, "groups_dropped": 0.0, "failures": 0.0}
         registry = CollectorRegistry()
         registry.register(self)
         self._server, self._thread = start_http_server(port, host, registry)
@@ -32,22 +31,23 @@ class Endpoint(Collector):
 
     def report(self, metrics: Mapping[str, float], *, steps: int = 0, dropped: float = 0, failures: int = 0) -> None:
         """A new row, and what happened since the row before."""
-        now = {"last_report_timestamp_seconds": time.time()}
-        # replaced whole: the server's threads never see half of a row
-        self._gauges = self._gauges | now | dict(metrics)
+        gauges, counters = self._values
+        gauges = gauges | {"last_report_timestamp_seconds": time.time()} | dict(metrics)
         added = {"steps": steps, "groups_dropped": dropped, "failures": failures}
-        self._counters = {name: value + added[name] for name, value in self._counters.items()}
+        # replaced whole: the server's threads never see half of a row
+        self._values = gauges, {name: value + added[name] for name, value in counters.items()}
 
     def collect(self) -> Iterator[Metric]:
         """For the library, at each scrape."""
         info = InfoMetricFamily("verst_run", "The run, and the version of Verst.", labels=["run"])
         info.add_metric([self._run], {"version": self._version})
         yield info
-        for name, value in self._counters.items():
+        gauges, counters = self._values
+        for name, value in counters.items():
             counter = CounterMetricFamily(f"verst_{name}", f"{name.replace('_', ' ')} since this process began", labels=["run"])
             counter.add_metric([self._run], value)
             yield counter
-        for name, value in self._gauges.items():
+        for name, value in gauges.items():
             gauge = GaugeMetricFamily(f"verst_{_OTHER.sub('_', name)}", f"{name}, see docs/metrics.md", labels=["run"])
             gauge.add_metric([self._run], value)
             yield gauge

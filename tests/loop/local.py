@@ -10,6 +10,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
+from tests.reference import DOCUMENT, undocumented
 from verst.config.load import load_config
 from verst.errors import VerstError
 from verst.observe.sinks import read_rows
@@ -45,6 +46,7 @@ class LocalRun:
             await service.run()
         finally:
             _, self.lines = await service.lines(0, 0)
+        assert undocumented(self.rows) == set(), f"metrics that {DOCUMENT} does not explain"
         return self
 
 
@@ -73,6 +75,7 @@ def local_run(directory: Path, model: Path, values: dict[str, Any], **extensions
 
 async def stopped_after(run: LocalRun, step: int, placement: Placement | None = None) -> None:
     """Runs until so many steps are committed, then ends as a crash would: no checkpoint, no goodbye."""
+
     async def crash(self: Loop, *args: Any) -> None:
         await original(self, *args)
         if self.version == step:

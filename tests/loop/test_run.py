@@ -16,7 +16,6 @@ import torch
 from tests.loop.local import LocalRun, local_run, stopped_after
 from verst.errors import CheckpointError, ConfigError, DataError, ExtensionError, JournalError, ModelError, VerstError
 from verst.journal.log import Journal, JournalReader
-from verst.runtime.placement import Placement
 from verst.testing import tiny_model
 from verst.types import NO_VERSION, Completion, Message, Prompt, Reply, Status
 from verst.weights.location import publish_directory

@@ -302,7 +302,7 @@ async def test_an_observer_reports_goes_on_without_a_tracker_and_knows_what_it_h
     told = (tmp_path / "run.log").read_text()
     assert told.count("warning: tracker tensorboard") == 1
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["tracking/lost"] for row in rows][0] == 0
+    assert rows[0]["tracking/lost"] == 0
 
 
 # ---- Prometheus

@@ -56,7 +56,7 @@ async def test_a_run_is_scraped_while_it_goes_on_and_tracked_over_a_restart(tmp_
     assert 4 <= step <= 6
     for name in ("reward", "mismatch/k3", "time/step_s", "groups/dropped"):
         assert seen[f"verst_{name.replace('/', '_')}{LABEL}"] == steps[step - 1][name]
-    assert seen[f"verst_failures_total{LABEL}"] == sum(sum(row.get("failures", {}).values()) for row in steps[2:step])
+    assert seen[f"verst_failed_trajectories_total{LABEL}"] == sum(sum(row.get("failures", {}).values()) for row in steps[2:step])
 
     found = events(run.run.root / "tensorboard")
     rewards = [(e.step, v.simple_value) for e in found for v in e.summary.value if v.tag == "reward"]

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from tests.loop.fakes import group
 from verst.config.load import load_config
@@ -308,6 +309,14 @@ async def test_an_observer_reports_goes_on_without_a_tracker_and_knows_what_it_h
 # ---- Prometheus
 
 
+def families(url: str) -> set[str]:
+    """The metric families in OpenMetrics, which Prometheus asks for, by its own parser: one that is there twice is an error."""
+    request = urllib.request.Request(url, headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
+        return {family.name for family in text_string_to_metric_families(answer.read().decode())}
+
+
 def scrape(url: str) -> dict[str, float]:
     """The samples of the text exposition format, by name and labels; checks that each family is declared."""
     with urllib.request.urlopen(url, timeout=10) as answer:
@@ -327,17 +336,18 @@ def test_prometheus_gets_the_newest_values_and_counters():
     endpoint = Endpoint("127.0.0.1", 0, run="night", version="0.1")
     try:
         endpoint.report({"eval/reward": 0.25})
-        endpoint.report({"reward": 0.5, "mismatch/age_1/k3": float("nan")}, steps=1, dropped=2, failures=3)
-        endpoint.report({"reward": 0.75}, steps=1, failures=1)
-        found = scrape(endpoint.url)
+        endpoint.report({"reward": 0.5, "mismatch/age_1/k3": float("nan")}, steps=1, dropped=2, failed=3)
+        endpoint.report({"reward": 0.75, "loss/total": 1.0, "groups/dropped": 0.0}, steps=1, failed=1)
+        found, named = scrape(endpoint.url), families(endpoint.url)
     finally:
         endpoint.close()
+    assert {"verst_steps", "verst_dropped_groups", "verst_groups_dropped", "verst_loss_total"} <= named
     assert found['verst_reward{run="night"}'] == 0.75
     assert found['verst_eval_reward{run="night"}'] == 0.25  # of an evaluation before
     assert str(found['verst_mismatch_age_1_k3{run="night"}']) == "nan"
     assert found['verst_steps_total{run="night"}'] == 2
-    assert found['verst_groups_dropped_total{run="night"}'] == 2
-    assert found['verst_failures_total{run="night"}'] == 4
+    assert found['verst_dropped_groups_total{run="night"}'] == 2
+    assert found['verst_failed_trajectories_total{run="night"}'] == 4
     assert found['verst_run_info{run="night",version="0.1"}'] == 1
     assert abs(found['verst_last_report_timestamp_seconds{run="night"}'] - time.time()) < 60
     with pytest.raises(OSError, match="refused"):

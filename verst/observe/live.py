@@ -134,7 +134,7 @@ def _header(frame: Frame, width: int) -> _Box:
     title.add_column(no_wrap=True, justify="right")
     title.add_row(Text.assemble(("verst ", "bold cyan"), (frame.name, "bold")), Text(" · ".join(facts)))
     bar = Table.grid()  # a bar by itself does not end its line
-    bar.add_row(ProgressBar(total=frame.steps, completed=step, width=width))
+    bar.add_row(ProgressBar(total=frame.steps, completed=step, width=width, complete_style="cyan", finished_style="green"))
     return _Box(Group(title, bar, Text(" · ".join(_standing(frame)), style="dim", no_wrap=True, overflow="ellipsis")), 3)
 
 
@@ -228,11 +228,15 @@ def _panel(title: str, lines: Sequence[Text]) -> _Box:
 
 
 def _side_by_side(left: Sequence[_Box], right: Sequence[_Box]) -> _Box:
+    lower = max(sum(box.height for box in left), sum(box.height for box in right))
+    for column in (left, right):
+        if column and isinstance(column[-1].content, Panel):  # both end on one line
+            column[-1].content.height = lower - sum(box.height for box in column[:-1])
     table = Table.grid(expand=True)
     table.add_column(ratio=1)
     table.add_column(ratio=1)
     table.add_row(Group(*(box.content for box in left)), Group(*(box.content for box in right)))
-    return _Box(table, max(sum(box.height for box in left), sum(box.height for box in right)))
+    return _Box(table, lower)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

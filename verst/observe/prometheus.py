@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 _OTHER = re.compile("[^a-zA-Z0-9_]")
+_LAST = "last_report_timestamp_seconds"
 
 
 class Endpoint(Collector):
@@ -23,17 +24,17 @@ class Endpoint(Collector):
     def __init__(self, host: str, port: int, *, run: str, version: str) -> None:
         """`port` 0: the system chooses. Raises `OSError` if the address cannot be had."""
         self._run, self._version = run, version
-        self._values: tuple[dict[str, float], dict[str, float]] = {}, {"steps": 0.0, "groups_dropped": 0.0, "failures": 0.0}
+        self._values: tuple[dict[str, float], dict[str, float]] = {}, {"steps": 0.0, "dropped_groups": 0.0, "failed_trajectories": 0.0}
         registry = CollectorRegistry()
         registry.register(self)
         self._server, self._thread = start_http_server(port, host, registry)
         self.url = f"http://{host}:{self._server.server_port}/metrics"
 
-    def report(self, metrics: Mapping[str, float], *, steps: int = 0, dropped: float = 0, failures: int = 0) -> None:
+    def report(self, metrics: Mapping[str, float], *, steps: int = 0, dropped: float = 0, failed: int = 0) -> None:
         """A new row, and what happened since the row before."""
         gauges, counters = self._values
-        gauges = gauges | {"last_report_timestamp_seconds": time.time()} | dict(metrics)
-        added = {"steps": steps, "groups_dropped": dropped, "failures": failures}
+        gauges = gauges | {_LAST: time.time()} | dict(metrics)
+        added = {"steps": steps, "dropped_groups": dropped, "failed_trajectories": failed}
         # replaced whole: the server's threads never see half of a row
         self._values = gauges, {name: value + added[name] for name, value in counters.items()}
 
@@ -48,7 +49,8 @@ class Endpoint(Collector):
             counter.add_metric([self._run], value)
             yield counter
         for name, value in gauges.items():
-            gauge = GaugeMetricFamily(f"verst_{_OTHER.sub('_', name)}", f"{name}, see docs/metrics.md", labels=["run"])
+            told = "Unix time of the newest report" if name == _LAST else f"{name}, see docs/metrics.md"
+            gauge = GaugeMetricFamily(f"verst_{_OTHER.sub('_', name)}", told, labels=["run"])
             gauge.add_metric([self._run], value)
             yield gauge
 

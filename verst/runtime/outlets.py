@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import verst
 from verst.config.schema import Config, TrackingConfig
 from verst.errors import ConfigError
-from verst.observe.prometheus import Endpoint
 from verst.observe.trackers import PACKAGES, TRACKERS, Report, RunInfo, Shown
 from verst.observe.tracking import Tracking
 from verst.runtime.rundir import RunDirectory
 from verst.types import Group, Message
+
+if TYPE_CHECKING:
+    from verst.observe.prometheus import Endpoint
 
 _SHOWN = 8
 """Trajectories in a table of samples."""
@@ -62,13 +64,13 @@ class Outlets:
         if self._endpoint is not None:
             self._endpoint.report(metrics)
 
-    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], failures: int) -> None:
+    def step(self, step: int, metrics: Mapping[str, float], groups: Sequence[Group], failed: int) -> None:
         """A committed step. One that was trained again after a restart is not news to trackers."""
         if self._tracking.takes(step):
             shows = self._samples_every > 0 and (step == 1 or step % self._samples_every == 0)
             self._tracking.report(Report(step, metrics, samples_of(step, groups) if shows else ()))
         if self._endpoint is not None:
-            self._endpoint.report(metrics, steps=1, dropped=metrics.get("groups/dropped", 0.0), failures=failures)
+            self._endpoint.report(metrics, steps=1, dropped=metrics.get("groups/dropped", 0.0), failed=failed)
 
     def told(self) -> list[str]:
         """Warnings since the last call."""
@@ -85,6 +87,8 @@ def _open_endpoint(config: Config, tell: Callable[[str], None]) -> Endpoint | No
     host, port = config.tracking.prometheus_host, config.tracking.prometheus_port
     if port == 0:
         return None
+    from verst.observe.prometheus import Endpoint
+
     try:
         endpoint = Endpoint(host, 0 if port == "auto" else port, run=config.run.name, version=verst.__version__)
     except OSError as error:

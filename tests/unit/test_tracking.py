@@ -217,6 +217,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
             whole = b""
 
 
+@pytest.mark.slow
 def test_wandb_offline(info: RunInfo, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("wandb", reason="wandb is not installed: pip install -r requirements-dev.txt")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -234,6 +235,7 @@ def test_wandb_offline(info: RunInfo, monkeypatch: pytest.MonkeyPatch):
     assert not [path for path in info.root.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
 def test_mlflow_in_the_runs_own_database(info: RunInfo, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("mlflow", reason="mlflow is not installed: pip install -r requirements-dev.txt")

@@ -48,6 +48,9 @@ def test_a_living_run_is_followed_to_its_end_line_by_line(run: RunDirectory, mon
     watching = threading.Thread(target=watch, args=(run.root,), kwargs={"echo": told.append})
     watching.start()
     try:
+        deadline = time.monotonic() + 10
+        while len(told) < 2 and time.monotonic() < deadline:  # it follows
+            time.sleep(0.01)
         with run.log.open("a") as log:
             log.write("half a ")
             log.flush()

@@ -43,6 +43,7 @@ class Screen:
     def __init__(self, name: str, steps: int, metrics: Path, console: Console | None = None) -> None:
         self._name, self._steps = name, steps
         self._tail = RowTail(metrics, keep=_KEPT_ROWS)
+        self._rows: list[dict[str, Any]] = []
         self._reading = threading.Lock()
         self._last: tuple[int, float] | None = None  # rows' newest step, and when this process first saw it
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
@@ -76,8 +77,9 @@ class Screen:
         return picture(self._frame(), *self._console.size)
 
     def _frame(self, *, lines: bool = True) -> Frame:
-        with self._reading:
-            rows = self._tail.read()
+        with self._reading, contextlib.suppress(OSError):  # of a shared disk, for a moment; what was read before is shown on
+            self._rows = self._tail.read()
+        rows = self._rows
         step = max((int(row["step"]) for row in rows), default=None)
         if step is not None and (self._last is None or step != self._last[0]):
             self._last = (step, time.monotonic())

@@ -101,8 +101,7 @@ class _Feed:
     def join(self, deadline_s: float) -> None:
         self._thread.join(max(0.0, deadline_s))
         if self._thread.is_alive():
-            waiting = self._queue.qsize()
-            self._lines.append(f"warning: tracker {self._name} has not taken everything in time: its last {waiting} reports are missing")
+            self._lines.append(f"warning: tracker {self._name} has not taken everything in time: its last reports are missing")
 
     def _serve(self) -> None:
         tracker = self._guarded(self._open, self._warn)  # now, so that a missing login is told when the run begins

@@ -15,7 +15,7 @@ _EPILOG = """examples:
   verst resume runs/NAME                 continue after a stop, a crash or a power cut
   verst resume runs/NAME train.ranks=2   on another number of ranks; what is learned stays the same
   verst train run.yaml --address auto    on the Ray cluster this machine belongs to; closing the terminal changes nothing
-  verst watch runs/NAME                  the lines of a run, from any terminal
+  verst watch runs/NAME                  a run, from any terminal
   verst doctor                           this machine against the versions that were tested
 
 exit codes: 0 done, 1 failed (the reason is on standard error), 2 wrong usage, 129 terminal closed (the run goes on on its cluster),
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a new run")
     _takes_run_file(train)
     _takes_address(train)
+    _takes_plain(train)
     train.set_defaults(run=_train)
 
     resume = commands.add_parser("resume", help="continue a run from its last checkpoint and its journal")
@@ -71,10 +72,12 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", metavar="KEY=VALUE", nargs="*", help="options to change from here on: ranks, replicas, threads, deadlines, run.steps"
     )
     _takes_address(resume)
+    _takes_plain(resume)
     resume.set_defaults(run=_resume)
 
-    watch = commands.add_parser("watch", help="follow a run's lines from any terminal")
+    watch = commands.add_parser("watch", help="follow a run from any terminal")
     _takes_run(watch)
+    _takes_plain(watch)
     watch.set_defaults(run=_watch)
 
     doctor = commands.add_parser("doctor", help="compare this machine with the versions that were tested, and say what to change")
@@ -103,6 +106,10 @@ def _takes_address(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _takes_plain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plain", action="store_true", help="lines in place of the live view; the default where output is no terminal")
+
+
 def _check(options: argparse.Namespace) -> int:
     from verst.config.load import dump_config, load_config
     from verst.config.plan import plan_lines
@@ -120,17 +127,17 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    return _ended(verst.train(options.file, overrides=options.overrides, address=options.address, echo=_echo))
+    return _ended(verst.train(options.file, overrides=options.overrides, address=options.address, echo=_echo, live=not options.plain))
 
 
 def _resume(options: argparse.Namespace) -> int:
-    return _ended(verst.resume(options.path, overrides=options.overrides, address=options.address, echo=_echo))
+    return _ended(verst.resume(options.path, overrides=options.overrides, address=options.address, echo=_echo, live=not options.plain))
 
 
 def _watch(options: argparse.Namespace) -> int:
     from verst.runtime.watch import watch
 
-    watch(options.path, echo=_echo)
+    watch(options.path, echo=_echo, live=not options.plain)
     return 0
 
 

@@ -218,6 +218,8 @@ class FakeParts:
 
     def published(self, version: int, brought: Brought) -> None: ...
 
+    def checkpoint_written(self, step: int) -> None: ...
+
     def checkpoint_failed(self, step: int, error: CheckpointError) -> None:
         self.note(f"checkpoint of step {step}: {error}")
 

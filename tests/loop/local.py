@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import pytest
 
+from tests.reference import DOCUMENT, undocumented
 from verst.config.load import load_config
+from verst.errors import VerstError
 from verst.observe.sinks import read_rows
 from verst.runtime.actors import LocalWorker
 from verst.runtime.extensions import Extensions
+from verst.runtime.loop import Loop
 from verst.runtime.placement import Placement
 from verst.runtime.preflight import preflight
 from verst.runtime.rundir import RunDirectory
@@ -42,6 +46,7 @@ class LocalRun:
             await service.run()
         finally:
             _, self.lines = await service.lines(0, 0)
+        assert undocumented(self.rows) == set(), f"metrics that {DOCUMENT} does not explain"
         return self
 
 
@@ -66,3 +71,19 @@ def local_run(directory: Path, model: Path, values: dict[str, Any], **extensions
     given = Extensions(**extensions)
     config = load_config({k: base.get(k, {}) | values.get(k, {}) for k in base | values})
     return LocalRun(RunDirectory.create(config, given.pack(), preflight(config, given).stream))
+
+
+async def stopped_after(run: LocalRun, step: int, placement: Placement | None = None) -> None:
+    """Runs until so many steps are committed, then ends as a crash would: no checkpoint, no goodbye."""
+
+    async def crash(self: Loop, *args: Any) -> None:
+        await original(self, *args)
+        if self.version == step:
+            raise VerstError("crashed on purpose")
+
+    original = Loop._after
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Loop, "_after", crash)
+    with pytest.raises(VerstError, match="crashed on purpose"):
+        await run.go(placement)
+    patch.undo()

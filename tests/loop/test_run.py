@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.loop.local import LocalRun, local_run
+from tests.loop.local import LocalRun, local_run, stopped_after
 from verst.errors import CheckpointError, ConfigError, DataError, ExtensionError, JournalError, ModelError, VerstError
 from verst.journal.log import Journal, JournalReader
-from verst.runtime.placement import Placement
 from verst.testing import tiny_model
 from verst.types import NO_VERSION, Completion, Message, Prompt, Reply, Status
 from verst.weights.location import publish_directory
@@ -139,23 +138,6 @@ async def test_kl_against_the_reference_is_zero_at_first_and_then_measured(tmp_p
     kl = run.metric("policy/kl")
     assert kl[-1] > kl[0] >= 0
     assert kl[0] < kl[-1] / 2
-
-
-async def stopped_after(run: LocalRun, step: int, placement: Placement | None = None) -> None:
-    """Runs until so many steps are committed, then ends as a crash would: no checkpoint, no goodbye."""
-    from verst.runtime.loop import Loop
-
-    async def crash(self: Loop, *args: Any) -> None:
-        await original(self, *args)
-        if self.version == step:
-            raise VerstError("crashed on purpose")
-
-    original = Loop._after
-    patch = pytest.MonkeyPatch()
-    patch.setattr(Loop, "_after", crash)
-    with pytest.raises(VerstError, match="crashed on purpose"):
-        await run.go(placement)
-    patch.undo()
 
 
 def digests(run: LocalRun) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 
+from tests.reference import DOCUMENT, documented, undocumented
 from verst.observe.metrics import Tally, merged
 
 
@@ -27,3 +29,16 @@ def test_nan_is_never_hidden_by_a_larger_number():
     tally.peak("worst", math.nan)
     tally.peak("worst", 3.0)
     assert math.isnan(tally.report()["worst"])
+
+
+def test_the_reference_knows_what_it_explains():
+    names = documented()
+    assert len(names) == len(set(names)) > 70
+    assert undocumented([{"kind": "step", "step": 1, "reward": 0.5, "mismatch/age_2/k3": 0.0, "routes/differ/layer_11": 0.0}]) == set()
+    assert undocumented([{"reward/median": 0.5}, {"new": 1.0}]) == {"reward/median", "new"}
+
+
+def test_the_reference_explains_nothing_that_no_code_names():
+    source = "\n".join(path.read_text() for path in (DOCUMENT.parents[1] / "verst").rglob("*.py"))
+    last = {name: re.sub(r"_s$", "", name.rstrip("*").rstrip("/").rpartition("/")[2]) for name in documented()}
+    assert [name for name, part in last.items() if part not in source] == []

@@ -24,11 +24,13 @@ def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory.create(config, None, {})
 
 
-def test_a_dead_run_shows_its_last_lines_and_says_so(run: RunDirectory):
+@pytest.mark.parametrize("live", [False, True])
+def test_a_dead_run_shows_its_last_lines_and_says_so(run: RunDirectory, live: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False)  # no view without a terminal: lines as ever
     told: list[str] = []
     run.log.write_text("".join(f"line {i}\n" for i in range(30)))
     run.metrics.write_text(json.dumps({"kind": "step", "step": 2}) + "\n")
-    watch(run.root, echo=told.append)
+    watch(run.root, echo=told.append, live=live)
     assert told[:-1] == [f"line {i}" for i in range(10, 30)]
     assert told[-1] == f"the run is not alive; step 2 of 3 is the last one told; continue with: verst resume {run.root}"
     run.metrics.write_text(json.dumps({"kind": "step", "step": 3}) + "\n")
@@ -46,6 +48,9 @@ def test_a_living_run_is_followed_to_its_end_line_by_line(run: RunDirectory, mon
     watching = threading.Thread(target=watch, args=(run.root,), kwargs={"echo": told.append})
     watching.start()
     try:
+        deadline = time.monotonic() + 10
+        while len(told) < 2 and time.monotonic() < deadline:  # it follows
+            time.sleep(0.01)
         with run.log.open("a") as log:
             log.write("half a ")
             log.flush()

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 _SAMPLING = ("rollout.group_size", "rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.min_p")
 _FIDELITY = ("fidelity.limit", "fidelity.action")
 _FILTERS = ("top_p", "top_k", "min_p")
-_SWITCHES = {"eval.": "eval.every_steps", "algorithm.kl_": "algorithm.kl_coefficient"}
+_SWITCHES = {
+    "eval.": "eval.every_steps",
+    "algorithm.kl_": "algorithm.kl_coefficient",
+    "tracking.prometheus_": "tracking.prometheus_port",
+    "tracking.project": "tracking.trackers",
+    "tracking.samples_": "tracking.trackers",
+}
 _ROLLED_AND_SCORED = (
     *("rollout.environment", "rollout.environment_options", "rollout.max_turns", "rollout.stop"),
     *("reward.function", "reward.options", "reward.workers", "reward.deadline_s"),
@@ -33,14 +39,27 @@ def inapplicable(config: Config) -> dict[str, str]:
         reasons |= _each(("rollout.sglang", "rollout.urls"), f"the engine is {config.rollout.engine}, not sglang")
     if config.train.backend != "megatron":
         reasons["train.megatron"] = f"the backend is {config.train.backend}, not megatron"
+    reasons |= _untracked(config)
     if config.algorithm.name == "sft":
         reasons |= _each((*_SAMPLING, *_FIDELITY), "sft imitates demonstrations, one for each prompt, and samples nothing to train on")
+        reasons["tracking.samples_every_steps"] = "sft samples nothing"
         if not evaluates:
             reasons |= _each(_ROLLED_AND_SCORED, "sft generates and scores only for evaluation, and eval.every_steps is 0")
     else:
         reasons["data.demonstration_column"] = f"{config.algorithm.name} learns from what the model generates and imitates nothing"
         if not config.algorithm.kl_coefficient:
             reasons |= _each(("algorithm.kl_in", "algorithm.kl_estimator"), "algorithm.kl_coefficient is 0, so there is no KL term")
+    return reasons
+
+
+def _untracked(config: Config) -> dict[str, str]:
+    tracking, reasons = config.tracking, {}
+    if not tracking.trackers:
+        reasons["tracking.samples_every_steps"] = "tracking.trackers names none"
+    if set(tracking.trackers) <= {"tensorboard"}:
+        reasons["tracking.project"] = "tracking.trackers names none that has projects"
+    if tracking.prometheus_port == 0:
+        reasons["tracking.prometheus_host"] = "tracking.prometheus_port is 0, so nothing is served"
     return reasons
 
 

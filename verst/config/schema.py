@@ -30,6 +30,12 @@ def _not_partial(name: str) -> str:
     return name
 
 
+def _each_once(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError("a name is there twice: remove one")
+    return names
+
+
 _COLDEST = 0.01
 
 Whole = Annotated[int, BeforeValidator(_not_a_truth_value), Field(ge=0, le=2**31 - 1)]
@@ -255,6 +261,23 @@ class EvalConfig(Section):
     temperature: Temperature = Field(default=0.0, description="0: greedy. Evaluation samples without filters.")
 
 
+class TrackingConfig(Section):
+    """Where metrics and samples go beside the run's own directory; see `docs/watching.md`. Keys come from the environment only."""
+
+    trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow", "trackio"]], AfterValidator(_each_once)] = Field(
+        default=["tensorboard"], description="Those that get every step's metrics. None of them can end or slow the run."
+    )
+    project: Text = Field(default="verst", description="Under which wandb, MLflow and trackio file the run.")
+    samples_every_steps: Whole = Field(
+        default=10,
+        description="A table of prompts, completions and rewards for the trackers, of the first step and each of so many. 0: none.",
+    )
+    prometheus_port: Literal["auto"] | Annotated[Whole, Field(le=65535)] = Field(
+        default=0, description="Serve metrics to Prometheus from the loop's process. auto: the system chooses the port. 0: off."
+    )
+    prometheus_host: Text = Field(default="127.0.0.1", description="The address to serve them on; 0.0.0.0 is all of the machine's.")
+
+
 class Config(Section):
     """A whole run file."""
 
@@ -269,6 +292,7 @@ class Config(Section):
     fidelity: FidelityConfig = FidelityConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @property
     def capacity_groups(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from verst.errors import VerstError
+from verst.observe.tail import LineTail
 
 _GENERATED = "tokens_per_s"
 """Stands in the rows of those steps during which tokens were generated."""
@@ -41,20 +42,37 @@ class JsonlSink:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, in order of step; a torn line is skipped.
+    """The rows of a metrics file, as `RowTail` gives them. Raises `FileNotFoundError` if there is none."""
+    path.stat()
+    return RowTail(path).read()
+
+
+class RowTail:
+    """The rows of a metrics file that may still grow, in order of step; a line that a crash cut short is skipped.
 
     Of steps trained again after a restart the last row counts. If nothing was generated for it again, speed and times stay those of the
     first time: training journaled groups says nothing about the pace of the run.
     """
-    rows: dict[tuple[int, str], dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a line that a crash cut short
-        key = (row["step"], row["kind"])
-        rows[key] = _with_speed_of(rows[key], row) if key in rows else row
-    return [rows[key] for key in sorted(rows)]
+
+    def __init__(self, path: Path, *, keep: int | None = None) -> None:
+        """`keep`: how many rows, the newest; default: all of them."""
+        self._lines = LineTail(path)
+        self._keep = keep
+        self._rows: dict[tuple[int, str], dict[str, Any]] = {}
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows until now. A tail that is asked again reads only what is new."""
+        for line in self._lines.read():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            key = (row["step"], row["kind"])
+            self._rows[key] = _with_speed_of(self._rows[key], row) if key in self._rows else row
+        order = sorted(self._rows)
+        for key in order[: -self._keep] if self._keep else ():
+            del self._rows[key]
+        return [self._rows[key] for key in sorted(self._rows)]
 
 
 def _with_speed_of(first: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ _CHANGEABLE = frozenset(
         *("run.steps", "eval.every_steps", "checkpoint.every_steps"),
         *("train.ranks", "train.threads", "rollout.replicas"),
         *("fidelity.limit", "fidelity.action"),
+        *("tracking.trackers", "tracking.project", "tracking.samples_every_steps", "tracking.prometheus_port", "tracking.prometheus_host"),
         *("rollout.deadline_s", "reward.deadline_s", "train.deadline_s", "weights.deadline_s"),
     }
 )

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -24,8 +24,7 @@ from verst.config.schema import Config
 from verst.journal.lock import RunLock
 from verst.runtime.extensions import Extensions
 from verst.runtime.rundir import RunDirectory
-
-Echo = Callable[[str], None]
+from verst.runtime.shown import Echo, shown
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ def train(
     prompts: Any = None,
     address: str | None = None,
     echo: Echo | None = None,
+    live: bool = False,
 ) -> RunResult:
     """Trains a new run and waits for its end; the same as `verst train FILE`.
 
@@ -66,6 +66,7 @@ def train(
         address: HOST:PORT of the Ray cluster to run on, or "auto" for the one this machine belongs to; run.dir must be on a disk that all
             its nodes share. Default: a Ray of the run's own, on this machine, which ends with it.
         echo: called with each line of progress; default: standard error.
+        live: show a live view in place of the lines, if standard output is a terminal that can show one.
 
     Raises:
         VerstError: anything wrong with input, cluster or run, as a message for a person.
@@ -83,16 +84,19 @@ def train(
         if address is not None:
             _connect(address, opened)  # before there is a directory that a wrong address would leave behind
         run = RunDirectory.create(resolved, packed, found.stream)
-        return _supervise(run, resolved.run.steps, address, echo)
+        return _supervise(run, resolved.run.steps, address, echo, live=live)
 
 
-def resume(path: str | Path, *, overrides: Sequence[str] = (), address: str | None = None, echo: Echo | None = None) -> RunResult:
+def resume(
+    path: str | Path, *, overrides: Sequence[str] = (), address: str | None = None, echo: Echo | None = None, live: bool = False
+) -> RunResult:
     """Continues a run from its last checkpoint and its journal; the same as `verst resume RUN`.
 
     Args:
         overrides: options to change from here on, such as `train.ranks=2`; only those that do not change what is learned
             (`verst.runtime.changes`).
         address: see `train`. If the run still lives there, this follows it as the process that began it did.
+        live: see `train`.
 
     Raises:
         RunLocked: the run is still alive, and not on the cluster of `address`.
@@ -107,7 +111,7 @@ def resume(path: str | Path, *, overrides: Sequence[str] = (), address: str | No
             from verst.runtime.changes import change
 
             config = change(run, config, overrides, echo)
-        return _supervise(run, config.run.steps, address, echo)
+        return _supervise(run, config.run.steps, address, echo, live=live)
 
 
 def _connect(address: str, opened: contextlib.ExitStack) -> None:
@@ -126,16 +130,16 @@ def _to_stderr(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
-def _supervise(run: RunDirectory, steps: int, address: str | None, echo: Echo) -> RunResult:
+def _supervise(run: RunDirectory, steps: int, address: str | None, echo: Echo, *, live: bool) -> RunResult:
     """Runs the loop in an actor until it ends, or until the terminal is closed on one that lives on a cluster."""
     from verst.observe.sinks import read_rows
 
-    with _ray(run, address, echo), _signals(run, leaves=address is not None) as asked:
+    with _ray(run, address, echo), _signals(run, leaves=address is not None) as asked, shown(run, steps, echo, live=live) as tell:
         if address is not None:
-            echo = _while_open(echo, asked)
-        handle = _loop(run, address, echo)
+            tell = _while_open(tell, asked)
+        handle = _loop(run, address, tell)
         try:
-            _watch(handle, asked, echo)
+            _watch(handle, asked, tell)
         except KeyboardInterrupt:
             if address is not None:  # else it ends with Ray
                 import ray

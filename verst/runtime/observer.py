@@ -7,7 +7,6 @@ import contextlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
 
 from verst.algorithms.table import algorithm_for
 from verst.config.plan import read_config
@@ -17,8 +16,10 @@ from verst.observe.limits import FidelityWatch
 from verst.observe.sinks import JsonlSink, read_rows
 from verst.observe.spans import Spans
 from verst.observe.terminal import step_line
+from verst.observe.tracking import Tracking
 from verst.routing.kinds import routed_experts
 from verst.runtime import batching
+from verst.runtime.outlets import Outlets
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.transfer import Brought
 from verst.types import Group
@@ -48,6 +49,23 @@ class Observer:
         self._pulled: dict[str, float] = {}
         self._generated = 0  # tokens since the last row
         self._failed_checkpoints = 0
+        self._checkpoint = 0  # the step of the newest one; 0: none
+        self._outlets = Outlets(Tracking())
+
+    def open_outlets(self, config: Config) -> None:
+        """From here on rows also go to trackers and to Prometheus, as configured; those until here went there before a restart."""
+        rows = read_rows(self._run.metrics)
+        reported = max((row["step"] for row in rows), default=-1)
+        self._outlets = Outlets.open(self._run, config, reported=reported, tell=self.note)
+
+    async def close_outlets(self) -> None:
+        """Lets the trackers take what waits for them, and tells of what they did not take."""
+        await asyncio.to_thread(self._outlets.close)
+        self._tell_of_outlets()
+
+    def _tell_of_outlets(self) -> None:
+        for line in self._outlets.told():
+            self.note(line)
 
     def record(self, line: str) -> None:
         """One line for those who look later (`verst watch`), also when nobody watches now."""
@@ -83,6 +101,10 @@ class Observer:
         self._pulled = {"mismatch/probe": brought.difference, "mismatch/probe_version": float(version)}
         self._pulled |= {f"engine/{name}": value for name, value in brought.stats.items()}
 
+    def checkpoint_written(self, step: int) -> None:
+        """A checkpoint is complete on disk."""
+        self._checkpoint = step
+
     def checkpoint_failed(self, step: int, error: CheckpointError) -> None:
         """A checkpoint could not be written: told at once, and counted in every row from here on."""
         self._failed_checkpoints += 1
@@ -91,6 +113,7 @@ class Observer:
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """The evaluation before the first step."""
         self._sink.write({"kind": "evaluation", "step": step, **metrics})
+        self._outlets.evaluation(metrics)
         reward = metrics.get("eval/reward")
         self.note(f"before training: eval/reward {'unknown (every scoring failed)' if reward is None else f'{reward:.3f}'}")
 
@@ -102,15 +125,18 @@ class Observer:
     def step(self, step: int, groups: Sequence[Group], metrics: Mapping[str, float], spans: Spans) -> None:
         """One committed step."""
         times = spans.report()
-        row: dict[str, Any] = dict(metrics) | times | self._pulled | {"checkpoint/failed": float(self._failed_checkpoints)}
+        row: dict[str, float] = dict(metrics) | times | self._pulled | self._outlets.counts()
+        row |= {"checkpoint/step": float(self._checkpoint), "checkpoint/failed": float(self._failed_checkpoints)}
         if self._generated:
             row["tokens_per_s"] = self._generated / times["time/step_s"]
             self._generated = 0
         reasons = batching.failures(groups)
         self._sink.write({"kind": "step", "step": step, **row, **({"failures": dict(reasons)} if reasons else {})})
+        self._outlets.step(step, row, groups, reasons.total())
         self.note(step_line(step, self._steps, row))
         for reason, count in reasons.most_common(3):
             self.note(f"  {count} failed: {reason}")
+        self._tell_of_outlets()
 
     def finish(self) -> None:
         """The picture and the three-line summary."""

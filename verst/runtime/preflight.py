@@ -25,6 +25,7 @@ from verst.rollout import environments
 from verst.rollout.environments import environment_factory
 from verst.routing.kinds import routed_experts
 from verst.runtime.extensions import Extensions
+from verst.runtime.outlets import check_trackers
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -47,6 +48,7 @@ def preflight(config: Config, extensions: Extensions) -> Findings:
     """
     _check_model(config)
     check_stack(config)
+    check_trackers(config.tracking)
     if algorithm_for(config.algorithm).learns_from == "policy" or config.eval.every_steps:
         _check_reward(config, extensions.reward)
         _check_environment(config, extensions.environment)

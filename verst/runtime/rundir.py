@@ -8,6 +8,7 @@ RUN/checkpoints/     the last ones
 RUN/logs/            what rewards and engine servers print; run.log: the run's own lines
 RUN/metrics.jsonl    one row a step and one an evaluation
 RUN/report.png       the picture at the end
+RUN/tensorboard/     event files; with those trackers also wandb/, mlflow.db and mlflow/
 RUN/final/           the trained model, a Hugging Face directory
 """
 

@@ -74,6 +74,7 @@ class Saver:
             await asyncio.to_thread(discard_partial, directory, state.step)
         else:
             self._saved = state.step
+            self._parts.observer.checkpoint_written(state.step)
 
     async def _written(self) -> None:
         if self._writing is not None:

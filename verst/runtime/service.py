@@ -63,6 +63,7 @@ class RunService:
         async with contextlib.AsyncExitStack() as opened:
             parts = await self._build(opened)
             restored = await recover(parts)
+            self._observer.checkpoint_written(restored.step)
             self._loop = Loop(self._config, parts, restored)
             if self._stop:
                 self._loop.stop()
@@ -83,6 +84,8 @@ class RunService:
         """Starts every process of the run at the same time, and opens what the loop itself reads and writes."""
         config, extensions = self._config, self._extensions()
         opened.callback(self._observer.close)
+        self._observer.open_outlets(config)
+        opened.push_async_callback(self._observer.close_outlets)
         opened.enter_context(held(self._weights_location))
         journal = await asyncio.to_thread(Journal.open, self._run.journal, self._run.run_id)  # reads all of it
         opened.callback(journal.close)

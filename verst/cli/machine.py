@@ -1,0 +1,4 @@
+from typing import Any
+
+
+def add(commands: Any) -> None: ...

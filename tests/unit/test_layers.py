@@ -29,7 +29,7 @@ OUTSIDE = {"testing", "__init__"}  # fakes for every layer; the public names, lo
 # where a system may be imported at all, and where torch may not be imported at module level
 ONLY_IN = {"ray": ("runtime/",), "sglang": ("rollout/sglang",), "megatron": ("training/megatron/",)}
 NO_TORCH = (
-    *("types.py", "errors.py", "extend.py", "protocols.py", "doctor.py"),
+    *("types.py", "errors.py", "extend.py", "protocols.py", "doctor/"),
     *("observe/", "config/", "data/", "rewards/", "algorithms/", "journal/", "runtime/", "cli/"),
 )
 

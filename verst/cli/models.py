@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verst.cli.common import command, echo, table
+from verst.cli.common import command, echo, quiet_libraries, table
 
 if TYPE_CHECKING:
     from verst.algorithms.estimates import Estimate
@@ -75,6 +75,7 @@ _whole_numbers.__name__ = "list of whole numbers"  # what argparse calls it
 
 
 def _export(options: argparse.Namespace) -> int:
+    quiet_libraries()
     from verst.runtime.exporting import export_run
 
     made = export_run(options.path, options.out, options.step)
@@ -84,6 +85,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    quiet_libraries()
     import asyncio
     import json
     from datetime import datetime

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,8 @@ from verst.config.load import load_config
 from verst.errors import CheckpointError, ConfigError, ModelError
 from verst.journal.log import JournalReader
 from verst.runtime.branch import open_branch
+from verst.runtime.listing import summarize
+from verst.runtime.profiling import profile_step
 from verst.runtime.workers import TrainerWorker
 from verst.testing import tiny_model
 
@@ -55,6 +58,9 @@ async def test_a_branch_goes_on_in_the_data_and_keeps_its_lineage(done_run: Loca
     assert not set(ours) & set(prompts_of(done_run, range(1, 3)))
     assert [r["step"] for r in branch.rows if r["kind"] == "step"] == [1, 2]
     assert branch.run.run_id != done_run.run.run_id
+    assert summarize(branch.run.root).begun_from == "done@2"
+    profiled = await asyncio.to_thread(profile_step, branch.run.root, 1, tmp_path / "profile", device="cpu")
+    assert (profiled.begun_from, profiled.same_weights) == ("the checkpoint that the run began from", True)
 
 
 async def test_it_begins_with_weights_moments_and_a_schedule_of_its_own(done_run: LocalRun, tmp_path: Path, tiny: Path, prompts: Path):
@@ -104,7 +110,7 @@ async def test_other_data_begins_at_its_start(done_run: LocalRun, tmp_path: Path
 
 def test_what_cannot_be_begun_from_is_named(done_run: LocalRun, tmp_path: Path, tiny: Path, prompts: Path):
     root = done_run.run.root
-    with pytest.raises(CheckpointError, match="no checkpoint of step 3: there are those of steps 2, 4"):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 3: its checkpoints are of: 2, 4"):
         branch_of(done_run, tmp_path, tiny, prompts, 3)
     wide = tiny_model(tmp_path / "wide", hidden_size=64)
     with pytest.raises(ModelError, match=rf"another model than .*wide \(head_dim 8 and 16, hidden_size 32 and 64\): set model.path={tiny}"):

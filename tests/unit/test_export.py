@@ -68,7 +68,7 @@ def test_weights_that_were_not_committed_are_refused(done_run: LocalRun, tmp_pat
 
 
 def test_what_cannot_be_exported_says_what_can(done_run: LocalRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(CheckpointError, match="no checkpoint of step 3: there are those of steps 2, 4"):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 3: its checkpoints are of: 2, 4"):
         export_run(done_run.run.root, tmp_path / "out", step=3)
     with pytest.raises(ConfigError, match="not a run"):
         export_run(tmp_path, tmp_path / "out")

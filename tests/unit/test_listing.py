@@ -24,7 +24,7 @@ def made(directory: Path, name: str, rewards: list[float | None], steps: int = 4
     """A run directory with these rewards in its rows."""
     values = {"run": {"name": name, "dir": str(directory), "steps": steps}, "model": {"path": "m"}, "train": train}
     run = RunDirectory.create(load_config(values), None, {})
-    rows = [{"kind": "evaluation", "step": 0, "eval/reward": 0.0}]
+    rows = [{"kind": "evaluation", "step": 0, "eval/reward": 0.125}]
     rows += [{"kind": "step", "step": i, "reward": r, "loss/total": -float(i)} for i, r in enumerate(rewards, 1)]
     run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run.root
@@ -100,6 +100,8 @@ def test_runs_of_different_lengths_are_compared_at_the_same_shares(tmp_path: Pat
 def test_a_step_without_the_metric_shows_the_last_value_before(tmp_path: Path):
     run = made(tmp_path, "r", [0.1, None, 0.3, None], steps=4)
     assert compare([run], ["reward"]).curves[0].values == (0.1, 0.1, 0.3, 0.3, 0.3)
+    (evaluated,) = compare([run], ["eval/reward"]).curves  # before the first step
+    assert (evaluated.steps, evaluated.values) == ((1, 2, 3, 3, 4), (0.125,) * 5)
 
 
 def test_a_real_run_is_listed(done_run: LocalRun, tmp_path: Path):

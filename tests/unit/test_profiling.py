@@ -18,11 +18,11 @@ def files_of(directory: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("step", "restored"), [(2, 0), (3, 2)])
-def test_a_step_is_trained_again_to_the_committed_weights(done_run: LocalRun, tmp_path: Path, step: int, restored: int):
+@pytest.mark.parametrize(("step", "restored"), [(2, "the initial model"), (3, "the checkpoint of step 2")])
+def test_a_step_is_trained_again_to_the_committed_weights(done_run: LocalRun, tmp_path: Path, step: int, restored: str):
     before = files_of(done_run.run.root)
     found = profile_step(done_run.run.root, step, tmp_path / "out", device="cpu")
-    assert (found.restored, found.same_weights, found.memory) == (restored, True, None)
+    assert (found.begun_from, found.same_weights, found.memory) == (restored, True, None)
     events = json.loads(found.trace.read_text())["traceEvents"]
     names = [event.get("name") for event in events]
     assert [names.count(f"verst/{phase}") for phase in ("load_batch", "forward_backward", "optimizer_step")] == [1, 1, 1]
@@ -54,6 +54,6 @@ def test_what_cannot_be_profiled_says_why_and_what_to_do(done_run: LocalRun, tmp
     copy = tmp_path / "run"
     shutil.copytree(done_run.run.root, copy)
     (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("ranks: 1", "ranks: 2"))
-    with pytest.raises(ConfigError, match=r"train.ranks 2: .* verst resume COPY train.ranks=1"):
+    with pytest.raises(ConfigError, match=r"train.ranks 2: .*verst resume COPY train.ranks=1"):
         profile_step(copy, 2, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()

@@ -53,9 +53,8 @@ def _profile(options: argparse.Namespace) -> int:
 
     out = options.out or Path(f"profile-{options.path.name}-{options.step}")
     found = profile_step(options.path, options.step, out, device=device_here())
-    begun = "the initial model" if not found.restored else f"the checkpoint of step {found.restored}"
     weights = {True: "as committed", False: "NOT as committed: other machine, versions or threads than then", None: "never committed"}
-    echo(f"step {found.step}, trained again from {begun}; weights {weights[found.same_weights]}")
+    echo(f"step {found.step}, trained again from {found.begun_from}; weights {weights[found.same_weights]}")
     total = sum(found.phases_s.values())
     echo("  ".join(f"{name} {s:.3f} s ({s / total:.0%})" for name, s in found.phases_s.items()))
     rows = [[f"{1e3 * o.self_s:.1f}", str(o.calls), f"{o.nbytes / (1 << 20):.1f}", o.name] for o in found.operators]

@@ -117,6 +117,7 @@ def _run_lines(summaries: Sequence[RunSummary], root: Path) -> list[str]:
     rows = []
     for s in summaries:
         name = str(s.path.relative_to(root)) if s.path != root else str(s.path)
+        name += f" (from {s.begun_from})" if s.begun_from else ""
         if s.problem:
             rows.append([name, s.state, "-", "", "-", "-", s.problem])
             continue
@@ -138,7 +139,7 @@ def _comparison_lines(found: Comparison) -> list[str]:
     lines = []
     for metric in dict.fromkeys(curve.metric for curve in found.curves):
         rows = [
-            [str(c.run), *(f"{number(v, '.4g')} @{s}" for s, v in zip(c.steps, c.values, strict=True)), number(c.best, ".4g")]
+            [_shown(c.run), *(f"{number(v, '.4g')} @{s}" for s, v in zip(c.steps, c.values, strict=True)), number(c.best, ".4g")]
             for c in found.curves
             if c.metric == metric and c.steps
         ]
@@ -149,6 +150,11 @@ def _comparison_lines(found: Comparison) -> list[str]:
         rows = [[key, *("-" if v is None else one_line(str(v)) for v in values)] for key, values in found.settings.items()]
         return [*lines, *table(("set otherwise", *names), rows)]
     return [*lines, "all options are the same, but for names"]
+
+
+def _shown(path: Path) -> str:
+    """A path as a person would type it here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _comparison_json(found: Comparison) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class RunSummary:
     active: datetime | None = None
     """When anything was last written."""
     disk_bytes: int = 0
+    begun_from: str | None = None
+    """RUN@STEP, of a run that began from another one's checkpoint."""
     problem: str | None = None
 
     def described(self) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def summarize(path: Path) -> RunSummary:
     """One run. What is wrong with it becomes its `problem`: a list shows the others all the same."""
     try:
         run, config = RunDirectory.open(path)
-        rows = _step_rows(run)
+        rows = [row for row in _rows(run) if row["kind"] == "step"]
         alive = holder_of(run.root) is not None
     except (VerstError, OSError, ValueError) as error:
         return RunSummary(path, "unreadable", problem=str(error).splitlines()[0])
@@ -97,6 +99,7 @@ def summarize(path: Path) -> RunSummary:
     measure = next((name for name in ("reward", "loss/total") if any(row.get(name) is not None for row in rows)), None)
     values = _column(rows, measure)
     written, nbytes = _disk(path)
+    lineage = run.lineage
     return RunSummary(
         path,
         "running" if alive else "finished" if step >= config.run.steps else "stopped",
@@ -107,6 +110,7 @@ def summarize(path: Path) -> RunSummary:
         values[-1] if values else None,
         datetime.fromtimestamp(written).astimezone(),
         nbytes,
+        None if lineage is None else f"{Path(lineage['run']).name}@{lineage['step']}",
     )
 
 
@@ -116,8 +120,8 @@ def compare(paths: Sequence[str | Path], metrics: Sequence[str]) -> Comparison:
     Raises `ConfigError` if a path is no run, or none of the runs has one of the metrics; the message names those that there are.
     """
     opened = [RunDirectory.open(path) for path in paths]
-    rows = {run.root: _step_rows(run) for run, _ in opened}
-    known = sorted({name for found in rows.values() for row in found for name, value in row.items() if isinstance(value, int | float)})
+    rows = {run.root: _rows(run) for run, _ in opened}
+    known = sorted({name for found in rows.values() for row in found for name, value in row.items() if isinstance(value, float)})
     for metric in metrics:
         if metric not in known:
             raise ConfigError(f"none of these runs has a metric {metric!r}; there are: {', '.join(known) or 'none yet'}")
@@ -126,18 +130,20 @@ def compare(paths: Sequence[str | Path], metrics: Sequence[str]) -> Comparison:
 
 
 def _curve(run: Path, rows: Sequence[Mapping[str, Any]], metric: str) -> MetricCurve:
-    """A step without the metric (an evaluation is not made in each) shows the last value before it."""
-    places = [round(q * (len(rows) - 1)) for q in QUANTILES] if rows else []
+    """A step without the metric (an evaluation is not made in each) shows the last value before it, also one from before the first step."""
+    steps: list[int] = []
     seen: list[float | None] = []
+    known: float | None = None
     for row in rows:
-        value = row.get(metric)
-        seen.append(value if value is not None else seen[-1] if seen else None)
+        known = row[metric] if row.get(metric) is not None else known
+        if row["kind"] == "step":
+            steps.append(row["step"])
+            seen.append(known)
+    places = [round(q * (len(steps) - 1)) for q in QUANTILES] if steps else []
     values = _column(rows, metric)
     worse_if_higher = metric.startswith(("loss", "mismatch", "time"))
     best = (min if worse_if_higher else max)(values, default=None)
-    return MetricCurve(
-        run, metric, tuple(rows[i]["step"] for i in places), tuple(seen[i] for i in places), values[-1] if values else None, best
-    )
+    return MetricCurve(run, metric, tuple(steps[i] for i in places), tuple(seen[i] for i in places), values[-1] if values else None, best)
 
 
 def _differing(configs: Sequence[Config]) -> dict[str, tuple[Any, ...]]:
@@ -147,10 +153,8 @@ def _differing(configs: Sequence[Config]) -> dict[str, tuple[Any, ...]]:
     return {key: tuple(values.get(key, (None, None))[1] for values in flat) for key in sorted(keys)}
 
 
-def _step_rows(run: RunDirectory) -> list[dict[str, Any]]:
-    """The rows of steps; those before the first step have no place among them."""
-    rows = read_rows(run.metrics) if run.metrics.exists() else []
-    return [row for row in rows if row["kind"] == "step"]
+def _rows(run: RunDirectory) -> list[dict[str, Any]]:
+    return read_rows(run.metrics) if run.metrics.exists() else []
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str | None) -> list[float]:

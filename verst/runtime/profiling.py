@@ -44,10 +44,13 @@ class Operator:
 
 @dataclass(frozen=True, slots=True)
 class Profiled:
-    """What was written and found. `same_weights`: the committed hash came out; None: the step was never committed."""
+    """What was written and found. `begun_from`, in words, is what was restored.
+
+    `same_weights`: the committed hash came out; None: the step was never committed.
+    """
 
     step: int
-    restored: int
+    begun_from: str
     trace: Path
     memory: Path | None
     operators_file: Path
@@ -92,7 +95,10 @@ def _require_one_rank(run: RunDirectory, config: Config) -> None:
 
 async def _profile(run: RunDirectory, config: Config, journal: JournalReader, step: int, out: Path, device: str) -> Profiled:
     checkpoint, _ = await asyncio.to_thread(newest_state, run, step - 1)
-    restored = 0 if checkpoint is None else checkpoint.step
+    restored, begun_from = 0, "the initial model"
+    if checkpoint is not None:
+        restored = checkpoint.step
+        begun_from = f"the checkpoint of step {restored}" if restored else "the checkpoint that the run began from"
     trainers = Trainers([LocalWorker("trainer rank 0", TrainerWorker(config, 0, device))], config, lambda value: value)
     await trainers.start()
     try:
@@ -110,7 +116,7 @@ async def _profile(run: RunDirectory, config: Config, journal: JournalReader, st
     (out / "operators.txt").write_text(_operator_text(operators), encoding="utf-8")
     committed = journal.commit(step).digest if step in journal.index.commits else None
     same = None if committed is None else committed == manifest.digest
-    return Profiled(step, restored, out / "trace.json", memory, out / "operators.txt", phases, tuple(operators[:_TOP]), same)
+    return Profiled(step, begun_from, out / "trace.json", memory, out / "operators.txt", phases, tuple(operators[:_TOP]), same)
 
 
 async def _train(trainers: Trainers, config: Config, journal: JournalReader, step: int) -> dict[str, float]:

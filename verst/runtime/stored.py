@@ -42,7 +42,7 @@ def checkpoint_of(run: RunDirectory, step: int | None) -> Checkpoint:
         reasons = "; ".join(skipped) or "checkpoint.every_steps and the end of a run make them"
         raise CheckpointError(f"{run.root} has no checkpoint yet ({reasons})")
     if step not in steps:
-        there = f"there are those of steps {', '.join(map(str, steps))}" if steps else "there is none"
+        there = f"its checkpoints are of: {', '.join(map(str, steps))}" if steps else "it has none yet"
         raise CheckpointError(
             f"{run.root} has no checkpoint of step {step}: {there}. checkpoint.every_steps says how often one is made, checkpoint.keep how "
             "many stay"

@@ -30,7 +30,9 @@ _EPILOG = f"""a first run:
   verst eval runs/NAME                   pass@k on held-out prompts
   verst export runs/NAME --out DIR       the model as a Hugging Face directory
 
-`verst COMMAND --help` has examples of each. {EXIT_CODES}
+`verst COMMAND --help` has examples of each.
+
+{EXIT_CODES}
 """
 
 

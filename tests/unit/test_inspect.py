@@ -154,3 +154,7 @@ def test_wrong_use_says_what_is_right(done_run: LocalRun, tmp_path: Path, capsys
     with pytest.raises(SystemExit, match="2"):
         cli.main(["inspect", "r", "--reward", "high"])
     assert "invalid float range value: 'high'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["inspect", "r", "--limit", "-3"])
+    assert "'-3' is no whole number from 0 on" in capsys.readouterr().err
+    assert cli._parse(["inspect", "r", "--reward=-1:0"]).reward == (-1.0, 0.0)

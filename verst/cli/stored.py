@@ -60,13 +60,15 @@ def _add_inspect(commands: Any) -> None:
         "verst inspect runs/NAME --trajectory 12/3 --tokens       token by token",
     )
     takes_run(inspect)
-    inspect.add_argument("--reward", metavar="LOW:HIGH", type=_range(float), help="only these rewards; either end may be left out")
+    inspect.add_argument(
+        "--reward", metavar="LOW:HIGH", type=_range(float), help="only these rewards; either end may be left out (below 0: --reward=-1:0)"
+    )
     inspect.add_argument("--status", choices=_STATUSES, action="append", help="only these; may be repeated")
     inspect.add_argument("--step", metavar="N or FROM:TO", type=_range(int), help="only trajectories that these steps consumed")
     inspect.add_argument("--prompt", metavar="TEXT", help="only prompts with this text, or with an id that has it")
     inspect.add_argument("--sort", choices=_ORDERS, default="group", help="ascending by this (default: group, the order of admission)")
     inspect.add_argument("--reverse", action="store_true", help="descending")
-    inspect.add_argument("--limit", metavar="N", type=int, default=20, help="show the last N, 0 for all (default: 20)")
+    inspect.add_argument("--limit", metavar="N", type=_count, default=20, help="show the last N, 0 for all (default: 20)")
     inspect.add_argument("--group", metavar="SEQ", type=int, help="one group, its trajectories side by side")
     inspect.add_argument("--trajectory", metavar="ID", help="one trajectory, by its id GROUP/MEMBER")
     inspect.add_argument(
@@ -85,6 +87,12 @@ def _range(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, Any]]:
 
     parse.__name__ = f"{kind.__name__} range"  # what argparse calls it in its message
     return parse
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
 
 
 # ---- runs

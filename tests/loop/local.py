@@ -15,6 +15,7 @@ from verst.config.load import load_config
 from verst.errors import VerstError
 from verst.observe.sinks import read_rows
 from verst.runtime.actors import LocalWorker
+from verst.runtime.branch import create_run, open_branch
 from verst.runtime.extensions import Extensions
 from verst.runtime.loop import Loop
 from verst.runtime.placement import Placement
@@ -50,7 +51,7 @@ class LocalRun:
         return self
 
 
-def local_run(directory: Path, model: Path, values: dict[str, Any], **extensions: Any) -> LocalRun:
+def local_run(directory: Path, model: Path, values: dict[str, Any], begin_from: str | None = None, **extensions: Any) -> LocalRun:
     """Makes a run of a small configuration; `values` are merged over it section by section.
 
     A test's own functions travel by value, as those of a user's script do: else each reward process would import the test, and PyTorch
@@ -70,7 +71,8 @@ def local_run(directory: Path, model: Path, values: dict[str, Any], **extensions
         del base["rollout"]["group_size"]  # which does not apply
     given = Extensions(**extensions)
     config = load_config({k: base.get(k, {}) | values.get(k, {}) for k in base | values})
-    return LocalRun(RunDirectory.create(config, given.pack(), preflight(config, given).stream))
+    branch = None if begin_from is None else open_branch(begin_from, config)
+    return LocalRun(create_run(config, given.pack(), preflight(config, given).stream, branch))
 
 
 async def stopped_after(run: LocalRun, step: int, placement: Placement | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.loop.local import LocalRun, local_run
 from tests.loop.test_run import ROWS, TwoTurns, digests, stopped_after, vowels
 from verst.journal.log import JournalReader
 from verst.routing.records import require_routes
+from verst.runtime.exporting import export_run
 from verst.testing import tiny_model
 from verst.types import RoutedExperts, Trajectory
 
@@ -86,6 +88,10 @@ async def test_what_was_routed_is_journaled_and_trained(tmp_path: Path, moe: Pat
     gates = [(a, b) for (n, a), b in zip(final.named_parameters(), model.parameters(), strict=True) if n.endswith("gate.weight")]
     assert len(gates) == 2
     assert all(not torch.equal(a, b) for a, b in gates)  # the routers learn
+    shutil.rmtree(run.run.final)
+    assert export_run(run.run.root, tmp_path / "out").source == "checkpoint"  # in which transformers keeps experts fused
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(exported.parameters(), final.parameters(), strict=True))
 
 
 async def test_older_tokens_keep_their_routes_and_are_told_by_age(tmp_path: Path, moe: Path):

@@ -20,8 +20,9 @@ from tests.unit.fsdp_cases import advantages_of, largest_difference, make_batch,
 from verst.config.schema import Config
 from verst.errors import CheckpointError
 from verst.observe.metrics import Tally, merged
-from verst.training.checkpoints import CheckpointWriter, commit_checkpoint, load_state
+from verst.training.checkpoints import CheckpointWriter, commit_checkpoint, load_state, step_path
 from verst.training.distributed import free_rendezvous, init_distributed, leave_distributed
+from verst.training.megatron.whole import whole_tensors
 from verst.types import Batch
 
 pytestmark = pytest.mark.slow
@@ -416,6 +417,21 @@ def test_float32_masters_of_a_bfloat16_model_reach_another_layout(two: list[dict
         assert same_bits(rank[f"{saving}, bfloat16"]["loaded"], rank[f"{saving}, bfloat16"]["saved"])
 
 
+@pytest.mark.parametrize("saving", RESHARDED)
+def test_the_whole_model_is_read_from_shards_without_ranks(
+    two: list[dict[str, Any]], paths: dict[str, str], saved: Path, saving: str
+) -> None:
+    files = sorted(step_path(place(saved, saving), 2).glob("rank-*.safetensors"))
+    found = dict(whole_tensors(files, paths[TWO[saving].family], torch.float32))
+    assert same_bits(found, two[0][f"{saving} to {RESHARDED[saving]}"]["saved"])
+
+
+def test_masters_are_rounded_as_the_trainer_rounds_them(two: list[dict[str, Any]], paths: dict[str, str], saved: Path) -> None:
+    files = sorted(step_path(place(saved, "dp2 bfloat16"), 2).glob("rank-*.safetensors"))
+    found = dict(whole_tensors(files, paths["qwen3"], torch.bfloat16))
+    assert same_bits(found, two[0]["dp2, bfloat16"]["saved"])
+
+
 @pytest.mark.parametrize("saving", GROWN)
 def test_twice_as_many_ranks_go_on_from_a_checkpoint(
     two: list[dict[str, Any]], four: list[dict[str, Any]], alone: dict[str, Any], saving: str
@@ -440,6 +456,11 @@ def test_a_checkpoint_of_another_model_or_with_a_lost_shard_is_named(
 ) -> None:
     with pytest.raises(CheckpointError, match=r"is of another model: .* of layer \d"):
         load(config_of(paths, case("qwen3_moe")), {}, place(saved, "tp2"), 0, 1)
+    files = sorted(step_path(place(saved, "tp2"), 2).glob("rank-*.safetensors"))
+    with pytest.raises(CheckpointError, match="is of another model"):
+        list(whole_tensors(files, paths["qwen3_moe"], torch.float32))
+    with pytest.raises(CheckpointError, match="is not whole: the shards of"):
+        list(whole_tensors(files[:1], paths["qwen3"], torch.float32))
     state = load_state(place(saved, "tp2"), 2, rank=0, world=1)
     backend = make_megatron(config_of(paths, case("qwen3")))
     with pytest.raises(CheckpointError, match="is not whole: the shards of"):

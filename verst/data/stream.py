@@ -133,8 +133,19 @@ def eval_prompts(source: Source, data: DataConfig, n: int) -> list[Prompt]:
         raise DataError("data.holdout is 0, so no prompt is held out for evaluation: set the share to hold out, for example 0.05")
     if not source.rereadable:
         raise DataError("evaluation prompts cannot be taken from a one-shot iterator: training would miss its rows. Give a list")
+    found, scanned = distinct_prompts(source, data, n, share=data.holdout)
+    if len(found) < n:
+        raise DataError(
+            f"{n} different held-out prompts wanted, {len(found)} found in {scanned} rows of {source.name} at data.holdout={data.holdout}: "
+            "lower eval.prompts, raise data.holdout, or give more different prompts"
+        )
+    return found
+
+
+def distinct_prompts(source: Source, data: DataConfig, n: int, *, share: float) -> tuple[list[Prompt], int]:
+    """Up to `n` different prompts of the held-out `share` (1: of all), in the source's own order, and how many rows were read for them."""
     found: dict[str, Prompt] = {}
-    limit = (n + _PATIENCE) / data.holdout * 2 if source.unlimited else math.inf
+    limit = (n + _PATIENCE) / share * 2 if source.unlimited else math.inf
     scanned, block = 0, 0
     while scanned < limit and (source.num_blocks is None or block < source.num_blocks):
         rows = source.read_block(block)
@@ -142,15 +153,12 @@ def eval_prompts(source: Source, data: DataConfig, n: int) -> list[Prompt]:
             break
         for row in rows:
             prompt = to_prompt(row, data)
-            if split_point(prompt, data) < data.holdout:
+            if split_point(prompt, data) < share:
                 found.setdefault(text_hash(prompt, data), prompt)
             if len(found) == n:
-                return list(found.values())
+                return list(found.values()), scanned
         scanned, block = scanned + len(rows), block + 1
-    raise DataError(
-        f"{n} different held-out prompts wanted, {len(found)} found in {scanned} rows of {source.name} at data.holdout={data.holdout}: "
-        "lower eval.prompts, raise data.holdout, or give more different prompts"
-    )
+    return list(found.values()), scanned
 
 
 class Permutation:

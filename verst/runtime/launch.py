@@ -22,6 +22,7 @@ from typing import Any
 from verst.config.load import load_config
 from verst.config.schema import Config
 from verst.journal.lock import RunLock
+from verst.runtime.branch import create_run, open_branch
 from verst.runtime.extensions import Extensions
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.shown import Echo, shown
@@ -45,7 +46,7 @@ class RunResult:
         return self.path / "final"
 
 
-def train(
+def train(  # noqa: PLR0913 - each is a choice of the caller
     config: str | Path | Mapping[str, Any] | Config,
     *,
     overrides: Sequence[str] = (),
@@ -53,6 +54,7 @@ def train(
     environment: Any = None,
     prompts: Any = None,
     address: str | None = None,
+    begin_from: str | None = None,
     echo: Echo | None = None,
     live: bool = False,
 ) -> RunResult:
@@ -65,6 +67,7 @@ def train(
         prompts: rows (mappings) in place of `data.path` or `data.task`: a list, or a function that returns an iterator.
         address: HOST:PORT of the Ray cluster to run on, or "auto" for the one this machine belongs to; run.dir must be on a disk that all
             its nodes share. Default: a Ray of the run's own, on this machine, which ends with it.
+        begin_from: "RUN" or "RUN@STEP", a checkpoint of another run of the same model to begin from (`verst.runtime.branch`).
         echo: called with each line of progress; default: standard error.
         live: show a live view in place of the lines, if standard output is a terminal that can show one.
 
@@ -78,12 +81,15 @@ def train(
 
     echo = echo or _to_stderr
     found = preflight(resolved, extensions)
+    branch = None if begin_from is None else open_branch(begin_from, resolved)
     for warning in found.warnings:
         echo(f"warning: {warning}")
     with contextlib.ExitStack() as opened:
         if address is not None:
             _connect(address, opened)  # before there is a directory that a wrong address would leave behind
-        run = RunDirectory.create(resolved, packed, found.stream)
+        run = create_run(resolved, packed, found.stream, branch)
+        if branch is not None:
+            echo(branch.line(found.stream))
         return _supervise(run, resolved.run.steps, address, echo, live=live)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from verst.runtime.changes import reordered_since
-from verst.training.checkpoints import latest_checkpoint
+from verst.runtime.stored import newest_state
 
 if TYPE_CHECKING:
     from verst.runtime.parts import Parts
@@ -65,23 +65,22 @@ async def recover(parts: Parts) -> Restored:
     note, journal = parts.observer.note, parts.journal
     if journal.torn:
         note(f"journal: {journal.torn}")
-    checkpoint, warnings = await asyncio.to_thread(latest_checkpoint, parts.run.checkpoints)
+    checkpoint, warnings = await asyncio.to_thread(newest_state, parts.run)
     for warning in warnings:
         note(f"warning: {warning}")
-    if checkpoint is None:
-        step, cursor = 0, Cursor(0, parts.stream.state())
-    else:
-        await parts.trainers.restore(str(parts.run.checkpoints), checkpoint.step)
-        step, cursor = checkpoint.step, Cursor(checkpoint.loop["seq"], checkpoint.loop["stream"])
+    step, cursor = 0, Cursor(0, parts.stream.state())
+    if checkpoint is not None:
+        await parts.trainers.restore(str(checkpoint.path.parent), checkpoint.step)
+        step = checkpoint.step
+    if checkpoint is not None and step:
+        cursor = Cursor(checkpoint.loop["seq"], checkpoint.loop["stream"])
         parts.stream.restore(cursor.stream)
     todo = journal.recovery(step)
     batches = tuple(JournaledBatch(s, journal.batch(s).groups, digest) for s, digest in todo.retrain)
     finished = frozenset(todo.pending)
     if journal.index.groups:
-        note(
-            f"resumed at step {step} ({'checkpoint' if step else 'initial model'}): {len(batches)} journaled steps to train again, "
-            f"{len(finished)} finished groups to train"
-        )
+        state = "initial model" if checkpoint is None else "checkpoint"
+        note(f"resumed at step {step} ({state}): {len(batches)} journaled steps to train again, {len(finished)} finished groups to train")
     changed = reordered_since(parts.run, step)
     if changed:
         note(f"{', '.join(sorted(changed))} changed since: those steps will have the same weights up to rounding, not bit for bit")

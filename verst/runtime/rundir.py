@@ -1,10 +1,11 @@
 """A run's directory: everything that must outlive its processes.
 
 RUN/config.yaml      the resolved configuration
-RUN/run.json         run id, format, what it began with: packages, directory, module path, state of the prompt stream; later changes
+RUN/run.json         run id, format, lineage, what it began with: packages, directory, module path, state of the data; later changes
 RUN/extensions.pkl   functions given from Python (only then)
 RUN/journal/         groups, batches, commits
 RUN/checkpoints/     the last ones
+RUN/origin/          the checkpoint of another run that this one began from (only then)
 RUN/logs/            what rewards and engine servers print; run.log: the run's own lines
 RUN/metrics.jsonl    one row a step and one an evaluation
 RUN/report.png       the picture at the end
@@ -19,7 +20,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -58,6 +59,11 @@ class RunDirectory:
         return self.root / "checkpoints"
 
     @property
+    def origin(self) -> Path:
+        """Where the checkpoint lies that a run with a lineage began from, as that of its step 0."""
+        return self.root / "origin"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
@@ -87,6 +93,11 @@ class RunDirectory:
     def stream(self) -> Mapping[str, Any]:
         """State of the prompt stream before the run's first prompt."""
         return self._described()["stream"]
+
+    @property
+    def lineage(self) -> Mapping[str, Any] | None:
+        """`{"run": directory, "run_id": …, "step": N, "digest": weights hash}` of the run it began from; None: it began from a model."""
+        return self._described().get("lineage")
 
     @property
     def cwd(self) -> Path:
@@ -129,8 +140,17 @@ class RunDirectory:
             ) from error
 
     @classmethod
-    def create(cls, config: Config, extensions: bytes | None, stream: Mapping[str, Any]) -> RunDirectory:
-        """Makes the directory of a new run, as NAME.partial until it is complete. `stream`: see the property.
+    def create(
+        cls,
+        config: Config,
+        extensions: bytes | None,
+        stream: Mapping[str, Any],
+        lineage: Mapping[str, Any] | None = None,
+        fill_origin: Callable[[Path], None] | None = None,
+    ) -> RunDirectory:
+        """Makes the directory of a new run, as NAME.partial until it is complete. `stream`, `lineage`: see the properties.
+
+        `fill_origin` is called to write the directory `origin`.
 
         Raises:
             ConfigError: there is one already (a run is never written over), or it cannot be written.
@@ -141,7 +161,9 @@ class RunDirectory:
         partial = cls(root.with_name(f"{root.name}.partial"))
         with _told(partial.root), RunLock(partial.root):
             partial._clear()
-            partial._fill(config, extensions, stream)
+            if fill_origin is not None:
+                fill_origin(partial.origin)
+            partial._fill(config, extensions, stream, lineage)
             _require_free(root)
             partial.root.rename(root)
         return cls(root)
@@ -154,7 +176,7 @@ class RunDirectory:
             elif path.name != LOCK_NAME:
                 path.unlink()
 
-    def _fill(self, config: Config, extensions: bytes | None, stream: Mapping[str, Any]) -> None:
+    def _fill(self, config: Config, extensions: bytes | None, stream: Mapping[str, Any], lineage: Mapping[str, Any] | None) -> None:
         cwd = os.getcwd()
         described = {
             "format": FORMAT,
@@ -163,6 +185,7 @@ class RunDirectory:
             "cwd": cwd,
             "module_path": [cwd, *_python_path()],
             "stream": stream,
+            **({} if lineage is None else {"lineage": lineage}),
         }
         self.checkpoints.mkdir()
         self.logs.mkdir()

@@ -70,13 +70,17 @@ class RolloutWorker:
     Scoring lies here, and not in one place for all replicas, because groups are here already and replicas grow in number with the run.
     """
 
-    def __init__(self, config: Config, extensions: Extensions, replica: int, device: str, logs: Path, shared: bool = False) -> None:
+    def __init__(
+        self, config: Config, extensions: Extensions, replica: int, device: str, logs: Path, shared: bool = False, samples: int = 1
+    ) -> None:
+        """`samples`: trajectories of each prompt in an evaluation."""
         self._config = config
         self._extensions = extensions
         self._device = device
         self._replica = replica
         self._logs = logs
         self._shared = shared
+        self._samples = samples
         self.engine: Any = None
         self._scorer: Scorer | None = None
         self._rolling = 0
@@ -127,7 +131,7 @@ class RolloutWorker:
             self._renderer,
             self._environment,
             sampling=sampling,
-            group_size=1 if evaluate else rollout.group_size,
+            group_size=self._samples if evaluate else rollout.group_size,
             max_turns=rollout.max_turns,
             max_prompt_tokens=config.data.max_prompt_tokens,
             max_model_tokens=config.max_trajectory_tokens,
@@ -138,7 +142,7 @@ class RolloutWorker:
     async def roll(self, seq: int, prompt: Prompt, how: str) -> bytes:
         """Makes one finished group, encoded.
 
-        `how`: "policy", "evaluation" (one trajectory, its own sampling) or "demonstrations" (no engine and no reward).
+        `how`: "policy", "evaluation" (`samples` trajectories, its own sampling) or "demonstrations" (no engine and no reward).
         """
         from verst.journal.codec import encode_group
 
@@ -331,10 +335,11 @@ class TrainerWorker:
         return await asyncio.to_thread(self._writer.finish)
 
     def restore(self, directory: str, step: int) -> None:
-        """Takes this rank's part of a verified checkpoint."""
+        """Takes this rank's part of a verified checkpoint. The place in the schedule is that of this run's step."""
         from verst.training.checkpoints import load_state
 
-        self.backend.load_state(load_state(Path(directory), step, rank=self._rank, world=self._config.train.ranks))
+        state = load_state(Path(directory), step, rank=self._rank, world=self._config.train.ranks)
+        self.backend.load_state(replace(state, values={**state.values, "update": step * self.backend.num_updates}))
 
     def export(self, directory: str) -> None:
         """Writes the current weights with config and tokenizer as a Hugging Face directory. A collective."""

@@ -87,7 +87,7 @@ class CheckpointWriter:
     """Writes one rank's file of one checkpoint in a background thread."""
 
     def __init__(self, directory: Path, step: int, *, rank: int, world: int) -> None:
-        self._path = _step_path(directory, step, _PARTIAL) / _rank_name(rank, world)
+        self._path = step_path(directory, step, _PARTIAL) / _rank_name(rank, world)
         self._result: Future[FileRecord] | None = None
 
     def begin(self, state: BackendState) -> None:
@@ -124,7 +124,7 @@ def commit_checkpoint(
     `records` come from `CheckpointWriter.finish`, one for each rank; `loop` holds JSON values. Returns the checkpoint's directory.
     Raises `CheckpointError` if a rank's file is missing or something could not be written; former checkpoints are then untouched.
     """
-    partial, final = _step_path(directory, step, _PARTIAL), _step_path(directory, step)
+    partial, final = step_path(directory, step, _PARTIAL), step_path(directory, step)
     _require_all_ranks(partial, records)
     loop_record = _write(partial / _LOOP, [json.dumps(dict(loop), indent=1).encode()])
     manifest = {
@@ -151,7 +151,7 @@ def commit_checkpoint(
 
 def discard_partial(directory: Path, step: int) -> None:
     """Removes what a failed attempt has left of this step's checkpoint."""
-    shutil.rmtree(_step_path(directory, step, _PARTIAL), ignore_errors=True)
+    shutil.rmtree(step_path(directory, step, _PARTIAL), ignore_errors=True)
 
 
 def latest_checkpoint(directory: Path, fingerprint: Mapping[str, str] | None = None) -> tuple[Checkpoint | None, list[str]]:
@@ -162,7 +162,7 @@ def latest_checkpoint(directory: Path, fingerprint: Mapping[str, str] | None = N
     skipped: list[str] = []
     for path in sorted((path for path in directory.glob("step-*") if path.suffix != _PARTIAL), reverse=True):
         try:
-            checkpoint = _verified(path)
+            checkpoint = verified(path)
         except CheckpointError as error:
             skipped.append(f"checkpoint skipped: {error}")
             continue
@@ -182,7 +182,7 @@ def load_state(directory: Path, step: int, *, rank: int, world: int) -> LoadedSt
     is never joined: its backend reads what it needs from `files`.
     Raises `CheckpointError` if a file is missing or has another size, or the shards do not make up the full shapes.
     """
-    path = _step_path(directory, step)
+    path = step_path(directory, step)
     manifest = _read_manifest(path)
     saved_world = manifest["world"]
     names = [_rank_name(saved, saved_world) for saved in range(saved_world)]
@@ -201,7 +201,8 @@ def load_state(directory: Path, step: int, *, rank: int, world: int) -> LoadedSt
     return replace(own, tensors=tensors)
 
 
-def _step_path(directory: Path, step: int, suffix: str = "") -> Path:
+def step_path(directory: Path, step: int, suffix: str = "") -> Path:
+    """Where the checkpoint of a step lies."""
     return Path(directory) / f"step-{step:08d}{suffix}"
 
 
@@ -318,7 +319,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _verified(path: Path) -> Checkpoint:
+def verified(path: Path) -> Checkpoint:
+    """The checkpoint in this directory, once every byte was looked at. Raises `CheckpointError`."""
     manifest = _read_manifest(path)
     for record in manifest["files"]:
         _check_file(path, FileRecord(**record))
@@ -365,7 +367,7 @@ def _require_same_model(checkpoint: Checkpoint, fingerprint: Mapping[str, str]) 
 
 def _prune(directory: Path, step: int, keep: int) -> None:
     """Removes older checkpoints than the newest `keep`, and what crashes have left. What cannot be removed is tried again next time."""
-    newest = _step_path(directory, step).name
+    newest = step_path(directory, step).name
     known = sorted(path for path in directory.glob("step-*") if path.name[: len(newest)] <= newest)
     for path in [path for path in known if path.suffix != _PARTIAL][:-keep]:
         with suppress(OSError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -61,20 +61,28 @@ class SavedShards:
 
         Raises `CheckpointError` if the shards do not make up the tensor.
         """
-        saved = self._by_key.get(own.key)
-        if saved is None:
-            raise CheckpointError(
-                f"{self._where} is of another model: it lacks {own.key[0]} of layer {own.key[1]}; "
-                "set model.path to the model the checkpoint was made of"
-            )
-        ranks = saved[0][2].ranks
-        parts = [self._part(kind, [(file, name, piece) for file, name, piece in saved if piece.rank == rank]) for rank in range(ranks)]
-        part = tensors.cut(own.key, parts, own.rank, own.ranks)
+        part = tensors.cut(own.key, self.parts(kind, own.key), own.rank, own.ranks)
         if tuple(part.shape) != own.shape:
             raise CheckpointError(
                 f"{self._where} is of another model: {own.key[0]} of layer {own.key[1]} has shape {tuple(part.shape)}, not {own.shape}"
             )
         return part.flatten()[own.begin : own.begin + like.numel()].view_as(like)
+
+    @property
+    def keys(self) -> Set[Key]:
+        """The tensors of the whole model that were updated."""
+        return self._by_key.keys()
+
+    def parts(self, kind: str, key: Key) -> list[torch.Tensor]:
+        """One tensor as its tensor-parallel ranks held it, one part for each. Raises `CheckpointError` if the shards do not make it up."""
+        saved = self._by_key.get(key)
+        if saved is None:
+            raise CheckpointError(
+                f"{self._where} is of another model: it lacks {key[0]} of layer {key[1]}; "
+                "set model.path to the model the checkpoint was made of"
+            )
+        ranks = saved[0][2].ranks
+        return [self._part(kind, [(file, name, piece) for file, name, piece in saved if piece.rank == rank]) for rank in range(ranks)]
 
     def _part(self, kind: str, shards: Sequence[tuple[Any, str, Piece]]) -> torch.Tensor:
         """One tensor-parallel rank's part. Data-parallel ranks have pieces of it, or all of it; pipeline stages may both have it (tied)."""

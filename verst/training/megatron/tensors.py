@@ -52,7 +52,7 @@ class ModelTensors:
         self._tied = hf_config.tie_word_embeddings
         self._files = files
         self._local_experts = family.experts(hf_config) // groups.expert().size()
-        self.entries = list(_entries(family, hf_config, files))
+        self.entries = list(entries_of(family, hf_config, files))
         self._by_key = {entry.key: entry for entry in self.entries}
         self._require_all_used(family, hf_config)
         self.local = _local(chunks, family, hf_config)
@@ -131,7 +131,7 @@ class ModelTensors:
             return tensors
         if tensors is None:
             like = next(iter(self.local.values()))
-            dtype = torch.float32 if _is_buffer(entry.row) else self._dtype
+            dtype = torch.float32 if is_buffer(entry.row) else self._dtype
             tensors = [torch.empty(shape, dtype=dtype, device=like.device) for shape in entry.shapes]
         tensors = [tensor.contiguous() for tensor in tensors]
         for tensor in tensors:
@@ -192,7 +192,8 @@ class ModelTensors:
             )
 
 
-def _entries(family: Family, hf_config: Any, files: WeightFiles) -> Iterator[Entry]:
+def entries_of(family: Family, hf_config: Any, files: WeightFiles) -> Iterator[Entry]:
+    """Every tensor of the whole model that the files have, in the table's order."""
     for row in family.rows_for(hf_config):
         for layer in _layers(row, family, hf_config):
             for expert in range(family.experts(hf_config)) if row.is_expert else (-1,):
@@ -249,7 +250,8 @@ def _same_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-def _is_buffer(row: Row) -> bool:
+def is_buffer(row: Row) -> bool:
+    """Whether it is the bias of expert choice, which is no parameter."""
     return row.megatron.endswith("expert_bias")
 
 

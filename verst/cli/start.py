@@ -1,0 +1,38 @@
+"""The first run file: init."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from verst.cli.common import command, echo
+
+
+def add(commands: Any) -> None:
+    init = command(
+        commands,
+        "init",
+        "write a commented run file for a task and a model",
+        "verst init --task chain_sum --model models/smollm2                run.yaml, for a task of reasoning-gym",
+        "verst init math.yaml --task math.jsonl --model models/smollm2     for prompts of your own, with a column `answer`",
+        "verst init --task teach.jsonl --model M --algorithm sft           supervised fine-tuning on a column of demonstrations",
+        "verst init --task chain_sum --model M --engine sglang --backend megatron",
+        detail="Lengths are read from the prompts, rates from the model's size. The file is checked before it is written, and nothing is\n"
+        "written over.",
+    )
+    init.add_argument("path", metavar="FILE or DIR", nargs="?", type=Path, default=Path("run.yaml"), help="where (default: run.yaml)")
+    init.add_argument("--task", required=True, metavar="TASK", help="a reasoning-gym task, or a .jsonl or .parquet file of prompts")
+    init.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face model directory")
+    init.add_argument("--algorithm", choices=("grpo", "sft"), default="grpo", help="how it learns (default: grpo)")
+    init.add_argument("--engine", choices=("hf", "sglang"), default="hf", help="what generates (default: hf)")
+    init.add_argument("--backend", choices=("fsdp", "megatron"), default="fsdp", help="what trains (default: fsdp)")
+    init.set_defaults(run=_init)
+
+
+def _init(options: argparse.Namespace) -> int:
+    from verst.recipes.run_file import Asked, write_run_file
+
+    path = write_run_file(options.path, Asked(options.task, options.model, options.algorithm, options.engine, options.backend))
+    echo(f"wrote {path}; look at it, then: verst check {path} and verst train {path}")
+    return 0

@@ -1,0 +1,83 @@
+"""What lies in a run's directory, found again: its checkpoints by step, and the run that it began from.
+
+`RUN@STEP` names a checkpoint on the command line; without `@STEP` it is the newest one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from verst.errors import CheckpointError, ConfigError, JournalError
+from verst.journal.log import JournalReader
+from verst.runtime.rundir import RunDirectory
+from verst.training.checkpoints import Checkpoint, latest_checkpoint, step_path, verified
+
+
+def parse_reference(reference: str) -> tuple[Path, int | None]:
+    """`RUN` or `RUN@STEP`. Raises `ConfigError` if what follows the last @ is no step, unless a directory has that name."""
+    path, at, step = reference.rpartition("@")
+    if not at or Path(reference).is_dir():
+        return Path(reference), None
+    if not step.isdecimal():
+        raise ConfigError(f"{reference}: what follows @ is a step, a whole number, as in {path}@40")
+    return Path(path), int(step)
+
+
+def checkpoint_steps(run: RunDirectory) -> list[int]:
+    """The steps of which there are checkpoints, ascending."""
+    return sorted(int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*") if path.suffix != ".partial")
+
+
+def checkpoint_of(run: RunDirectory, step: int | None) -> Checkpoint:
+    """The checkpoint of one step (None: the newest that is whole), every byte verified.
+
+    Raises `CheckpointError` that says which steps there are, or what is wrong with it.
+    """
+    steps = checkpoint_steps(run)
+    if step is None:
+        checkpoint, skipped = latest_checkpoint(run.checkpoints)
+        if checkpoint is not None:
+            return checkpoint
+        reasons = "; ".join(skipped) or "checkpoint.every_steps and the end of a run make them"
+        raise CheckpointError(f"{run.root} has no checkpoint yet ({reasons})")
+    if step not in steps:
+        there = f"its checkpoints are of: {', '.join(map(str, steps))}" if steps else "it has none yet"
+        raise CheckpointError(
+            f"{run.root} has no checkpoint of step {step}: {there}. checkpoint.every_steps says how often one is made, checkpoint.keep how "
+            "many stay"
+        )
+    return verified(step_path(run.checkpoints, step))
+
+
+def newest_state(run: RunDirectory, up_to: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The state to go on from: the newest whole checkpoint, else the one the run began with, as step 0; None is the initial model.
+
+    `up_to` leaves out those of later steps. With warnings of those that were skipped.
+
+    Raises `CheckpointError` if the run began from another run's checkpoint and its copy is not whole.
+    """
+    checkpoint, warnings = _newest(run, up_to)
+    if checkpoint is not None or run.lineage is None:
+        return checkpoint, warnings
+    return replace(verified(step_path(run.origin, 0)), step=0), warnings
+
+
+def _newest(run: RunDirectory, up_to: int | None) -> tuple[Checkpoint | None, list[str]]:
+    if up_to is None:
+        return latest_checkpoint(run.checkpoints)
+    warnings: list[str] = []
+    for step in reversed([step for step in checkpoint_steps(run) if step <= up_to]):
+        try:
+            return checkpoint_of(run, step), warnings
+        except CheckpointError as error:
+            warnings.append(f"checkpoint skipped: {error}")
+    return None, warnings
+
+
+def committed_digest(run: RunDirectory, step: int) -> str:
+    """The weights hash that the journal has of a step. Raises `JournalError` if that step was not committed."""
+    journal = JournalReader(run.journal, run.run_id)
+    if step not in journal.index.commits:
+        raise JournalError(f"{run.root}: step {step} was not committed; the last commit is of step {journal.index.last_commit}")
+    return journal.commit(step).digest

@@ -106,6 +106,15 @@ async def test_however_the_trainer_divides_its_work(models: Callable[[str], Path
     require_zero(path, await sampled(await opened(path), requests(0.8, groups=6)), 0.8, **train)
 
 
+async def test_a_microbatch_of_few_tokens(models: Callable[[str], Path], opened: Opened) -> None:
+    """Unless it is filled up, products of so few rows have other bits: 1.6e-5 here, for the sample of 11 tokens."""
+    path = models("wide")
+    sizes = [(1, 1), (1, 2), (2, 3), (3, 8), (5, 1)]
+    asked = [ask(f"{n}/0", prompt(n, length=length), seed=n, max_new_tokens=new, temperature=0.7) for n, (length, new) in enumerate(sizes)]
+    for sample in await sampled(await opened(path), asked):
+        require_zero(path, [sample], 0.7)
+
+
 async def test_later_turns_and_continuations_of_what_was_aborted(models: Callable[[str], Path], opened: Opened) -> None:
     """Their prefill covers tokens that the engine decoded before: the same keys and values come out."""
     path = models("qwen3_sliding")

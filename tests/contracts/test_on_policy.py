@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import DeepseekV3Config, LlamaConfig, Qwen2MoeConfig, Qwen3Config
+from transformers import DeepseekV3Config, LlamaConfig, PreTrainedConfig, Qwen2MoeConfig, Qwen3Config
 
 from tests.contracts.engine_cases import CONFIGS, TINY, Update, ask, hf_engine, paused, prompt, reached
 from tests.contracts.on_policy_cases import as_sample, first_differences, requests, sampled, save_with_tokenizer, trained
@@ -19,8 +19,15 @@ from verst.rollout.hf import HFEngine
 from verst.types import FinishReason, Sample
 
 # Inner sizes above 576, where MKL needs 16 rows, widths that end within a vector, and heads of 128.
-WIDE = {**TINY, "vocab_size": 1001, "hidden_size": 640, "intermediate_size": 1000, "num_attention_heads": 5, "num_key_value_heads": 1}
-MODELS = {
+WIDE: dict[str, Any] = {
+    **TINY,
+    "vocab_size": 1001,
+    "hidden_size": 640,
+    "intermediate_size": 1000,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+}
+MODELS: dict[str, PreTrainedConfig] = {
     **CONFIGS,
     "llama_tied": LlamaConfig(**TINY, tie_word_embeddings=True),
     "wide": LlamaConfig(**{**WIDE, "initializer_range": 0.1}, attention_bias=True),

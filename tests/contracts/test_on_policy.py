@@ -27,16 +27,17 @@ WIDE: dict[str, Any] = {
     "num_attention_heads": 5,
     "num_key_value_heads": 1,
 }
+LATENT: dict[str, Any] = {
+    **{**TINY, "num_key_value_heads": 4, "initializer_range": 0.1},
+    **{"kv_lora_rank": 64, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    **{"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    **{"n_shared_experts": 1, "first_k_dense_replace": 1},
+}
 MODELS: dict[str, PreTrainedConfig] = {
     **CONFIGS,
     "llama_tied": LlamaConfig(**TINY, tie_word_embeddings=True),
     "wide": LlamaConfig(**{**WIDE, "initializer_range": 0.1}, attention_bias=True),
-    "latent": DeepseekV3Config(
-        **{**TINY, "num_key_value_heads": 4, "initializer_range": 0.1},
-        **{"kv_lora_rank": 64, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
-        **{"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-        **{"n_shared_experts": 1, "first_k_dense_replace": 1},
-    ),
+    "latent": DeepseekV3Config(**LATENT),
     "shared_expert": Qwen2MoeConfig(
         **TINY, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40
     ),

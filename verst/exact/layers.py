@@ -5,7 +5,7 @@ A CPU needs none of it: there rows in multiples of `verst.exact.rows` have that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -56,8 +56,8 @@ def _holds_parameters(module: nn.Module) -> bool:
 class _OwnBits(TorchFunctionMode):
     """Inside, means over the last axis and linear layers are those of this module. Belongs to the thread that entered it."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tuple(args), kwargs or {}
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is linear:
             return exact_linear(*args, **kwargs)
         if func in _MEAN and args and args[0].is_cuda and _last_axis(args, kwargs):
@@ -67,7 +67,7 @@ class _OwnBits(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _last_axis(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _last_axis(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
     axis = axis[0] if isinstance(axis, list | tuple) and len(axis) == 1 else axis
     return axis in (-1, args[0].ndim - 1) and "dtype" not in kwargs

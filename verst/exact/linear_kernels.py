@@ -13,9 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-# (rows, columns, warps, stages) of a tile: few rows are all waiting for weights, many are all arithmetic. Both have the same columns, so that
-# on a Hopper GPU both are made of the same instruction (m64n128k16).
-_FEW: tuple[int, int, int, int] = (64, 128, 4, 4)
+# (rows, columns, warps, stages) of a tile: few rows are all waiting for weights, many are all arithmetic.
+_FEW: tuple[int, int, int, int] = (64, 64, 4, 4)
 _MANY: tuple[int, int, int, int] = (128, 128, 8, 3)
 _FEW_ROWS = 256
 _GROUP = 8  # tiles of rows that share their columns' weights in the cache

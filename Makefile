@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+# In place of pip, which compiles 340 MB of Python on one core. Some packages have files that are no Python of this version.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 READY := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 STACK := $(VENV)/.installed-stack
@@ -10,17 +13,20 @@ STACK := $(VENV)/.installed-stack
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(INSTALL) -r requirements.txt
+	$(INSTALL) --no-deps --no-build-isolation -e .
+	$(COMPILE)
 	touch $@
 
 $(DEV): $(READY) requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
+	$(COMPILE)
 	touch $@
 
 # SGLang and Megatron-Core as their wheels ship them, without the CUDA packages their metadata names
 $(STACK): $(READY) requirements-stack.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python -r requirements-stack.txt
+	$(INSTALL) --no-deps --ignore-requires-python -r requirements-stack.txt
+	$(COMPILE)
 	touch $@
 
 quickstart: $(READY)
@@ -29,21 +35,21 @@ quickstart: $(READY)
 stack: $(STACK)
 
 # Two at a time, one for each core of a small machine, the longest first. Each is a process of its own: Megatron-Core and Ray change the
-# process they are imported into, and what follows must not depend on that.
+# process they are imported into, and what follows must not depend on that. SGLang's servers are shared by all tests of one process.
 test: $(DEV) $(STACK)
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --output-sync=line -j2 test-loop test-sglang test-unit test-megatron
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --output-sync=line -j2 test-sglang test-loop test-megatron test-unit
+
+test-sglang:
+	$(BIN)/python -m pytest -q tests/stack tests/contracts --ignore-glob='*/test_megatron*'
 
 test-loop:
 	$(BIN)/python -m pytest -q tests/loop
 
-test-sglang:
-	$(BIN)/python -m pytest -q tests/stack --ignore-glob='*/test_megatron*'
-
-test-unit:
-	$(BIN)/python -m pytest -q tests/unit tests/gpu tests/contracts
-
 test-megatron:
 	$(BIN)/python -m pytest -q tests/stack/test_megatron*.py
+
+test-unit:
+	$(BIN)/python -m pytest -q tests/unit tests/gpu
 
 test-fast: $(DEV) $(STACK)
 	$(BIN)/python -m pytest -q -m "not slow" tests/unit tests/gpu tests/loop tests/contracts tests/stack

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -48,6 +49,7 @@ TINY: dict[str, Any] = {
     "initializer_range": 0.3,  # far from uniform, so that a wrong mask or position shows
 }
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
+ROUTED = Qwen3MoeConfig(**{**TINY, "num_hidden_layers": 3, "eos_token_id": None}, **EXPERTS)  # every generation goes on to its limit
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**TINY),
     "qwen3": Qwen3Config(**TINY, head_dim=16, tie_word_embeddings=True),
@@ -55,6 +57,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3_moe": Qwen3MoeConfig(**TINY, **EXPERTS),
     "olmoe": OlmoeConfig(**TINY, num_experts=6, num_experts_per_tok=2),
 }
+SAVED = CONFIGS | {"routed": ROUTED}
 
 
 def hf_engine(path: str | Path, **options: Any) -> HFEngine:
@@ -62,6 +65,8 @@ def hf_engine(path: str | Path, **options: Any) -> HFEngine:
     return HFEngine(str(path), **(settings | options))
 
 
+DENSE = "qwen3"
+"""The dense model that tests share an SGLang server of."""
 ENGINES: dict[str, Callable[..., Engine]] = {"hf": partial(hf_engine, version=3)}
 
 
@@ -72,20 +77,11 @@ def save_model(path: Path, config: PreTrainedConfig) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Directory of a tiny random model by the name of its config, with a tokenizer whose token n reads "wn"."""
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            path = save_model(tmp_path_factory.mktemp(name), CONFIGS[name])
-            words = Tokenizer(WordLevel({f"w{n}": n for n in range(VOCAB)}, unk_token="w0"))
-            PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
-            made[name] = path
-        return made[name]
-
-    return make
+def words(**special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose token n reads "wn"."""
+    tokenizer = Tokenizer(WordLevel({f"w{n}": n for n in range(VOCAB)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 E = TypeVar("E", bound=Engine)
@@ -111,49 +107,6 @@ async def opening(make: Callable[..., E], models: Callable[[str], Path]) -> Asyn
 SGLANG = "sglang" if find_spec("sglang") is not None else None  # not part of the default install; `make stack` installs it
 SERVED = [*ENGINES, *([pytest.param(SGLANG, marks=pytest.mark.slow)] if SGLANG else [])]
 """For what is promised without seeds and step counters. The others need an engine that has them (on a CPU SGLang has no seeds)."""
-
-
-@pytest.fixture(scope="module")
-def servers(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
-    """An SGLang server by the name of its model, started when it is first needed."""
-    from tests.contracts.sglang_server import SharedServer, shared_server
-
-    running: dict[str, SharedServer] = {}
-    with ExitStack() as stack:
-
-        def serve(model: str) -> SharedServer:
-            if model not in running:
-                directory = tmp_path_factory.mktemp(f"sglang_{model}")
-                running[model] = stack.enter_context(shared_server(models(model), directory, max_tokens=MAX_TOKENS))
-            return running[model]
-
-        yield serve
-
-
-@pytest.fixture(params=SERVED)
-async def served(request: pytest.FixtureRequest, models: Callable[[str], Path], servers: Callable[[str], Any]) -> AsyncIterator[Opened]:
-    """Like `opened`, for every engine. An SGLang server is shared by the tests of a module and gets the model's weights back."""
-    if request.param != SGLANG:
-        async with opening(ENGINES[request.param], models) as start:
-            yield start
-        return
-
-    def attach(path: Path, **options: Any) -> Engine:
-        return servers(path.name.rstrip("0123456789")).engine(version=3, **options)
-
-    async with opening(attach, models) as start:
-        yield start
-    own = attach(models("llama"))
-    await own.start()
-    await own.pause()
-    await own.update_weights(Update({name: p.detach() for name, p in load(models("llama")).named_parameters()}, 3))
-    await own.close()
-
-
-@pytest.fixture(params=list(ENGINES))
-async def opened(request: pytest.FixtureRequest, models: Callable[[str], Path]) -> AsyncIterator[Opened]:
-    async with opening(ENGINES[request.param], models) as start:
-        yield start
 
 
 def prompt(*seed: int, length: int = 9) -> NDArray[np.int32]:

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import DynamicCache, Glm4MoeConfig, Qwen3MoeConfig
+from transformers import DynamicCache, Glm4MoeConfig
 
-from tests.contracts.engine_cases import EXPERTS, TINY, ask
+from tests.contracts.engine_cases import TINY, ask
 from verst.protocols import Engine
 from verst.rollout.boundary import checked_experts, checked_generation
 from verst.types import GenerateRequest, Generation, RoutedExperts
 
-ROUTED = Qwen3MoeConfig(**{**TINY, "num_hidden_layers": 3, "eos_token_id": None}, **EXPERTS)  # every generation goes on to its limit
 DENSE_FIRST = Glm4MoeConfig(
     **{**TINY, "num_hidden_layers": 3, "eos_token_id": None},
     head_dim=8,  # type: ignore[call-arg]

@@ -13,26 +13,21 @@ from transformers import AutoModelForCausalLM
 
 from tests.contracts.engine_cases import (
     CONFIGS,
+    DENSE,
     EOS,
     MAX_TOKENS,
     VOCAB,
     Opened,
     ask,
     load,
-    models,
-    opened,
     paused,
     prompt,
     reached,
     reference_logprobs,
     same,
-    served,
-    servers,
 )
 from verst.errors import EngineFailure
 from verst.types import FinishReason
-
-__all__ = ["models", "opened", "served", "servers"]  # fixtures
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -66,7 +61,7 @@ async def test_greedy_follows_the_most_likely_token_with_logprob_zero(served: Op
     engine = await served()
     answer = await engine.generate(ask("a", prompt(2), temperature=0.0, max_new_tokens=20))
     tokens = list(prompt(2))
-    reference = load(models("llama"))
+    reference = load(models(DENSE))
     for token in answer.tokens_T:
         with torch.no_grad():
             assert token == int(reference(input_ids=torch.tensor([tokens])).logits[0, -1].argmax())
@@ -80,7 +75,7 @@ async def test_the_probe_agrees_with_a_full_forward_pass_also_while_paused(serve
     async with paused(engine):
         found = await engine.logprobs(tokens)
     assert found[0] == 0
-    np.testing.assert_allclose(found[1:], reference_logprobs(load(models("llama")), tokens), atol=1e-5)
+    np.testing.assert_allclose(found[1:], reference_logprobs(load(models(DENSE)), tokens), atol=1e-5)
 
 
 async def test_a_finished_sequence_makes_room_at_the_next_step(opened: Opened):

@@ -10,16 +10,12 @@ import pytest
 from tests.contracts.engine_cases import (
     Opened,
     ask,
-    models,
-    opened,
     paused,
     prompt,
     same,
 )
 from verst.protocols import Engine
 from verst.types import GenerateRequest, Generation
-
-__all__ = ["models", "opened"]  # fixtures
 
 
 async def test_an_aborted_generation_can_be_continued_to_the_same_end(opened: Opened):

@@ -11,23 +11,19 @@ import pytest
 import torch
 
 from tests.contracts.engine_cases import (
+    DENSE,
     Opened,
     Update,
     ask,
     load,
-    models,
-    opened,
     paused,
     perturbed,
     prompt,
     reached,
     reference_logprobs,
-    served,
-    servers,
 )
 from verst.errors import EngineFailure, VerstError, WeightMismatch
-
-__all__ = ["models", "opened", "served", "servers"]  # fixtures
+from verst.weights.names import parts
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen3", "qwen3_moe"])
@@ -55,10 +51,28 @@ async def test_an_update_in_flight_mixes_versions_and_takes_effect(opened: Opene
     assert (fresh.versions_T == 4).all()
 
 
+async def test_experts_may_come_one_by_one_as_checkpoints_name_them(opened: Opened, models: Callable[[str], Path]):
+    engine = await opened("qwen3_moe")
+    fused = perturbed(models("qwen3_moe"))
+    state = {part: tensor[index] for name, tensor in fused.items() for part, index, _ in parts(name, tuple(tensor.shape))}
+    assert len(state) == len(fused) - 2 * 2 + 2 * 3 * 6  # two layers of six experts
+    reference = load(models("qwen3_moe"))
+    reference.load_state_dict(fused, strict=False)
+    up = "model.layers.1.mlp.experts.3.up_proj.weight"
+    async with paused(engine):
+        with pytest.raises(WeightMismatch, match=rf"lacks '{up}': "):
+            await engine.update_weights(Update({name: tensor for name, tensor in state.items() if name != up}, version=4))
+        spoilt = await engine.update_weights(update := Update(state, version=4, corrupt=up))
+        assert {entry.name for entry in update.manifest.entries if spoilt[entry.name] != entry.checksum} == {up}
+        returned = await engine.update_weights(update := Update(state, version=4))
+        assert returned == {entry.name: entry.checksum for entry in update.manifest.entries}
+        np.testing.assert_allclose((await engine.logprobs(prompt(6)))[1:], reference_logprobs(reference, prompt(6)), atol=1e-5)
+
+
 async def test_a_corrupted_update_shows_in_the_checksums(served: Opened, models: Callable[[str], Path]):
     engine = await served()
     name = "model.layers.1.mlp.up_proj.weight"
-    update = Update(perturbed(models("llama")), version=4, corrupt=name)
+    update = Update(perturbed(models(DENSE)), version=4, corrupt=name)
     async with paused(engine):
         returned = await engine.update_weights(update)
     assert {entry.name for entry in update.manifest.entries if returned[entry.name] != entry.checksum} == {name}
@@ -66,7 +80,7 @@ async def test_a_corrupted_update_shows_in_the_checksums(served: Opened, models:
 
 async def test_updates_that_do_not_fit_name_the_tensor_and_change_nothing(served: Opened, models: Callable[[str], Path]):
     engine = await served()
-    state = perturbed(models("llama"))
+    state = perturbed(models(DENSE))
     name = "model.layers.0.mlp.up_proj.weight"
     bad_states = {
         "lacks": {n: t for n, t in state.items() if n != name},
@@ -93,7 +107,7 @@ class _UncheckedUpdate(Update):
 
 async def test_an_update_that_breaks_off_must_be_repeated_before_resume(served: Opened, models: Callable[[str], Path]):
     engine = await served()
-    state = perturbed(models("llama"))
+    state = perturbed(models(DENSE))
 
     class Broken(Update):
         def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -146,7 +160,7 @@ async def test_memory_is_given_up_only_while_paused_and_weights_have_to_be_pushe
     engine = await served()
     with pytest.raises(EngineFailure, match=r"in use: pause\(\) first"):
         await engine.release_memory()
-    state = perturbed(models("llama"))
+    state = perturbed(models(DENSE))
     await engine.pause()
     await engine.release_memory(weights=False)
     for call in (engine.resume, lambda: engine.logprobs(prompt(1)), lambda: engine.update_weights(Update(state, 4))):

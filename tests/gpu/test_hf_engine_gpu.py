@@ -19,7 +19,6 @@ from tests.contracts.engine_cases import (
     ask,
     hf_engine,
     load,
-    models,
     opening,
     paused,
     perturbed,
@@ -31,8 +30,6 @@ from verst.rollout.hf import HFEngine
 from verst.rollout.hf.graphs import ForwardGraphs
 from verst.types import Generation
 from verst.weights.files import FileUpdate, publish
-
-__all__ = ["models"]  # a fixture
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

@@ -11,7 +11,7 @@ import pytest
 import ray
 import torch
 
-from tests.contracts.engine_cases import Update, ask, hf_engine, models, opening, perturbed, prompt, reached, reference_logprobs
+from tests.contracts.engine_cases import Update, ask, hf_engine, opening, perturbed, prompt, reached, reference_logprobs
 from tests.gpu.test_hf_engine_gpu import reference
 from tests.loop.local import local_run
 from tests.loop.test_run import ROWS, digests, vowels
@@ -21,8 +21,6 @@ from verst.runtime.placement import Placement
 from verst.runtime.service import RunService
 from verst.testing import tiny_model
 from verst.weights.offload import Offload, return_unused
-
-__all__ = ["models"]  # a fixture
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

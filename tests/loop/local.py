@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,13 @@ from verst.runtime.placement import Placement
 from verst.runtime.preflight import preflight
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.service import RunService
+
+
+def prompts_file(directory: Path) -> str:
+    """64 prompts, for runs whose tasks do not matter: for those of reasoning-gym, command and loop import it, which takes 2 s each."""
+    path = directory / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"count {i}", "answer": str(i % 5)}) + "\n" for i in range(64)))
+    return str(path)
 
 
 def local_spawn(name: str, factory: Any, *args: Any, gpus: float = 0, env: Any = None) -> LocalWorker:

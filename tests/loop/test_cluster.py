@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 import verst
+from tests.loop.local import prompts_file
 from verst.errors import ConfigError
 from verst.journal.lock import holder_of
 from verst.journal.log import JournalReader
@@ -41,7 +42,7 @@ def config(directory: Path, name: str = "r", steps: int = 3) -> dict[str, Any]:
     return {
         "run": {"name": name, "dir": str(directory / "runs"), "steps": steps},
         "model": {"path": str(directory / "model")},
-        "data": {"task": "chain_sum", "max_prompt_tokens": 128},
+        "data": {"path": prompts_file(directory), "max_prompt_tokens": 128},
         "rollout": {"group_size": 2, "max_new_tokens": 4},
         "reward": {"function": "tests.loop.rewards:slow"},
         "train": {"groups_per_step": 2, "lr": 1e-3},

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import verst
+from tests.loop.local import prompts_file
 from tests.loop.test_run import digests
 from tests.loop.test_shared import SHARED, named
 from verst.runtime.actors import spawn
@@ -23,7 +24,7 @@ def test_weights_by_broadcast(tmp_path: Path, model: Path):
     config = {
         "run": {"dir": str(tmp_path), "steps": 2},
         "model": {"path": str(model)},
-        "data": {"task": "chain_sum", "max_prompt_tokens": 128},
+        "data": {"path": prompts_file(tmp_path), "max_prompt_tokens": 128},
         "rollout": {"group_size": 4, "max_new_tokens": 8, "max_running": 16, "replicas": 2},
         "reward": {"function": "tests.loop.rewards:spread"},
         "train": {"groups_per_step": 4, "lr": 1e-3},

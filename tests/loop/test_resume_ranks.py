@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 import verst
+from tests.loop.local import prompts_file
 from verst.errors import ConfigError
 from verst.testing import tiny_model
 
@@ -28,7 +29,7 @@ def config(directory: Path, name: str, steps: int) -> dict[str, Any]:
     return {
         "run": {"name": name, "dir": str(directory), "steps": steps},
         "model": {"path": str(directory / "model")},
-        "data": {"task": "chain_sum", "max_prompt_tokens": 128},
+        "data": {"path": prompts_file(directory), "max_prompt_tokens": 128},
         "rollout": {"group_size": 4, "max_new_tokens": 6, "max_running": 16},
         "reward": {"function": "tests.loop.rewards:spread"},
         "train": {"groups_per_step": 2, "lr": 1e-3, "ranks": 2, "microbatch_tokens": 256},

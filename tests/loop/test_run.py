@@ -31,6 +31,13 @@ def vowels(trajectory: Any, fields: Any) -> float:
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, model: Path, _one_thread: None) -> LocalRun:
+    """Three steps of the small configuration as it is."""
+    run = local_run(tmp_path_factory.mktemp("plain"), model, {}, reward=vowels, prompts=ROWS)
+    return asyncio.run(run.go())
+
+
 async def test_grpo_end_to_end(tmp_path: Path, model: Path):
     values = {"data": {"holdout": 0.3, "max_prompt_tokens": 64}, "eval": {"every_steps": 2, "prompts": 4}, "checkpoint": {"every_steps": 2}}
     run = await local_run(tmp_path, model, values, reward=vowels, prompts=ROWS).go()
@@ -44,9 +51,8 @@ async def test_grpo_end_to_end(tmp_path: Path, model: Path):
     assert sum(line.startswith("step ") for line in run.lines) == 3
 
 
-async def test_the_journal_is_the_trajectory_store(tmp_path: Path, model: Path):
-    run = await local_run(tmp_path, model, {}, reward=vowels, prompts=ROWS).go()
-    reader = JournalReader(run.run.journal)
+def test_the_journal_is_the_trajectory_store(plain: LocalRun):
+    reader = JournalReader(plain.run.journal)
     for step in (1, 2, 3):
         groups = [reader.group(seq) for seq in reader.batch(step).groups]
         assert len(groups) == 4
@@ -59,20 +65,19 @@ async def test_the_journal_is_the_trajectory_store(tmp_path: Path, model: Path):
             assert (trajectory.logprobs_T[~trajectory.loss_mask_T] == 0).all()
 
 
-async def test_the_exported_model_is_the_committed_one_and_transformers_loads_it(tmp_path: Path, model: Path):
+def test_the_exported_model_is_the_committed_one_and_transformers_loads_it(plain: LocalRun, model: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from verst.types import TensorEntry
     from verst.weights.checksum import dtype_name, manifest_digest, tensor_checksum
 
-    run = await local_run(tmp_path, model, {}, reward=vowels, prompts=ROWS).go()
-    final = AutoModelForCausalLM.from_pretrained(run.run.final)
+    final = AutoModelForCausalLM.from_pretrained(plain.run.final)
     tensors = dict(final.named_parameters())
     entries = [TensorEntry(n, tuple(t.shape), dtype_name(t.dtype), tensor_checksum(t.detach()), t.nbytes) for n, t in tensors.items()]
-    assert manifest_digest(entries) == JournalReader(run.run.journal).commit(3).digest
+    assert manifest_digest(entries) == JournalReader(plain.run.journal).commit(3).digest
     original = AutoModelForCausalLM.from_pretrained(model)
     assert any(not torch.equal(a, b) for a, b in zip(final.parameters(), original.parameters(), strict=True))
-    assert AutoTokenizer.from_pretrained(run.run.final).decode([72, 105]) == AutoTokenizer.from_pretrained(model).decode([72, 105])
+    assert AutoTokenizer.from_pretrained(plain.run.final).decode([72, 105]) == AutoTokenizer.from_pretrained(model).decode([72, 105])
 
 
 async def test_sft_lowers_the_loss_and_samples_nothing(tmp_path: Path, model: Path):
@@ -271,9 +276,8 @@ async def test_changed_data_is_refused_before_the_first_checkpoint_too(tmp_path:
         await run.go()
 
 
-async def test_published_weights_are_gone_after_the_run(tmp_path: Path, model: Path):
-    run = await local_run(tmp_path, model, {}, reward=vowels, prompts=ROWS).go()
-    assert not publish_directory(run.run.run_id, None).exists()
+def test_published_weights_are_gone_after_the_run(plain: LocalRun):
+    assert not publish_directory(plain.run.run_id, None).exists()
 
 
 def test_an_iterator_cannot_be_given_as_prompts(tmp_path: Path, model: Path):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.processes import copies
 from tests.stack.megatron_cases import delivered, make_megatron, save_model, with_routes
 from tests.unit.fsdp_cases import advantages_of, largest_difference, make_batch, make_config, same_bits
 from verst.config.schema import Config
@@ -269,7 +270,7 @@ def place(directory: str | Path, saving: str) -> Path:
 
 
 def start(world: int, directory: Path, paths: Mapping[str, str], former: str = "") -> list[dict[str, Any]]:
-    context = torch.multiprocessing.get_context("spawn")
+    context = copies(__name__)
     rendezvous = free_rendezvous()
     ranks = [context.Process(target=run_rank, args=(r, world, str(directory), rendezvous, paths, former)) for r in range(world)]
     for process in ranks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
 
-from tests.contracts.engine_cases import CONFIGS, MAX_TOKENS, VOCAB, ask, load, paused, perturbed, prompt, reference_logprobs, save_model
-from tests.contracts.sglang_server import SharedServer, shared_server
+from tests.contracts.engine_cases import VOCAB, ask, load, perturbed, prompt, reference_logprobs
+from tests.contracts.sglang_server import SharedServer, attached
 from verst.errors import EngineFailure, WeightMismatch
 from verst.rollout.sglang import SGLangEngine
 from verst.types import FinishReason, Generation
@@ -28,26 +25,15 @@ from verst.weights.push import push, verify
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=["qwen3", "qwen3_moe"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedServer]:
-    directory = tmp_path_factory.mktemp(request.param)
-    path = save_model(directory / "model", CONFIGS[request.param])
-    words = Tokenizer(WordLevel({f"w{n}": n for n in range(VOCAB)}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
-    with shared_server(path, directory, max_tokens=MAX_TOKENS) as running:
-        yield running
+@pytest.fixture(params=["qwen3", "routed"])
+def server(request: pytest.FixtureRequest, servers: Callable[[str], SharedServer]) -> SharedServer:
+    return servers(request.param)
 
 
 @pytest.fixture
-async def engine(server: SharedServer, tmp_path: Path) -> AsyncIterator[SGLangEngine]:
-    """At version 3, with the model's own weights, whatever the test before did to them."""
-    made = server.engine(version=3)
-    await made.start()
-    own = ((name, p.detach()) for name, p in load(server.path).named_parameters())
-    async with paused(made):
-        await made.update_weights(FileUpdate(publish(3, own, tmp_path / "own")))
-    yield made
-    await made.close()
+async def engine(server: SharedServer) -> AsyncIterator[SGLangEngine]:
+    async with attached(server) as made:
+        yield made
 
 
 def other(server: SharedServer, directory: Path, version: int = 4) -> tuple[FileUpdate, torch.nn.Module]:
@@ -129,7 +115,7 @@ async def test_stop_tokens_and_strings_end_a_generation_and_are_kept(engine: SGL
 
 def flying(engine: SGLangEngine) -> list[asyncio.Future[Generation]]:
     """Six requests on prompts 0 to 5, of which most go on for a while."""
-    return [asyncio.ensure_future(engine.generate(ask(f"flying{n}", prompt(n), max_new_tokens=140, temperature=1.5))) for n in range(6)]
+    return [asyncio.ensure_future(engine.generate(ask(f"flying{n}", prompt(n), max_new_tokens=90, temperature=1.5))) for n in range(6)]
 
 
 async def started(engine: SGLangEngine, *answers: asyncio.Future[Generation]) -> None:

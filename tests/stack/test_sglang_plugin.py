@@ -14,12 +14,12 @@ import torch
 from verst.errors import WeightMismatch
 from verst.rollout.sglang.checkpoint import check_fits, headers
 from verst.rollout.sglang.loading import load
-from verst.rollout.sglang.names import parts
 from verst.rollout.sglang.plugin import merged
 from verst.types import Manifest
 from verst.weights.files import FileUpdate, describe, publish
 from verst.weights.group import GroupUpdate
 from verst.weights.layout import lay_out_buckets
+from verst.weights.names import parts
 
 EXPERTS, HIDDEN, INNER = 4, 6, 8
 

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.contracts.engine_cases import CONFIGS, MAX_TOKENS, ask, save_model
-from tests.contracts.route_cases import ROUTED
+from tests.contracts.engine_cases import CONFIGS, MAX_TOKENS, ROUTED, ask, save_model
 from tests.stack.test_sglang_api import Stand, stand
 from verst.errors import ConfigError, EngineFailure, RoutesRefused
 from verst.rollout.sglang import SGLangEngine
@@ -257,8 +256,3 @@ def test_a_release_without_the_flag_is_named():
     assert "no --enable-return-routed-experts" in message
     parser.add_argument("--enable-return-routed-experts", action="store_true")
     assert routes_problem(parser) is None
-
-
-@pytest.mark.slow
-def test_the_installed_release_records_routes():
-    check({"log_level": "warning"}, record_routes=True)

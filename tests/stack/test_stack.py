@@ -1,4 +1,4 @@
-"""The whole loop with the production pair on a CPU: Ray, an SGLang server, Megatron-Core ranks over gloo."""
+"""Whole runs of the production pair on a CPU, on one Ray: an SGLang server, Megatron-Core ranks over gloo."""
 
 from __future__ import annotations
 
@@ -11,9 +11,26 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import verst
+from tests.loop.conftest import one_ray
+from tests.loop.local import local_run, prompts_file
+from tests.loop.test_resume_ranks import STEPS, config, crashed, largest_difference
+from tests.loop.test_run import ROWS, vowels
+from verst.errors import ConfigError
+from verst.journal.log import JournalReader
+from verst.runtime.actors import spawn
+from verst.runtime.placement import Placement
+from verst.runtime.service import RunService
 from verst.testing import tiny_model, tiny_tokenizer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]  # Ray warns of sockets of its own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore"),  # Ray warns of sockets of its own
+    pytest.mark.usefixtures("one_ray"),
+]
+
+__all__ = ["one_ray"]  # the fixture, found by being here
+TP, PP = "train.megatron.tensor_model_parallel_size", "train.megatron.pipeline_model_parallel_size"
 
 
 def mixture(directory: Path) -> Path:
@@ -50,16 +67,16 @@ def mixture(directory: Path) -> Path:
     ],
 )
 def test_sglang_generates_and_megatron_trains(tmp_path: Path, make: Callable[[Path], Path], layout: dict[str, Any], transport: str):
-    config = {
+    values = {
         "run": {"dir": str(tmp_path), "steps": 3},
         "model": {"path": str(make(tmp_path / "model"))},
-        "data": {"task": "chain_sum", "max_prompt_tokens": 128},
+        "data": {"path": prompts_file(tmp_path), "max_prompt_tokens": 128},
         "rollout": {"engine": "sglang", "group_size": 4, "max_new_tokens": 8, "max_running": 16},
         "reward": {"function": "tests.loop.rewards:spread"},
         "weights": {"transport": transport},
         "train": {"backend": "megatron", "megatron": layout, "ranks": 2, "groups_per_step": 4, "lr": 1e-3, "microbatch_tokens": 256},
     }
-    result = verst.train(config, echo=lambda line: None)
+    result = verst.train(values, echo=lambda line: None)
     rows = [row for row in result.rows if row["kind"] == "step"]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["update/grad_norm"] > 0 for row in rows)
@@ -72,3 +89,45 @@ def test_sglang_generates_and_megatron_trains(tmp_path: Path, make: Callable[[Pa
     replayed = {1.0} if make is mixture else {None}  # the experts that SGLang recorded, read at Megatron's dispatcher
     assert {row.get("routes/replayed") for row in rows} == replayed
     assert (result.model / "model.safetensors").exists()
+
+
+async def test_sglang_and_megatron_take_turns(tmp_path: Path):
+    """On one device, for which a CPU stands, with requests in flight at every hand-over."""
+    model = tiny_model(tmp_path / "model")
+    values = {
+        "run": {"name": "turns", "dir": str(tmp_path), "steps": 4, "seed": 1},
+        "rollout": {"engine": "sglang", "group_size": 4, "max_new_tokens": 48, "max_running": 8, "capacity_groups": 10},
+        "train": {"backend": "megatron", "groups_per_step": 4, "lr": 1e-3, "microbatch_tokens": 256},
+        "checkpoint": {"every_steps": 2},
+        "weights": {"transport": "shared"},
+    }
+    run = local_run(tmp_path, model, values, reward=vowels, prompts=ROWS)
+    await RunService(str(run.run.root), spawn, Placement(0.0, 0.0, shared=True)).run()
+    steps = [row for row in run.rows if row["kind"] == "step"]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert max(run.metric("mismatch/probe")) < 1e-5
+    assert max(run.metric("mismatch/abs_max")) < 1e-5  # also of tokens whose keys and values were computed anew
+    assert min(run.metric("time/lease_s")) > 0
+    reader = JournalReader(run.run.journal)
+    trajectories = [t for seq in reader.index.groups for t in reader.group(seq).trajectories]
+    assert any(len(set(t.versions_T[t.loss_mask_T])) > 1 for t in trajectories), "no request was in flight at a hand-over"
+    assert run.metric("rollout/failed") == [0, 0, 0, 0]
+    assert (run.run.final / "model.safetensors").exists()
+
+
+def test_a_run_resumes_on_another_layout(tmp_path: Path):
+    """From tensor to pipeline parallelism, and to one rank."""
+    tiny_model(tmp_path / "model")
+    told: list[str] = []
+    values = config(tmp_path, "whole", STEPS)
+    train = values["train"] | {"backend": "megatron", "megatron": {"tensor_model_parallel_size": 2}}
+    whole = verst.train(values | {"train": train}, echo=told.append)
+    staged = crashed(whole.path, 2, tmp_path / "staged")
+    with pytest.raises(ConfigError, match=r"tensor_model_parallel_size × pipeline_model_parallel_size × context_parallel_size \(4\)"):
+        verst.resume(staged, overrides=[f"{PP}=2"], echo=told.append)
+    verst.resume(staged, overrides=[f"{TP}=null", f"{PP}=2"], echo=told.append)
+    assert f"{PP}: None -> 2" in told
+    assert 0 < largest_difference(staged, whole.path) < 2e-5
+    alone = crashed(staged, 3, tmp_path / "alone")  # its checkpoint is of two stages
+    verst.resume(alone, overrides=[f"{PP}=null", "train.ranks=1"], echo=told.append)
+    assert 0 < largest_difference(alone, whole.path) < 2e-5

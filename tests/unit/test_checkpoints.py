@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -17,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.processes import copies
 from verst.errors import CheckpointError
 from verst.training import checkpoints
 from verst.training.checkpoints import (
@@ -283,7 +283,7 @@ def limit_files() -> None:
 @pytest.fixture(scope="module")
 def small_disk() -> Iterator[Executor]:
     """Runs functions in a process of their own under :func:`limit_files`: pytest's own output may be a file, too."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), limit_files) as executor:
+    with ProcessPoolExecutor(1, copies(), limit_files) as executor:
         yield executor
 
 

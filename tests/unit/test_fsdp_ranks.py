@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.processes import copies
 from tests.unit.fsdp_cases import (
     BATCHES,
     advantages_of,
@@ -170,7 +171,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     train(backend, config, BATCHES[:1])
     torch.save(backend.state(), directory / "single.pt")
     rendezvous = [f"file://{directory}/meeting", free_rendezvous()]
-    context = torch.multiprocessing.get_context("spawn")
+    context = copies()
     ranks = [context.Process(target=run_rank, args=(rank, str(directory), rendezvous, paths), daemon=True) for rank in range(2)]
     for process in ranks:
         process.start()

@@ -16,6 +16,7 @@ from transformers import OlmoeConfig, PhimoeConfig
 
 from tests.contracts.engine_cases import (
     CONFIGS,
+    ROUTED,
     TINY,
     Opened,
     Update,
@@ -28,7 +29,7 @@ from tests.contracts.engine_cases import (
     reached,
     save_model,
 )
-from tests.contracts.route_cases import ROUTED, asked, computed_routes, generated, joined
+from tests.contracts.route_cases import asked, computed_routes, generated, joined
 from verst.config.schema import Config
 from verst.errors import EngineFailure
 from verst.rollout.engines import make_engine

@@ -1,6 +1,5 @@
 """Weights by process group, in processes of their own over gloo."""
 
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.processes import copies
 from verst.errors import DeadlineExceeded, InvariantViolation
 from verst.types import Manifest, TensorEntry
 from verst.weights.checksum import tensor_checksum
@@ -75,7 +75,7 @@ class Members:
     def __init__(self, shared: bool, world: int = 3) -> None:
         self.store = open_store("127.0.0.1", timeout_s=DEADLINE_S, listen=True)
         self.address = GroupAddress("127.0.0.1", self.store.port, "test/0", world, shared)
-        self._processes = ProcessPoolExecutor(world - 1, multiprocessing.get_context("spawn"))
+        self._processes = ProcessPoolExecutor(world - 1, copies())
 
     def receive(self, work: Callable[..., Any], *args: Any) -> list[Any]:
         return [self._processes.submit(work, self.address, rank, *args) for rank in range(1, self.address.world)]

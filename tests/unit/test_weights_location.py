@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import copies
 from verst.errors import ConfigError
 from verst.weights import location
 from verst.weights.location import held, publish_directory, remove_abandoned, version_file
@@ -36,7 +37,7 @@ class Owner:
     def __init__(self, run_id: str, shared: Path) -> None:
         self.directory = publish_directory(run_id, None)
         ready, theirs = multiprocessing.Pipe(duplex=False)
-        self._process = multiprocessing.get_context("spawn").Process(target=_hold, args=(self.directory, shared, theirs))
+        self._process = copies().Process(target=_hold, args=(self.directory, shared, theirs))
         self._process.start()
         assert ready.poll(60)
 

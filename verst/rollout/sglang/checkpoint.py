@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from verst.errors import WeightMismatch
-from verst.rollout.sglang.names import parts
 from verst.types import Manifest
+from verst.weights.names import parts
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 

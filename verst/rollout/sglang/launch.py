@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -37,9 +38,19 @@ def end_with_parent(parent: int, lifeline: TextIO) -> None:
 
 def _kill_group_at_end(lifeline: TextIO) -> None:
     """Kills this process and all that it started. The schedulers are its children and in its group."""
-    while lifeline.read(1):
+    while os.read(lifeline.fileno(), 1):  # not by its own `read`, whose lock a fork would copy as it is held
         pass
     os.killpg(0, signal.SIGKILL)
+
+
+def fork_children() -> None:
+    """Makes the processes that SGLang starts copies of this one, which has imported PyTorch, transformers and SGLang by then.
+
+    SGLang wants each to begin anew ("spawn"), because CUDA does not survive a fork. Without CUDA that only means to import all of it three
+    times: 37 s of processor time for a start instead of 20, and 1.3 GB of memory instead of 0.7.
+    """
+    multiprocessing.set_start_method("fork")
+    multiprocessing.set_start_method = lambda method, force=False: None
 
 
 def serve(arguments: dict[str, Any], api_key: str) -> None:
@@ -58,6 +69,8 @@ def serve(arguments: dict[str, Any], api_key: str) -> None:
         pass  # releases without plugins
     else:
         load_plugins()
+    if arguments.get("device") == "cpu":
+        fork_children()
     server_args: Any = prepare_server_args(words)
     if hasattr(server_args, "override"):  # 0.5.17 has sealed its record by now
         server_args.override("verst", api_key=Secret(api_key))

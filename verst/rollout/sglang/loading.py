@@ -18,12 +18,12 @@ from weakref import WeakKeyDictionary
 import torch
 
 from verst.errors import WeightMismatch
-from verst.rollout.sglang.names import parts
 from verst.rollout.sglang.trace import CopyTrace, Landing
 from verst.types import Manifest, TensorEntry
 from verst.weights.checksum import hashed, start_checksums, tensor_checksums
 from verst.weights.files import FileUpdate
 from verst.weights.group import GroupUpdate
+from verst.weights.names import parts
 
 T = TypeVar("T")
 Bucket = Sequence[tuple[str, torch.Tensor]]

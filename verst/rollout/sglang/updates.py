@@ -16,12 +16,12 @@ from verst.errors import EngineFailure, WeightMismatch
 from verst.protocols import WeightUpdate
 from verst.rollout.sglang.api import ServerApi
 from verst.rollout.sglang.checkpoint import named
-from verst.rollout.sglang.names import parts
 from verst.rollout.sglang.plugin import merged
 from verst.types import Manifest
 from verst.weights.files import FileUpdate, publish
 from verst.weights.group import GroupAddress, GroupUpdate
 from verst.weights.location import remove_directory, shared_memory
+from verst.weights.names import parts
 
 if TYPE_CHECKING:
     import torch

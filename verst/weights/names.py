@@ -1,7 +1,8 @@
 """Published tensors and the checkpoint tensors inside them.
 
-transformers keeps the experts of a layer in two fused parameters, a checkpoint one tensor for each expert and matrix. SGLang loads
-checkpoints, so a fused tensor is handed to it as views of its parts.
+transformers keeps the experts of a layer in two fused parameters, a checkpoint one tensor for each expert and matrix. The fsdp backend
+publishes the former, the megatron backend the latter. SGLang loads checkpoints, so a fused tensor is handed to it as views of its parts;
+the hf engine has fused parameters, and takes a part as what goes into such a view.
 """
 
 from __future__ import annotations

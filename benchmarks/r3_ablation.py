@@ -1,11 +1,12 @@
 """What replaying the engine's expert routes in training (R3, arXiv 2510.11370) changes: mismatch, routes, reward and time.
 
-    python benchmarks/r3_ablation.py [--size cpu|gpu|many] [--seeds 3] [--steps 30] [--updates 1 4] [--jobs 1] [--out runs/r3_ablation]
+    python benchmarks/r3_ablation.py [--size cpu|softmax|gpu] [--seeds 3] [--steps 30] [--updates 1 4] [--jobs 1] [--out runs/r3_ablation]
 
-A Mixture-of-Experts model made from scratch (`SIZES`: 4 of 16 experts for each token, or 8 of 128) learns the quickstart's task by
-supervised fine-tuning, routes of its own and all in float32. Then GRPO goes on from there with an engine that computes in bfloat16 and a
-trainer that computes in float32: that is the mismatch of numbers, always the same, to which routers answer by choosing other experts. Each
-arm has its own weights, data order and random numbers by its seed:
+A Mixture-of-Experts model made from scratch learns the quickstart's task by supervised fine-tuning, routes of its own and all in float32.
+Routers choose by sigmoids whose weights are then scaled, as those of DeepSeek-V3, Kimi K2 and GLM-4.5 do, or by softmax (`--size
+softmax`), as Qwen3's; `SIZES` says how many experts there are. Then GRPO goes on from there with an engine that computes in bfloat16 and
+a trainer that computes in float32: that is the mismatch of numbers, always the same, to which routers answer by choosing other experts.
+Each arm has its own weights, data order and random numbers by its seed:
 
     record    routes are recorded and compared; the trainer's router chooses by itself   (R3 off)
     replay    the recorded experts are used                                              (R3 on)
@@ -59,46 +60,67 @@ from verst.weights.files import publish
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ("record", "replay", "shifted")
 COLOURS = {"record": "tab:red", "replay": "tab:blue", "shifted": "tab:gray"}
-SIZES: dict[str, dict[str, int]] = {
-    "cpu": {"hidden": 64, "layers": 3, "experts": 16, "chosen": 4, "expert_width": 32, "groups": 16, "sft_steps": 100},
-    "gpu": {"hidden": 256, "layers": 8, "experts": 16, "chosen": 4, "expert_width": 256, "groups": 24, "sft_steps": 300},
-    "many": {"hidden": 256, "layers": 8, "experts": 128, "chosen": 8, "expert_width": 64, "groups": 24, "sft_steps": 300},
+SIZES: dict[str, dict[str, Any]] = {
+    "cpu": {"routing": "sigmoid", "hidden": 64, "layers": 4, "experts": 32, "chosen": 4, "expert_width": 32, "groups": 16, "sft_steps": 60},
+    "softmax": {
+        "routing": "softmax",
+        "hidden": 64,
+        "layers": 3,
+        "experts": 16,
+        "chosen": 4,
+        "expert_width": 32,
+        "groups": 16,
+        "sft_steps": 100,
+    },
+    "gpu": {
+        "routing": "sigmoid",
+        "hidden": 256,
+        "layers": 8,
+        "experts": 64,
+        "chosen": 8,
+        "expert_width": 128,
+        "groups": 24,
+        "sft_steps": 200,
+    },
 }
 
 
-def build_model(directory: Path, size: dict[str, int]) -> Path:
-    """A random Qwen3-MoE beside the tokenizer of the quickstart."""
-    from transformers import AutoConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+def build_model(directory: Path, size: dict[str, Any]) -> Path:
+    """A random Mixture-of-Experts model beside the tokenizer of the quickstart."""
+    from transformers import AutoConfig, Glm4MoeConfig, Glm4MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     build_tiny_model(directory, hidden=64)
     dense = AutoConfig.from_pretrained(directory)
     hidden, heads = size["hidden"], size["hidden"] // 16
-    options: dict[str, Any] = {"head_dim": 16}
-    config = Qwen3MoeConfig(
-        vocab_size=dense.vocab_size,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        moe_intermediate_size=size["expert_width"],
-        num_hidden_layers=size["layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        num_experts=size["experts"],
-        num_experts_per_tok=size["chosen"],
-        norm_topk_prob=True,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=hidden**-0.5,
-        bos_token_id=None,
-        eos_token_id=dense.eos_token_id,
-        pad_token_id=dense.pad_token_id,
-        **options,
-    )
+    options: dict[str, Any] = {
+        "vocab_size": dense.vocab_size,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "moe_intermediate_size": size["expert_width"],
+        "num_hidden_layers": size["layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": 16,
+        "num_experts_per_tok": size["chosen"],
+        "norm_topk_prob": True,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "initializer_range": hidden**-0.5,
+        "bos_token_id": None,
+        "eos_token_id": dense.eos_token_id,
+        "pad_token_id": dense.pad_token_id,
+    }
     torch.manual_seed(0)
-    Qwen3MoeForCausalLM(config).save_pretrained(directory)
+    if size["routing"] == "softmax":
+        model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**options, num_experts=size["experts"]))
+    else:
+        groups = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "n_shared_experts": 1, "routed_scaling_factor": 2.5}
+        model = Glm4MoeForCausalLM(Glm4MoeConfig(**options, **groups, n_routed_experts=size["experts"]))
+    model.save_pretrained(directory)
     return directory
 
 
-def taught(scratch: Path, size: dict[str, int]) -> Path:
+def taught(scratch: Path, size: dict[str, Any]) -> Path:
     """The model after supervised fine-tuning, by an ordinary run."""
     import verst
 
@@ -128,7 +150,7 @@ class Arm:
 class Run:
     """Engine and trainer of one arm in this process: the parts of a real run without its loop, which takes one type for both."""
 
-    def __init__(self, arm: Arm, model: Path, size: dict[str, int], steps: int, scratch: Path, device: str) -> None:
+    def __init__(self, arm: Arm, model: Path, size: dict[str, Any], steps: int, scratch: Path, device: str) -> None:
         self._arm, self._scratch = arm, scratch
         options = [f"run.dir={scratch}", f"run.seed={arm.seed}", f"run.steps={steps}", f"model.path={model}", "eval.every_steps=0"]
         sizes = [f"train.groups_per_step={size['groups']}", f"train.minibatches={arm.updates}", "run.deterministic=false"]
@@ -182,7 +204,8 @@ class Run:
         """The trainer's weights, rounded, in a file of their own."""
         for old in self._weights.iterdir():
             old.unlink()
-        rounded = ((name, tensor.to(torch.bfloat16)) for name, tensor in self._backend.weights())
+        kept = "e_score_correction_bias"  # adds to the scores that choose experts, and is float32 in every type of model
+        rounded = ((n, tensor if n.endswith(kept) else tensor.to(torch.bfloat16)) for n, tensor in self._backend.weights())
         await self._rollout.pull(publish(version, rounded, self._weights), self._probe_T)
 
 
@@ -196,7 +219,7 @@ def shifted(batch: Batch) -> Batch:
     return replace(batch, samples=tuple(moved(sample) for sample in batch.samples))
 
 
-async def train_arm(arm: Arm, model: Path, size: dict[str, int], steps: int, scratch: Path, device: str) -> Arm:
+async def train_arm(arm: Arm, model: Path, size: dict[str, Any], steps: int, scratch: Path, device: str) -> Arm:
     torch.set_num_threads(1)
     run = Run(arm, model, size, steps, scratch, device)
     await run.start()
@@ -208,7 +231,7 @@ async def train_arm(arm: Arm, model: Path, size: dict[str, int], steps: int, scr
     return arm
 
 
-async def time_arms(model: Path, size: dict[str, int], steps: int, scratch: Path, device: str) -> dict[str, float]:
+async def time_arms(model: Path, size: dict[str, Any], steps: int, scratch: Path, device: str) -> dict[str, float]:
     """Median seconds of a step without routes and with replay, the two in turn."""
     arms = {name: Arm(name, 1, seed=0) for name in ("ignore", "replay")}
     runs = {name: Run(arm, model, size, steps, scratch, device) for name, arm in arms.items()}
@@ -313,7 +336,7 @@ async def measure(options: argparse.Namespace, scratch: Path) -> tuple[dict[tupl
     return results, times
 
 
-def _in_a_process(arm: Arm, given: tuple[Path, dict[str, int], int, Path, str]) -> Arm:
+def _in_a_process(arm: Arm, given: tuple[Path, dict[str, Any], int, Path, str]) -> Arm:
     return asyncio.run(train_arm(arm, *given))
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from verst.config.schema import Config
 from verst.errors import ConfigError, JournalError
 from verst.journal.log import JournalReader
@@ -108,7 +110,7 @@ async def _profile(run: RunDirectory, config: Config, journal: JournalReader, st
             await _train(trainers, config, journal, earlier)
         with _recording_memory(device, out / "memory.pickle") as memory, _profiler(device) as profiler:
             phases = await _train(trainers, config, journal, step)
-        manifest, _ = await trainers.publish(step, None, None)
+        manifest = (await trainers.publish(step, None, np.zeros(0, np.int32))).manifest
     finally:
         await trainers.close()
     profiler.export_chrome_trace(str(out / "trace.json"))

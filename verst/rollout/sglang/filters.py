@@ -35,7 +35,7 @@ class SamplingFilter:
             column("min_p", np.float32),
             logits.device,
         )
-        kept = filtered(logits.float() / rows.temperature, rows)
+        kept = filtered(logits.float() * rows.factor, rows)
         return logits.masked_fill(kept == -torch.inf, -torch.inf)
 
 

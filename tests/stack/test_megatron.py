@@ -308,6 +308,6 @@ def test_every_argument_a_table_gives_is_one_of_megatrons(paths: dict[str, str],
 
     config = transformers.AutoConfig.from_pretrained(paths[family])
     known = {action.dest for action in ours._parser()._actions} | {field.name for field in dataclasses.fields(MLATransformerConfig)}
-    given = TABLES[config.model_type].arguments(config) | ours._defaults(make_config(paths[family]))
+    given = TABLES[config.model_type].arguments(config) | ours._defaults(make_config(paths[family]), shares=True)
     assert set(given) <= known
     assert set(ours._run_arguments(make_config(paths[family]), 1)) - {"world_size", "rank"} <= known

@@ -110,6 +110,7 @@ async def test_a_start_that_takes_too_long_is_ended(model: Path, tmp_path: Path)
 def orphan(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """A process with a server's marker and no parent that waits for it, and the record of it."""
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], env={**os.environ, MARKER: "abc123"})
+    assert gone(lambda: not server._carries(sleeper.pid, "abc123"))  # the kernel shows an environment only some time after Popen returns
     record = tmp_path / "record.json"
     server._write_record(record, sleeper.pid, "abc123")
     yield sleeper, record

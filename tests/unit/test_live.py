@@ -159,8 +159,9 @@ def test_the_terminal_is_given_back_and_the_last_lines_stay(tmp_path: Path, erro
 
 
 _VIEWER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who was started in the background ignores it, and so would this
 from verst.observe import screen
 assert screen.is_possible()
 with screen.Screen("night", 20, Path(sys.argv[1])) as view:

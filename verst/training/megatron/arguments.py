@@ -105,7 +105,8 @@ def parse(config: Config, arguments: Mapping[str, Any], hf_config: Any, family: 
         args = parser.parse_args(tokens)
     except argparse.ArgumentError as error:
         raise ConfigError(f"{_KEY}: {error}") from error
-    vars(args).update({name: value for name, value in _defaults(config).items() if name not in _dests(parser, arguments)} | derived)
+    defaults = _defaults(config, shares=world > 1 or args.overlap_param_gather)
+    vars(args).update({name: value for name, value in defaults.items() if name not in _dests(parser, arguments)} | derived)
     _raise(fits(args, world) + (_not_compiled(args) if config.train.compile else []))
     _validate(args)
     _raise(_not_replayed(args) if records_routes(config) else [])
@@ -285,14 +286,14 @@ def _run_arguments(config: Config, world: int) -> dict[str, Any]:
     }
 
 
-def _defaults(config: Config) -> dict[str, Any]:
-    """What holds unless the run file says otherwise."""
+def _defaults(config: Config, *, shares: bool) -> dict[str, Any]:
+    """What holds unless the run file says otherwise. `shares`: the optimizer's state is to be shared among ranks."""
     engine = _has_transformer_engine()
     defaults: dict[str, Any] = {
         "transformer_impl": "transformer_engine" if engine else "local",
         "moe_token_dispatcher_type": "alltoall",
         "moe_router_dtype": "fp32",
-        "use_distributed_optimizer": config.train.ranks > 1,  # alone it has nothing to share, and copies tensor by tensor
+        "use_distributed_optimizer": shares,  # a rank alone has nothing to share, and it copies tensor by tensor
     }
     if not engine:  # kernels that only TransformerEngine or Apex have
         defaults |= {

@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     from tests.contracts.sglang_server import SharedServer
 
 
+@pytest.fixture(scope="module")
+def _one_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Directory of a tiny random model by the name of its config, with a tokenizer whose token n reads "wn"."""

@@ -7,17 +7,8 @@ from pathlib import Path
 
 import pytest
 import ray
-import torch
 
 from verst.testing import tiny_model
-
-
-@pytest.fixture(scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.core_overhead import BareRun, Measured, main, quickstart, run_steps, smollm2, table
 from tests.loop.local import LocalRun, local_run
@@ -16,14 +15,6 @@ from verst.testing import tiny_model
 ROWS = [{"prompt": f"count {i}", "answer": str(i % 5)} for i in range(16)]
 STEP = {"replica": 0.5, "rollout": 0.6, "load": 0.05, "forward_backward": 0.2, "optimizer": 0.05, "commit": 0.1}
 BARE = {"engine": 0.35, "reward": 0.05, "load": 0.02, "forward_backward": 0.15, "optimizer": 0.03}
-
-
-@pytest.fixture
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

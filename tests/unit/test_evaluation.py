@@ -21,16 +21,6 @@ from verst.runtime.targets import measured_targets
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
 
-@pytest.fixture
-def _one_thread():
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_what_is_counted_by_hand():
     """Four prompts of two samples: both right, one right, none, and one whose second sample could not be scored."""
     rewards = [(1.0, 1.0), (1.0, 0.0), (0.5, 0.0), (1.0, None)]

@@ -271,17 +271,18 @@ class TrainerWorker:
         from verst.weights.files import describe, publish
         from verst.weights.location import remove_versions
 
+        writes = bool(location) and location != GROUP
         weights = self.backend.weights()
         manifest: Manifest | None = None
         if self._rank:
             for _ in weights:
                 pass
-        elif location and location != GROUP:
+        elif location and writes:
             manifest = publish(version, weights, location)
             remove_versions(location, keep={version - 1, version})  # the one before may still be on its way into an engine
         else:
             manifest = replace(describe(version, weights), location=location or "")
-        logprobs_T = self.backend.logprobs(probe_T) if location and location != GROUP else None
+        logprobs_T = self.backend.logprobs(probe_T) if writes else None
         return None if manifest is None else Published(manifest, logprobs_T)
 
     def host_group(self, name: str, world: int, shared: bool) -> GroupAddress:

@@ -171,7 +171,7 @@ class Orders:
     sglang: Mapping[str, Any]
     rank: int = 0
     world: int = 1
-    rendezvous: str = ""
+    address: str = ""
 
     def model(self, family: str) -> Path:
         return Path(self.directory) / family
@@ -225,7 +225,7 @@ def trainer_side(orders: Orders) -> Results:
     from verst.training.distributed import init_distributed, leave_distributed
 
     if orders.world > 1:
-        init_distributed(orders.rank, orders.world, orders.rendezvous, timeout_s=300, device=orders.device)
+        init_distributed(orders.rank, orders.world, orders.address, timeout_s=300, device=orders.device)
     results: Results = {}
     for family in orders.families:
         for case, options in trainer_cases(orders, family):
@@ -324,7 +324,7 @@ def start(all_orders: Sequence[Orders]) -> Results:
 
 
 def every_side(options: argparse.Namespace, directory: Path, device: str, gpus: int) -> Results:
-    from verst.training.distributed import free_rendezvous
+    from verst.training.distributed import Rendezvous
 
     sglang = {
         key: json.loads(value) if value[:1] in "0123456789tf[{" else value for key, _, value in (o.partition("=") for o in options.sglang)
@@ -335,8 +335,8 @@ def every_side(options: argparse.Namespace, directory: Path, device: str, gpus: 
         print(f"{side} …", file=sys.stderr, flush=True)
         results |= start([Orders(side, *shared)])
         if side in ("fsdp", "megatron") and (device == "cpu" or gpus > 1):
-            place = free_rendezvous()
-            results |= start([Orders(side, *shared, rank, 2, place) for rank in range(2)])
+            meeting = Rendezvous()
+            results |= start([Orders(side, *shared, rank, 2, meeting.address) for rank in range(2)])
     return results
 
 

@@ -24,7 +24,7 @@ from tests.unit.fsdp_cases import (
     with_routes,
 )
 from verst.config.schema import Config
-from verst.training.distributed import free_rendezvous, init_distributed, leave_distributed
+from verst.training.distributed import Rendezvous, init_distributed, leave_distributed
 
 __all__ = ["path"]  # a fixture
 
@@ -78,9 +78,9 @@ def test_recomputed_layers_of_experts_replay_the_same_rows(tmp_path: Path, dtype
     assert same_bits(*runs)
 
 
-def run_rank(rank: int, rendezvous: str, config: Config, directory: str) -> None:
+def run_rank(rank: int, address: str, config: Config, directory: str) -> None:
     device = f"cuda:{rank}"
-    init_distributed(rank, 2, rendezvous, timeout_s=60, device=device)
+    init_distributed(rank, 2, address, timeout_s=60, device=device)
     backend = make_backend(config, rank, 2, device)
     train(backend, config, BATCHES)
     torch.save(weights_of(backend), f"{directory}/rank{rank}.pt")
@@ -90,7 +90,8 @@ def run_rank(rank: int, rendezvous: str, config: Config, directory: str) -> None
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_equal_one(path: str, tmp_path: Path) -> None:
     config = make_config(path, train={"minibatches": 2})
-    spawn(run_rank, (free_rendezvous(), config, str(tmp_path)), nprocs=2)
+    meeting = Rendezvous()
+    spawn(run_rank, (meeting.address, config, str(tmp_path)), nprocs=2)
     alone = make_backend(config, device="cuda:0")
     train(alone, config, BATCHES)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]

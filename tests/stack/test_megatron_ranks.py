@@ -22,7 +22,7 @@ from verst.config.schema import Config
 from verst.errors import CheckpointError
 from verst.observe.metrics import Tally, merged
 from verst.training.checkpoints import CheckpointWriter, commit_checkpoint, load_state, step_path
-from verst.training.distributed import free_rendezvous, init_distributed, leave_distributed
+from verst.training.distributed import Rendezvous, init_distributed, leave_distributed
 from verst.training.megatron.whole import whole_tensors
 from verst.types import Batch
 
@@ -232,9 +232,9 @@ def run_skip(config: Config, rank: int, world: int) -> dict[str, Any]:
     return {"skipped": skipped, "unchanged": same_bits(before, taken(backend))}
 
 
-def run_rank(rank: int, world: int, directory: str, rendezvous: str, paths: Mapping[str, str], former: str) -> None:
+def run_rank(rank: int, world: int, directory: str, address: str, paths: Mapping[str, str], former: str) -> None:
     torch.set_num_threads(1)
-    init_distributed(rank, world, rendezvous, timeout_s=60)
+    init_distributed(rank, world, address, timeout_s=60)
     cases = TWO if world == 2 else FOUR
     results: dict[str, Any] = {}
     for name, chosen in cases.items():
@@ -271,8 +271,8 @@ def place(directory: str | Path, saving: str) -> Path:
 
 def start(world: int, directory: Path, paths: Mapping[str, str], former: str = "") -> list[dict[str, Any]]:
     context = copies(__name__)
-    rendezvous = free_rendezvous()
-    ranks = [context.Process(target=run_rank, args=(r, world, str(directory), rendezvous, paths, former)) for r in range(world)]
+    meeting = Rendezvous()
+    ranks = [context.Process(target=run_rank, args=(r, world, str(directory), meeting.address, paths, former)) for r in range(world)]
     for process in ranks:
         process.start()
     try:

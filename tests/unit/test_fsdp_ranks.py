@@ -4,8 +4,9 @@ these tests are `slow`.
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from verst.config.schema import Config
 from verst.data.packing import plan_step
 from verst.errors import CheckpointError, DeadlineExceeded, InvariantViolation
 from verst.observe.metrics import merged
-from verst.training.distributed import free_rendezvous, init_distributed, leave_distributed, own_rows
+from verst.training.distributed import Rendezvous, init_distributed, leave_distributed, own_address, own_rows
 from verst.training.fsdp import FsdpBackend
 from verst.training.state import RankState
 from verst.types import Batch, RoutedExperts
@@ -132,15 +133,15 @@ def run_resume(config: Config, rank: int, single: RankState) -> dict[str, Any]:
     return {"same": same, "taken": taken, "weights": weights_of(resumed)}
 
 
-def run_rank(rank: int, directory: str, rendezvous: list[str], paths: tuple[str, str, str]) -> None:
+def run_rank(rank: int, directory: str, addresses: list[str], paths: tuple[str, str, str]) -> None:
     torch.set_num_threads(1)
-    init_distributed(rank, 2, rendezvous[0], timeout_s=60)
+    init_distributed(rank, 2, addresses[0], timeout_s=60)
     results: dict[str, Any] = {name: run_scenario(name, config, rank) for name, config in configs(*paths).items()}
     results["skips"] = run_skips(configs(*paths)["plain"], rank)
     single = torch.load(f"{directory}/single.pt", weights_only=False)
     # As after the death of a peer: the group goes, the process stays, and a new backend is built on a new group.
     leave_distributed()
-    init_distributed(rank, 2, rendezvous[1], timeout_s=60)
+    init_distributed(rank, 2, addresses[1], timeout_s=60)
     results["resume"] = run_resume(configs(*paths)["plain"], rank, single)
     torch.save(results, f"{directory}/rank{rank}.pt")
     leave_distributed()
@@ -170,9 +171,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     backend = make_backend(config)
     train(backend, config, BATCHES[:1])
     torch.save(backend.state(), directory / "single.pt")
-    rendezvous = [f"file://{directory}/meeting", free_rendezvous()]
+    meetings = Rendezvous(), Rendezvous()
+    addresses = [meeting.address for meeting in meetings]
     context = copies()
-    ranks = [context.Process(target=run_rank, args=(rank, str(directory), rendezvous, paths), daemon=True) for rank in range(2)]
+    ranks = [context.Process(target=run_rank, args=(rank, str(directory), addresses, paths), daemon=True) for rank in range(2)]
     for process in ranks:
         process.start()
     try:
@@ -292,17 +294,34 @@ def test_a_rank_without_its_group_is_refused(tmp_path: Path) -> None:
         make_backend(make_config(str(tmp_path)), rank=0, world=2)
 
 
-@pytest.mark.parametrize("address", [lambda path: f"file://{path}/alone", lambda path: free_rendezvous()], ids=["file", "tcp"])
 @pytest.mark.slow
-def test_peers_that_never_come_are_named(tmp_path: Path, address: Callable[[Path], str]) -> None:
-    start = time.monotonic()
-    with pytest.raises(DeadlineExceeded, match=r"trainer rank 0 waited 1 s at .* for the other 1 of 2 ranks"):
-        init_distributed(0, 2, address(tmp_path), timeout_s=1)
+def test_peers_that_never_come_are_named() -> None:
+    meeting, start = Rendezvous(), time.monotonic()
+    with pytest.raises(DeadlineExceeded, match=rf"trainer rank 0 waited 1 s at {meeting.address} for the other 1 of 2 ranks"):
+        init_distributed(0, 2, meeting.address, timeout_s=1)
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.slow
+def test_a_meeting_place_that_is_gone_is_named() -> None:
+    meeting = Rendezvous()
+    address = meeting.address
+    del meeting
+    with pytest.raises(DeadlineExceeded, match=rf"trainer rank 1 waited 1 s at {address} for the other 1 of 2 ranks"):
+        init_distributed(1, 2, address, timeout_s=1)
+
+
+def test_the_port_of_a_meeting_stays_taken() -> None:
+    """On every address of this machine. Two ranks once found that another process had it: it had been looked up only, on one address."""
+    meeting = Rendezvous()
+    port = int(meeting.address.rpartition(":")[2])
+    for host in ("", "127.0.0.1", own_address()):
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind((host, port))
+
+
 def test_one_rank_joins_no_group() -> None:
-    init_distributed(0, 1, "file:///nowhere", timeout_s=1)
+    init_distributed(0, 1, "nowhere:1", timeout_s=1)
     assert not torch.distributed.is_initialized()
     leave_distributed()
 

@@ -230,9 +230,10 @@ class TrainerWorker:
 
     def rendezvous(self) -> str:
         """An address on this rank's machine where all ranks can meet."""
-        from verst.training.distributed import free_rendezvous
+        from verst.training.distributed import Rendezvous
 
-        return free_rendezvous()
+        self._rendezvous = Rendezvous()
+        return self._rendezvous.address
 
     def start(self, rendezvous: str | None) -> TrainerFacts:
         """Loads the model; joins the other ranks if there are any."""

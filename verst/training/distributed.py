@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -40,29 +41,35 @@ def own_address() -> str:
             return "127.0.0.1"
 
 
-def free_rendezvous() -> str:
-    """An address on this machine, free at this moment, where the ranks of `init_distributed` can meet."""
-    host = own_address()
-    with socket.socket() as listener:
-        listener.bind((host, 0))
-        return f"tcp://{host}:{listener.getsockname()[1]}"
+class Rendezvous:
+    """Where the ranks of `init_distributed` meet: a store on this machine, which holds a port of the system's choice as long as it lives.
+
+    A port that was only looked up may belong to somebody else by the time the ranks have loaded what they need.
+    """
+
+    def __init__(self) -> None:
+        host = own_address()
+        self._store = TCPStore(host, 0, None, True, wait_for_workers=False)
+        self.address = f"{host}:{self._store.port}"
 
 
-def init_distributed(rank: int, world: int, rendezvous: str, timeout_s: float, device: str = "cpu") -> None:
+def init_distributed(rank: int, world: int, address: str, timeout_s: float, device: str = "cpu") -> None:
     """Joins the trainer ranks; returns once all are there. One rank needs no group and gets none.
 
-    `rendezvous` is where they meet: `tcp://HOST:PORT` or `file:///PATH` (a path never used before). Gloo carries CPU tensors, NCCL the
-    tensors of a CUDA `device`. `timeout_s` holds for the meeting and for every collective after it.
-    Raises `DeadlineExceeded` if the others did not come.
+    `address` is that of a `Rendezvous`, one for each group. Gloo carries CPU tensors, NCCL the tensors of a CUDA `device`. `timeout_s`
+    holds for the meeting and for every collective after it. Raises `DeadlineExceeded` if the others did not come.
     """
     if world == 1:
         return
     transport = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    host, _, port = address.rpartition(":")
+    limit = timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(transport, init_method=rendezvous, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
+        store = TCPStore(host, int(port), None, False, limit, wait_for_workers=False)
+        dist.init_process_group(transport, store=store, rank=rank, world_size=world, timeout=limit)
     except RuntimeError as error:  # of several kinds, by store and transport
         raise DeadlineExceeded(
-            f"trainer rank {rank} waited {timeout_s:g} s at {rendezvous} for the other {world - 1} of {world} ranks: {error}"
+            f"trainer rank {rank} waited {timeout_s:g} s at {address} for the other {world - 1} of {world} ranks: {error}"
         ) from error
 
 

@@ -84,7 +84,7 @@ async def test_sft_lowers_the_loss_and_samples_nothing(tmp_path: Path, model: Pa
     values = {
         "algorithm": {"name": "sft"},
         "run": {"name": "sft", "dir": str(tmp_path), "steps": 12, "seed": 1},
-        "data": {"demonstration_column": "answer", "max_prompt_tokens": 64},
+        "data": {"columns": {"demonstration": "answer"}, "max_prompt_tokens": 64},
         "train": {"groups_per_step": 16, "threads": 1, "lr": 5e-3},
     }
     run = await local_run(tmp_path, model, values, prompts=ROWS).go()
@@ -254,7 +254,7 @@ def test_a_run_is_never_written_over(tmp_path: Path, model: Path):
 
 
 def test_sft_without_demonstrations_is_refused_before_anything_starts(tmp_path: Path, model: Path):
-    with pytest.raises(ConfigError, match=r"set data\.demonstration_column"):
+    with pytest.raises(ConfigError, match=r"data\.columns=\{demonstration: COLUMN\}"):
         local_run(tmp_path, model, {"algorithm": {"name": "sft"}}, prompts=ROWS)
 
 

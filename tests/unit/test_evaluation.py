@@ -113,9 +113,9 @@ def test_a_taught_run_is_measured_as_it_would_answer(tmp_path: Path, tiny: Path,
     values = {
         "run": {"steps": 1},
         "model": {"path": str(tiny)},
-        "data": {"path": str(prompts), "demonstration_column": "answer"},
+        "data": {"path": str(prompts), "columns": {"demonstration": "answer"}},
         "algorithm": {"name": "sft"},
     }
     made = EvalSet.of("s", load_config(values), ["reward.function=regex", "reward.options={pattern: x}"])
     assert made.config.algorithm.name == "grpo"
-    assert (made.config.reward.function, made.config.data.demonstration_column) == ("regex", None)
+    assert (made.config.reward.function, made.config.data.columns) == ("regex", {})

@@ -39,7 +39,7 @@ def test_prompts_of_ones_own(tmp_path: Path, tiny: Path):
     assert 8 <= config.eval.prompts < 40  # as many as are held out of 200
     asked = rows(tmp_path / "q.jsonl", *({"question": f"what is {i}", "solution": "words " * 9} for i in range(9)))
     config = load_config(write_run_file(tmp_path / "b.yaml", Asked(asked, str(tiny))))
-    assert (config.data.prompt_column, config.reward.options) == ("question", {"field": "solution"})
+    assert (config.data.columns, config.reward.options) == ({"prompt": "question"}, {"field": "solution"})
     assert config.eval.every_steps == 0  # too few to hold any out
 
 
@@ -48,7 +48,7 @@ def test_fine_tuning_on_demonstrations(tmp_path: Path, tiny: Path, task: str):
     given = rows(tmp_path / "d.jsonl", {"prompt": "say", "completion": "long " * 20}) if task == "file" else task
     config = load_config(write_run_file(tmp_path / "run.yml", Asked(given, str(tiny), algorithm="sft")))
     assert config.algorithm.name == "sft"
-    assert config.data.demonstration_column == ("completion" if task == "file" else "answer")
+    assert config.data.columns == {"demonstration": "completion" if task == "file" else "answer"}
     if task == "file":
         assert config.rollout.max_new_tokens >= 100  # tokens of the longest demonstration, byte by byte
 

@@ -98,7 +98,7 @@ def test_objects_from_python_are_checked_too(model: Path):
     with pytest.raises(ExtensionError, match=r"environment"):
         check(model, environment=Talkative())
     with pytest.raises(ConfigError, match=r"sft without eval\.every_steps uses neither"):
-        check(model, "algorithm.name=sft", "data.demonstration_column=answer", reward=takes_too_much)
+        check(model, "algorithm.name=sft", "data.columns.demonstration=answer", reward=takes_too_much)
 
 
 def test_a_trajectory_longer_than_the_model_was_made_for(model: Path, tmp_path: Path):

@@ -306,7 +306,7 @@ def test_demonstration_becomes_a_group():
 
 def test_demonstration_errors_name_prompt_and_option():
     answer = replace(PROMPT, demonstration=(Message("assistant", "42" * 50),))
-    with pytest.raises(DataError, match=r"prompt p:0 has no demonstration.*data\.demonstration_column"):
+    with pytest.raises(DataError, match=r"prompt p:0 has no demonstration.*data\.columns=\{demonstration: COLUMN\}"):
         roller(FakeEngine([])).demonstrate(0, PROMPT)
     with pytest.raises(DataError, match=r"raise data\.max_prompt_tokens \(8\)"):
         roller(FakeEngine([]), max_prompt_tokens=8).demonstrate(0, answer)

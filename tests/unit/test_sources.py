@@ -47,7 +47,7 @@ def test_every_line_belongs_to_exactly_one_block(tmp_path, block_bytes):
 def test_jsonl_ids_columns_and_blank_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"q": "one", "answer": 1}\r\n\n{"q": "two", "answer": [2, null]}\n\n \n')
-    data = config(path=str(path), prompt_column="q", system="Be brief.")
+    data = config(path=str(path), columns={"prompt": "q"}, system="Be brief.")
     first, second = prompts(open_source(data), data)
     assert first.messages == (Message("system", "Be brief."), Message("user", "one"))
     assert (first.id, first.fields) == ("a.jsonl:0", {"answer": 1})
@@ -55,7 +55,7 @@ def test_jsonl_ids_columns_and_blank_lines(tmp_path):
 
 
 def test_messages_and_demonstrations():
-    data = config(demonstration_column="reply")
+    data = config(columns={"demonstration": "reply"})
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "2+2"}]
     rows = [{"prompt": turns, "reply": "4"}, {"prompt": "hi", "reply": [{"role": "assistant", "content": "ho"}], "n": 1}]
     first, second = prompts(open_source(data, rows), data)
@@ -72,7 +72,10 @@ def test_messages_and_demonstrations():
         (b"[1]", "line 3: a JSON array; each line must hold one JSON object"),
         (b"null", "line 3: a JSON null"),
         (b'{"prompt": "\xff"}', "line 3: byte 13 of the line is not UTF-8"),
-        (b'{"promt": "x", "b": 1}', "line 3 has no column 'prompt'; nearest: promt; its columns: promt, b. Set data.prompt_column"),
+        (
+            b'{"promt": "x", "b": 1}',
+            "line 3 has no column 'prompt'; nearest: promt; its columns: promt, b. Set data.columns, as in {prompt: COLUMN}",
+        ),
         (b'{"prompt": null}', "line 3: column 'prompt' is null; it must be text or a list of {role, content}"),
         (b'{"prompt": 3}', "line 3: column 'prompt' is int"),
         (b'{"prompt": []}', "line 3: column 'prompt' is an empty list"),
@@ -223,3 +226,71 @@ def test_unknown_tasks_and_options_are_named():
 def test_entries_survive_json_exactly():
     entry = {"a": (1, ("b", [2.5, None])), "b": {1: "x", (2, 3): {}}, "c": {"tuple": [1]}, "d": [{"mapping": (1,)}], "e": {}}
     assert from_exact_json(json.loads(json.dumps(exact_json(entry, "here")))) == entry
+
+
+TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "prompt", "demonstration", "fields"),
+    [
+        # TRL's types of data, in their conversational form
+        ({}, {"prompt": TURNS[:2], "answer": 4}, ["Be brief.", "2+2"], [], {"answer": 4}),
+        ({"demonstration": "completion"}, {"prompt": TURNS[:2], "completion": TURNS[2:]}, ["Be brief.", "2+2"], ["4"], {}),
+        ({}, {"messages": TURNS, "source": "a"}, ["Be brief.", "2+2"], ["4"], {"source": "a"}),
+        ({}, {"messages": [*TURNS, *TURNS[1:]]}, ["Be brief.", "2+2"], ["4", "2+2", "4"], {}),
+        ({}, {"messages": TURNS[:2]}, ["Be brief.", "2+2"], [], {}),
+        # and their standard form
+        ({"demonstration": "completion"}, {"prompt": "2+2", "completion": "4"}, ["2+2"], ["4"], {}),
+        # ShareGPT
+        (
+            {"messages": "conversations"},
+            {"conversations": [{"from": "human", "value": "2+2"}, {"from": "gpt", "value": "4"}]},
+            ["2+2"],
+            ["4"],
+            {},
+        ),
+        # text in parts, as multimodal templates want it
+        ({}, {"prompt": [{"role": "user", "content": [{"type": "text", "text": "2"}, {"text": "+2"}]}]}, ["2+2"], [], {}),
+        # names of one's own
+        ({"prompt": "question", "answer": "final"}, {"question": "2+2", "final": 4, "answer": "so 4"}, ["2+2"], [], {"answer": 4}),
+        ({"demonstration": "answer", "answer": "answer"}, {"prompt": "2+2", "answer": "4"}, ["2+2"], ["4"], {"answer": "4"}),
+        ({}, {"prompt": "2+2", "messages": "a field"}, ["2+2"], [], {"messages": "a field"}),
+        ({}, {"prompt": "2+2", "demonstration": "4"}, ["2+2"], ["4"], {}),
+        ({}, {"prompt": "2+2", "demonstration": None}, ["2+2"], [], {}),
+    ],
+)
+def test_columns_by_their_names(columns, row, prompt, demonstration, fields):
+    data = config(columns=columns)
+    (read,) = prompts(open_source(data, [row]), data)
+    assert [message.content for message in read.messages] == prompt
+    assert [message.content for message in read.demonstration] == demonstration
+    assert read.fields == fields
+
+
+def test_roles_of_other_forms_become_those_of_chat_templates():
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
+    (read,) = prompts(open_source(DATA, [{"messages": turns}]))
+    assert [message.role for message in (*read.messages, *read.demonstration)] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "message"),
+    [
+        ({}, {"messages": TURNS[2:]}, "begins with an answer: there is no prompt before it"),
+        (
+            {},
+            {"prompt": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            "message 0 has tool_calls, which Verst does not render",
+        ),
+        ({}, {"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "message 0 must be {role, content}, both text"),
+        ({"answer": "finale"}, {"prompt": "a", "final": 1}, "no column 'finale'; nearest: final; its columns: prompt, final"),
+        ({"prompt": "question"}, {"prompt": "a"}, "Set data.columns, as in {prompt: COLUMN}"),
+    ],
+)
+def test_a_row_that_is_not_understood_is_named(columns, row, message):
+    data = config(columns=columns)
+    with pytest.raises(DataError) as error:
+        prompts(open_source(data, [{"prompt": "fine", "question": "fine", "final": 1, "finale": 1}, row]), data)
+    assert str(error.value).startswith("rows[1]")
+    assert message in str(error.value)

@@ -17,13 +17,15 @@ def add(commands: Any) -> None:
         "verst init --task chain_sum --model models/smollm2                run.yaml, for a task of reasoning-gym",
         "verst init math.yaml --task math.jsonl --model models/smollm2     for prompts of your own, with a column `answer`",
         "verst init --task teach.jsonl --model M --algorithm sft           supervised fine-tuning on a column of demonstrations",
+        "verst init --task openai/gsm8k:main --model Qwen/Qwen3-0.6B       data and model by their names on the hub",
         "verst init --task chain_sum --model M --engine sglang --backend megatron",
         detail="Lengths are read from the prompts, rates from the model's size. The file is checked before it is written, and nothing is\n"
         "written over.",
     )
     init.add_argument("path", metavar="FILE or DIR", nargs="?", type=Path, default=Path("run.yaml"), help="where (default: run.yaml)")
-    init.add_argument("--task", required=True, metavar="TASK", help="a reasoning-gym task, or a .jsonl or .parquet file of prompts")
-    init.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face model directory")
+    task = "a reasoning-gym task, a .jsonl or .parquet file, or a data set: a directory, or org/name (org/name:config) of the hub"
+    init.add_argument("--task", required=True, metavar="TASK", help=task)
+    init.add_argument("--model", required=True, metavar="MODEL", help="a Hugging Face model directory, or org/name of the hub")
     init.add_argument("--algorithm", choices=("grpo", "sft"), default="grpo", help="how it learns (default: grpo)")
     init.add_argument("--engine", choices=("hf", "sglang"), default="hf", help="what generates (default: hf)")
     init.add_argument("--backend", choices=("fsdp", "megatron"), default="fsdp", help="what trains (default: fsdp)")

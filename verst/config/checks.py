@@ -33,8 +33,8 @@ def inapplicable(config: Config) -> dict[str, str]:
     evaluates = config.eval.every_steps > 0
     if not evaluates:
         reasons |= _each(("eval.prompts", "eval.temperature"), "there is no evaluation without eval.every_steps")
-    if config.data.task is None:
-        reasons["data.options"] = "these are the options of data.task, which is not set"
+    if config.data.task is None and config.data.dataset is None:
+        reasons["data.options"] = "these are the options of data.task and data.dataset, neither of which is set"
     if config.rollout.engine != "sglang":
         reasons |= _each(("rollout.sglang", "rollout.urls"), f"the engine is {config.rollout.engine}, not sglang")
     if config.train.backend != "megatron":
@@ -46,7 +46,6 @@ def inapplicable(config: Config) -> dict[str, str]:
         if not evaluates:
             reasons |= _each(_ROLLED_AND_SCORED, "sft generates and scores only for evaluation, and eval.every_steps is 0")
     else:
-        reasons["data.demonstration_column"] = f"{config.algorithm.name} learns from what the model generates and imitates nothing"
         if not config.algorithm.kl_coefficient:
             reasons |= _each(("algorithm.kl_in", "algorithm.kl_estimator"), "algorithm.kl_coefficient is 0, so there is no KL term")
     return reasons
@@ -121,8 +120,14 @@ def _engine_problems(config: Config) -> list[str]:
 
 def _data_problems(config: Config) -> list[str]:
     found = []
-    if config.data.path and config.data.task:
-        found.append("data.path and data.task are both set: keep one")
+    data, columns = config.data, config.data.columns
+    sources = [f"data.{name}" for name in ("path", "dataset", "task") if getattr(data, name)]
+    if len(sources) > 1:
+        found.append(f"{' and '.join(sources)} are set: keep one")
+    if "messages" in columns and columns.keys() & {"prompt", "demonstration"}:
+        found.append("data.columns has messages, whole conversations, so it takes neither prompt nor demonstration: keep one way")
+    if "demonstration" in columns and config.algorithm.name != "sft":
+        found.append(f"data.columns has a demonstration, but {config.algorithm.name} imitates nothing: give the column a field's name")
     if config.eval.every_steps and not config.data.holdout:
         found.append("eval.every_steps needs data.holdout > 0: the prompts kept for evaluation")
     return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verst.config.hub import model_directory
 from verst.config.schema import Config
 from verst.errors import ModelError
 
@@ -35,9 +36,9 @@ def read_model(path: str | Path) -> ModelFacts:
     """Reads `config.json` and the headers of the safetensors files; no weights.
 
     Raises:
-        ModelError: the directory or one of its parts is missing or malformed.
+        ModelError: the directory or one of its parts is missing or malformed, or a hub id cannot be had.
     """
-    root = Path(path).expanduser()
+    root = model_directory(path)
     if not root.is_dir():
         raise ModelError(f"model.path: {root} is not a directory; give a Hugging Face model directory on this machine")
     about = read_config(root)
@@ -65,7 +66,7 @@ def read_model(path: str | Path) -> ModelFacts:
 
 def read_config(directory: str | Path) -> dict[str, Any]:
     """A model's `config.json`. Raises `ModelError` if it is missing or malformed."""
-    path = Path(directory).expanduser() / "config.json"
+    path = model_directory(directory) / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

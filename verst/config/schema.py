@@ -71,18 +71,27 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    path: Text = Field(description="Hugging Face model directory.")
+    path: Text = Field(description="Hugging Face model directory, or a model of the hub: org/name or org/name@revision.")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of the weights in engine and forward pass.")
 
 
 class DataConfig(Section):
-    """Where prompts come from. Exactly one of `path` and `task`, unless prompts are given from Python."""
+    """Where prompts come from. Exactly one of `path`, `dataset` and `task`, unless prompts are given from Python."""
 
     path: Text | None = Field(default=None, description="A .jsonl or .parquet file.")
+    dataset: Text | None = Field(
+        default=None, description="What the library datasets loads: a name on the hub, a directory of data files, or one that it saved."
+    )
     task: Text | None = Field(default=None, description="A reasoning-gym task by name.")
-    options: Options = Field(default_factory=dict, description="Options of the reasoning-gym task.")
-    prompt_column: Text = Field(default="prompt", description="Column with the prompt: text, or a list of {role, content}.")
-    demonstration_column: Text | None = Field(default=None, description="Column with the answer to imitate (sft).")
+    options: Options = Field(
+        default_factory=dict, description="Options of the reasoning-gym task, or of datasets.load_dataset: name, split (default: train) …"
+    )
+    columns: dict[Text, Text] = Field(
+        default_factory=dict,
+        description="Columns that have other names: {prompt: question, demonstration: solution, answer: final}. A prompt is text or a list "
+        "of {role, content}, a demonstration the answer to imitate (sft), all else fields that rewards and environments see. Without a "
+        "prompt, messages is a whole conversation, cut before its first answer.",
+    )
     system: str | None = Field(default=None, description="System message put before every prompt.")
     shuffle: bool = Field(
         default=True, description="Seeded shuffling, another order in each epoch. Iterators given from Python keep their own order."

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from verst.config.hub import model_directory
 from verst.errors import DataError, ModelError
 from verst.types import Message
 
@@ -33,10 +34,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face model directory. Raises `ModelError` if there is none or it cannot be read."""
     from transformers import AutoTokenizer
 
-    if not Path(path).is_dir():
-        raise ModelError(f"model.path: {path} is not a directory; give a Hugging Face model directory (download the model first)")
+    root = model_directory(path)
+    if not root.is_dir():
+        raise ModelError(f"model.path: {path} is not a directory; give a Hugging Face model directory, or a hub id such as org/name")
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(root), local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path: {path} holds no tokenizer that transformers can read: {error}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from verst.config.schema import DataConfig
@@ -12,23 +13,32 @@ from verst.data.sources import Row, nearest
 from verst.errors import DataError
 from verst.types import Message, Prompt
 
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
+"""ShareGPT's names of roles."""
+
 
 def to_prompt(row: Row, data: DataConfig) -> Prompt:
-    """The row's prompt column as messages, `data.system` before them; its other columns are the prompt's fields.
+    """The row's columns under the names that `data.columns` gives them: prompt, demonstration and fields. `data.system` comes first.
+
+    Messages may have the forms of TRL's conversational data sets and of ShareGPT (`from` and `value`); contents may be lists of text parts.
 
     Raises `DataError` naming the row if a column is missing or is neither text nor messages.
     """
     values = row.load()
-    messages = _messages(values, data.prompt_column, "data.prompt_column", "user", row)
-    taken = {data.prompt_column}
+    names = _names(values, data, row)
+    taken = set(names.values())
+    columns = {name: _Column(name, value) for name, value in values.items() if name not in taken}
+    columns |= {name: _Column(column, values[column]) for name, column in names.items()}
     demonstration: tuple[Message, ...] = ()
-    if data.demonstration_column is not None:
-        demonstration = _messages(values, data.demonstration_column, "data.demonstration_column", "assistant", row)
-        taken.add(data.demonstration_column)
+    if "messages" in names:
+        messages, demonstration = _cut(_messages(columns.pop("messages"), "user", row), row)
+    else:
+        messages = _messages(columns.pop("prompt"), "user", row)
+        if "demonstration" in names and (given := columns.pop("demonstration")).value is not None:
+            demonstration = _messages(given, "assistant", row)
     if data.system is not None:
         messages = (Message("system", data.system), *messages)
-    fields = {name: value for name, value in values.items() if name not in taken}
-    return Prompt(row.id, messages, fields, demonstration)
+    return Prompt(row.id, messages, {name: column.value for name, column in columns.items()}, demonstration)
 
 
 def split_point(prompt: Prompt, data: DataConfig) -> float:
@@ -47,22 +57,64 @@ def text_hash(prompt: Prompt, data: DataConfig) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def _messages(values: Mapping[str, Any], column: str, key: str, role: str, row: Row) -> tuple[Message, ...]:
-    if column not in values:
-        raise DataError(
-            f"{row.locate()} has no column {column!r}{nearest(column, values)}; its columns: {', '.join(values) or 'none'}. Set {key}"
-        )
-    value = values[column]
+@dataclass(frozen=True, slots=True)
+class _Column:
+    name: str  # the data's own
+    value: Any
+
+
+def _names(values: Mapping[str, Any], data: DataConfig, row: Row) -> dict[str, str]:
+    """The data's names of `prompt` (and `demonstration`) or `messages`, and of what else has another one."""
+    names = dict(data.columns)
+    if "prompt" not in names and "messages" not in names:
+        name = "messages" if "prompt" not in values and "messages" in values else "prompt"
+        names[name] = name
+    if "prompt" in names and "demonstration" in values:
+        names.setdefault("demonstration", "demonstration")
+    for name, column in names.items():
+        if column not in values:
+            there = f"{nearest(column, values)}; its columns: {', '.join(values) or 'none'}"
+            raise DataError(f"{row.locate()} has no column {column!r}{there}. Set data.columns, as in {{{name}: COLUMN}}")
+    return names
+
+
+def _cut(conversation: tuple[Message, ...], row: Row) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """The messages before the first answer, and those from there on."""
+    first = next((i for i, message in enumerate(conversation) if message.role == "assistant"), len(conversation))
+    if first == 0:
+        raise DataError(f"{row.locate()}: the conversation begins with an answer: there is no prompt before it")
+    return conversation[:first], conversation[first:]
+
+
+def _messages(column: _Column, role: str, row: Row) -> tuple[Message, ...]:
+    value = column.value
     if isinstance(value, str):
         return (Message(role, value),)
+    where = f"column {column.name!r}"
     if not isinstance(value, Sequence) or not value:
         shown = "an empty list" if isinstance(value, Sequence) else "null" if value is None else type(value).__name__
-        raise DataError(f"{row.locate()}: column {column!r} is {shown}; it must be text or a list of {{role, content}}")
-    return tuple(_message(item, f"{row.locate()}: column {column!r}, message {i}") for i, item in enumerate(value))
+        raise DataError(f"{row.locate()}: {where} is {shown}; it must be text or a list of {{role, content}}")
+    return tuple(_message(item, f"{where}, message {i}", row) for i, item in enumerate(value))
 
 
-def _message(item: Any, where: str) -> Message:
-    role, content = (item.get("role"), item.get("content")) if isinstance(item, Mapping) else (None, None)
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise DataError(f"{where} must be {{role, content}}, both text, and is {json.dumps(item, ensure_ascii=False)[:80]}")
+def _message(item: Any, where: str, row: Row) -> Message:
+    if not isinstance(item, Mapping):
+        item = {"": item}
+    role = item.get("role", _SPEAKERS.get(str(item.get("from")), item.get("from")))
+    if item.get("tool_calls"):
+        raise DataError(
+            f"{row.locate()}: {where} has tool_calls, which Verst does not render: write the call into the content, or leave the row out"
+        )
+    content = _text(item.get("content", item.get("value")))
+    if not isinstance(role, str) or content is None:
+        shown = json.dumps(item.get("", item), ensure_ascii=False, default=str)[:80]
+        raise DataError(f"{row.locate()}: {where} must be {{role, content}}, both text, and is {shown}")
     return Message(role, content)
+
+
+def _text(content: Any) -> str | None:
+    """Text as it is, or the texts of a list of parts. None for all else, images among it."""
+    if not isinstance(content, Sequence) or isinstance(content, str):
+        return content if isinstance(content, str) else None
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None for part in content]
+    return "".join(text for text in texts if isinstance(text, str)) if texts and None not in texts else None

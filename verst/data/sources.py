@@ -178,12 +178,12 @@ class SequenceSource:
     rereadable = True
     name = "rows"
 
-    def __init__(self, rows: Any, prompt_column: str, block_rows: int = _BLOCK_ROWS) -> None:
+    def __init__(self, rows: Any, text_column: str, block_rows: int = _BLOCK_ROWS) -> None:
         if not len(rows):
             raise DataError("rows is empty: give at least one prompt")
         self.num_blocks = math.ceil(len(rows) / block_rows)
         self.window_blocks = max(1, _WINDOW_ROWS // block_rows)
-        self._rows, self._prompt_column, self._block_rows = rows, prompt_column, block_rows
+        self._rows, self._text_column, self._block_rows = rows, text_column, block_rows
 
     def read_block(self, block: int) -> Sequence[Row]:
         first = block * self._block_rows
@@ -193,7 +193,7 @@ class SequenceSource:
         return {"rows": len(self._rows)}
 
     def _row(self, index: int) -> Row:
-        return Row(f"rows:{index}", lambda: _python_row(self._rows[index], self._prompt_column, index), partial(_locate_row, index))
+        return Row(f"rows:{index}", lambda: _python_row(self._rows[index], self._text_column, index), partial(_locate_row, index))
 
 
 class IterableSource:
@@ -208,8 +208,8 @@ class IterableSource:
     window_blocks = 1
     name = "rows"
 
-    def __init__(self, rows: Iterable[Any], prompt_column: str) -> None:
-        self._rows, self._prompt_column = rows, prompt_column
+    def __init__(self, rows: Iterable[Any], text_column: str) -> None:
+        self._rows, self._text_column = rows, text_column
         self._iterator: Iterator[Any] = iter(rows)
         self._next = 0
         self.rereadable = self._iterator is not rows
@@ -221,7 +221,7 @@ class IterableSource:
             index = self._next
             self._next += 1
             if index == block:
-                return [Row(f"rows:{index}", partial(_python_row, value, self._prompt_column, index), partial(_locate_row, index))]
+                return [Row(f"rows:{index}", partial(_python_row, value, self._text_column, index), partial(_locate_row, index))]
         return None
 
     def fingerprint(self) -> Mapping[str, Any]:
@@ -239,22 +239,29 @@ class IterableSource:
 def open_source(data: DataConfig, rows: Any = None) -> Source:
     """The source a run file names, or `rows` given from Python: a sequence or iterable of mappings or texts.
 
-    Raises `ConfigError` unless exactly one of `data.path`, `data.task` and `rows` is given, and `DataError` if it cannot be opened.
+    Raises `ConfigError` unless exactly one of `data.path`, `data.dataset`, `data.task` and `rows` is given, and `DataError` if it cannot
+    be opened.
     """
-    given = [name for name, value in (("data.path", data.path), ("data.task", data.task), ("rows", rows)) if value is not None]
+    named = {"data.path": data.path, "data.dataset": data.dataset, "data.task": data.task, "rows": rows}
+    given = [name for name, value in named.items() if value is not None]
     if len(given) != 1:
-        raise ConfigError(f"{' and '.join(given) or 'no source of prompts'} given: set exactly one of data.path, data.task and rows")
+        raise ConfigError(f"{' and '.join(given) or 'no source of prompts'} given: set exactly one of {', '.join(named)}")
     if data.path is not None:
         return _open_file(Path(data.path))
+    if data.dataset is not None:
+        from verst.data.datasets import DatasetSource
+
+        return DatasetSource(data.dataset, data.options)
     if data.task is not None:
         from verst.data.tasks import TaskSource
 
         return TaskSource(data.task, data.options)
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
         raise DataError(f"rows is a {type(rows).__name__}: give a list or iterable of mappings, or of prompt texts")
+    text_column = data.columns.get("prompt", "prompt")
     if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
-        return SequenceSource(rows, data.prompt_column)
-    return IterableSource(rows, data.prompt_column)
+        return SequenceSource(rows, text_column)
+    return IterableSource(rows, text_column)
 
 
 def json_value(value: Any, where: str) -> Any:
@@ -305,13 +312,11 @@ def _locate_row(index: int) -> str:
     return f"rows[{index}]"
 
 
-def _python_row(value: Any, prompt_column: str, index: int) -> Mapping[str, Any]:
+def _python_row(value: Any, text_column: str, index: int) -> Mapping[str, Any]:
     if isinstance(value, str):
-        return {prompt_column: value}
+        return {text_column: value}
     if not isinstance(value, Mapping):
-        raise DataError(
-            f"rows[{index}] is a {type(value).__name__}: give a mapping with the column {prompt_column!r}, or the prompt's text"
-        )
+        raise DataError(f"rows[{index}] is a {type(value).__name__}: give a mapping with the column {text_column!r}, or the prompt's text")
     return {str(name): json_value(item, f"rows[{index}], column {name!r}") for name, item in value.items()}
 
 

@@ -44,7 +44,8 @@ _RATES = {"grpo": (1e-3, 1e-5, 1e-6), "sft": (5e-3, 5e-5, 1e-5)}
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the person said. `task` is one of reasoning-gym's, or a .jsonl or .parquet file."""
+    """What the person said. `task` is one of reasoning-gym's, a .jsonl or .parquet file, or what the library datasets loads: a directory,
+    or a name on the hub (`org/name`, `org/name:config`)."""
 
     task: str
     model: str
@@ -116,21 +117,28 @@ def _read(asked: Asked) -> Read:
 
 
 def _data_options(asked: Asked) -> dict[str, Any]:
-    """`data.task`, or `data.path` with the columns that its first row has."""
-    if not asked.task.endswith(_FILES):
-        return {"task": asked.task} | ({"demonstration_column": "answer"} if asked.algorithm == "sft" else {})
-    source = open_source(DataConfig(path=asked.task))
+    """`data.task`, or `data.path` or `data.dataset` with the columns that its first row has."""
+    options: dict[str, Any]
+    if asked.task.endswith(_FILES):
+        options = {"path": asked.task}
+    elif "/" in asked.task or Path(asked.task).is_dir():
+        name, _, part = (asked.task, "", "") if Path(asked.task).is_dir() else asked.task.partition(":")
+        options = {"dataset": name} | ({"options": {"name": part}} if part else {})
+    else:
+        return {"task": asked.task} | ({"columns": {"demonstration": "answer"}} if asked.algorithm == "sft" else {})
+    source = open_source(DataConfig(**options))
     block = next((rows for i in range(source.num_blocks or 1) if (rows := source.read_block(i))), None)
     if not block:
         raise DataError(f"{asked.task} has no row: give at least one")
-    columns = list(block[0].load())
-    options: dict[str, Any] = {"path": asked.task}
-    prompt = _column(asked.task, "prompt", _PROMPT_COLUMNS, columns)
-    if prompt != "prompt":
-        options["prompt_column"] = prompt
+    there = list(block[0].load())
+    prompt = _column(asked.task, "prompt", _PROMPT_COLUMNS, there)
+    if prompt == "messages":
+        return options  # whole conversations: prompt and demonstration in one
+    columns = {"prompt": prompt}
     if asked.algorithm == "sft":
-        options["demonstration_column"] = _column(asked.task, "demonstration", _ANSWER_COLUMNS, columns)
-    return options
+        columns["demonstration"] = _column(asked.task, "demonstration", _ANSWER_COLUMNS, there)
+    columns = {name: column for name, column in columns.items() if name != column}
+    return options | ({"columns": columns} if columns else {})
 
 
 def _column(task: str, what: str, known: Sequence[str], columns: Sequence[str]) -> str:
@@ -285,6 +293,8 @@ def _rounded(tokens: float) -> int:
 
 def _scalar(value: Any) -> str:
     """A value as YAML reads it back, text in quotes only where it needs them."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_scalar(item) if item.isidentifier() else json.dumps(item)}' for key, item in value.items())}}}"
     if isinstance(value, str) and yaml.safe_load(value) == value and ": " not in value and " #" not in value:
         return value
     return json.dumps(value, ensure_ascii=False)

@@ -86,7 +86,7 @@ class GroupRoller:
         Raises `DataError` if the prompt has no demonstration, or prompt or demonstration are too long.
         """
         if not prompt.demonstration:
-            raise DataError(f"prompt {prompt.id} has no demonstration to imitate: name its column in data.demonstration_column")
+            raise DataError(f"prompt {prompt.id} has no demonstration to imitate: name its column, data.columns={{demonstration: COLUMN}}")
         tokens_T, mask_T = self.renderer.demonstration(prompt.messages, prompt.demonstration)
         self._check_prompt(prompt, int(mask_T.argmax()))
         if len(tokens_T) > self.max_model_tokens:

@@ -24,7 +24,7 @@ from verst.runtime.workers import RolloutWorker
 from verst.types import Group, Prompt, Status
 
 _SET_OPTIONS = {
-    "data": ("path", "task", "options", "prompt_column", "system", "holdout", "max_prompt_tokens"),
+    "data": ("path", "dataset", "task", "options", "columns", "system", "holdout", "max_prompt_tokens"),
     "rollout": ("environment", "environment_options", "max_new_tokens", "max_turns", "stop", "max_running", "deadline_s"),
     "reward": ("function", "options", "workers", "deadline_s"),
 }
@@ -53,6 +53,7 @@ class EvalSet:
             section: {key: value for key, value in given.get(section, {}).items() if key in keys and value is not None}
             for section, keys in _SET_OPTIONS.items()
         }
+        values["data"]["columns"] = {name: column for name, column in base.data.columns.items() if name != "demonstration"}
         values["run"] = {"steps": 1, "seed": base.run.seed, "deterministic": base.run.deterministic}
         values["model"] = {"path": base.model.path, "dtype": base.model.dtype}
         values["train"] = {"threads": base.train.threads, "microbatch_tokens": _ANY_LENGTH, "routes": "ignore"}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from verst.config.hub import with_local_model
 from verst.config.schema import Config
 from verst.errors import CheckpointError, ConfigError
 from verst.journal.log import JournalReader
@@ -68,7 +69,7 @@ def _from_checkpoint(run: RunDirectory, config: Config, out: Path, step: int | N
     from verst.training.export import export_model
     from verst.training.whole import whole_tensors
 
-    checkpoint = checkpoint_of(run, step)
+    config, checkpoint = with_local_model(config), checkpoint_of(run, step)
     tensors = {name: tensor.contiguous() for name, tensor in whole_tensors(checkpoint, config)}
     digest, committed = digest_of(tensors), committed_digest(run, checkpoint.step)
     if digest != committed:

@@ -64,7 +64,7 @@ def train(  # noqa: PLR0913 - each is a choice of the caller
         config: a run file, its values as a mapping, or a validated `Config`.
         reward: `fn(trajectory, fields) -> number`, plain or async, in place of `reward.function`.
         environment: an Environment class, in place of `rollout.environment`.
-        prompts: rows (mappings) in place of `data.path` or `data.task`: a list, or a function that returns an iterator.
+        prompts: rows (mappings) in place of `data.path`, `data.dataset` or `data.task`: a list, or a function that returns an iterator.
         address: HOST:PORT of the Ray cluster to run on, or "auto" for the one this machine belongs to; run.dir must be on a disk that all
             its nodes share. Default: a Ray of the run's own, on this machine, which ends with it.
         begin_from: "RUN" or "RUN@STEP", a checkpoint of another run of the same model to begin from (`verst.runtime.branch`).

@@ -14,6 +14,7 @@ from typing import Any
 from verst import extend
 from verst.algorithms.table import algorithm_for, records_routes
 from verst.config.checks import is_given, warnings
+from verst.config.hub import with_local_model
 from verst.config.plan import read_config, read_model
 from verst.config.schema import Config
 from verst.data.sources import Source, open_source
@@ -78,7 +79,7 @@ def check_stack(config: Config) -> None:
     if config.train.backend == "megatron":
         from verst.training.megatron import arguments as megatron  # with torch
 
-        megatron.check(config, config.train.megatron, config.train.ranks)
+        megatron.check(with_local_model(config), config.train.megatron, config.train.ranks)
 
 
 def _check_data(config: Config, extensions: Extensions) -> Mapping[str, Any]:
@@ -91,7 +92,7 @@ def _check_data(config: Config, extensions: Extensions) -> Mapping[str, Any]:
     if algorithm_for(config.algorithm).learns_from == "demonstrations" and not prompt.demonstration:
         raise ConfigError(
             f"algorithm {config.algorithm.name} learns from demonstrations, but {prompt.id} has none: "
-            "set data.demonstration_column to the column with the answers"
+            "name the column with the answers, data.columns={demonstration: COLUMN}"
         )
     if config.eval.every_steps:
         eval_prompts(source, config.data, config.eval.prompts)

@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from verst.config.hub import pinned
 from verst.config.load import dump_config, load_config
 from verst.config.schema import Config
 from verst.errors import ConfigError
@@ -262,8 +263,13 @@ def _python_path() -> list[str]:
     return [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
 
 
+def _dataset(name: str | None) -> str | None:
+    """A directory as an absolute path; any other name is one on the hub."""
+    return str(Path(name).expanduser().absolute()) if name and Path(name).expanduser().is_dir() else name
+
+
 def _anchored(config: Config) -> Config:
-    """The configuration with absolute paths, so that the run can be resumed from any directory."""
+    """The configuration with absolute paths, so that the run can be resumed from any directory, and with the commits of hub ids."""
 
     def absolute(path: str | None) -> str | None:
         return None if path is None else str(Path(path).expanduser().absolute())
@@ -271,8 +277,8 @@ def _anchored(config: Config) -> Config:
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": absolute(config.run.dir)}),
-            "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
-            "data": config.data.model_copy(update={"path": absolute(config.data.path)}),
+            "model": config.model.model_copy(update={"path": pinned(config.model.path)}),
+            "data": config.data.model_copy(update={"path": absolute(config.data.path), "dataset": _dataset(config.data.dataset)}),
             "weights": config.weights.model_copy(update={"location": absolute(config.weights.location)}),
         }
     )

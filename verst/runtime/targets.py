@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from verst.config.hub import is_hub_id, model_directory
 from verst.config.load import load_config
 from verst.config.schema import Config
 from verst.errors import ConfigError
@@ -28,7 +29,7 @@ class Target:
 
 
 def measured_targets(words: Sequence[str], files: Sequence[str], overrides: Sequence[str], scratch: Path) -> Iterator[Target]:
-    """One target for each word: a model directory, or `RUN` or `RUN@STEP`, whose weights are exported below `scratch`.
+    """One target for each word: a model directory or hub id, or `RUN` or `RUN@STEP`, whose weights are exported below `scratch`.
 
     `files` are `NAME=FILE` of run files. Without any, a run has the set of its own data, and a model needs overrides that say one
     (`data.task=…`). The modules that a run names are looked for where the run began.
@@ -39,14 +40,14 @@ def measured_targets(words: Sequence[str], files: Sequence[str], overrides: Sequ
         raise ConfigError("nothing to measure: give a model directory or a run")
     _find_modules([os.getcwd()])
     for number, word in enumerate(words):
-        path, step = parse_reference(word)
+        path, step = (Path(word), None) if is_hub_id(word) else parse_reference(word)
         if (path / "run.json").is_file():
             run, config = RunDirectory.open(path)
             _find_modules(run.module_path)
             model = _model_of(run, step, scratch / f"model-{number}")
             own = _own_set(run, config, overrides)
-        elif (path / "config.json").is_file() and step is None:
-            model, own = path, None
+        elif is_hub_id(word) or ((path / "config.json").is_file() and step is None):
+            model, own = model_directory(word), None
         else:
             raise ConfigError(f"{word} is neither a run nor a Hugging Face model directory (it has no run.json and no config.json)")
         sets = tuple(_set(file, model, overrides) for file in files) or (own or _described(model, overrides),)
@@ -77,9 +78,10 @@ def _set(word: str, model: Path, overrides: Sequence[str]) -> EvalSet:
 
 
 def _described(model: Path, overrides: Sequence[str]) -> EvalSet:
-    if not any(word.startswith(("data.task=", "data.path=")) for word in overrides):
+    if not any(word.startswith(("data.task=", "data.path=", "data.dataset=")) for word in overrides):
         raise ConfigError(
-            f"{model}: a model alone has no prompts. Give --set NAME=FILE, or data.task=… or data.path=… and reward.function=…"
+            f"{model}: a model alone has no prompts. Give --set NAME=FILE, or data.task=… (data.path=…, data.dataset=…) and "
+            "reward.function=…"
         )
     base = load_config({"run": {"steps": 1}, "model": {"path": str(model)}})
     return EvalSet.of("prompts", base, overrides)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from verst.config.hub import with_local_model
 from verst.config.schema import Config
 from verst.observe.metrics import Tally
 from verst.runtime.wait import within
@@ -94,7 +95,8 @@ class RolloutWorker:
         from verst.rollout.engines import make_engine
         from verst.rollout.environments import environment_factory
 
-        config, rollout = self._config, self._config.rollout
+        config = self._config = with_local_model(self._config)
+        rollout = config.rollout
         self._renderer = ChatRenderer(load_tokenizer(config.model.path))
         self._environment = environment_factory(self._extensions.environment or rollout.environment, rollout.environment_options)
         log = self._logs / f"replica-{self._replica}.log"
@@ -240,6 +242,7 @@ class TrainerWorker:
         from verst.training.backends import make_backend
         from verst.training.distributed import init_distributed
 
+        self._config = with_local_model(self._config)
         world = self._config.train.ranks
         if rendezvous is not None:
             init_distributed(self._rank, world, rendezvous, timeout_s=self._config.train.deadline_s, device=self._device)

@@ -19,7 +19,7 @@ from verst.runtime.parts import Parts
 from verst.runtime.recovery import Cursor, JournaledBatch, Restored
 from verst.runtime.transfer import Brought
 from verst.runtime.workers import Published
-from verst.types import Group, Message, Prompt
+from verst.types import NO_VERSION, Group, Message, Prompt
 
 
 def loop_of(cfg: Config, parts: FakeParts, restored: Restored | None = None) -> Loop:
@@ -91,16 +91,48 @@ async def test_slots_are_freed_only_after_the_verified_pull(tmp_path: Path):
         assert version == seq // 2, "a group was admitted before the engines held the weights of the step before"
 
 
-@pytest.mark.parametrize("capacity", [2, 3, 4, 5, 8])
-async def test_staleness_stays_within_its_bound(tmp_path: Path, capacity: int):
+@pytest.mark.parametrize(("capacity", "bound"), [(2, 0), (3, 1), (4, 1), (5, 2), (8, 3)])
+async def test_staleness_stays_within_its_bound(tmp_path: Path, capacity: int, bound: int):
     cfg = config(run={"steps": 8}, rollout={"group_size": 2, "capacity_groups": capacity})
+    assert cfg.worst_staleness == bound
     parts = FakeParts(cfg, tmp_path, seed=capacity)
     await run(cfg, parts)
-    bound = -(-(capacity - 1) // 2) if capacity > 2 else 0  # ceil((C - 1) / P)
     worst = max(row["staleness/max"] for row in parts.rows.values())
     assert worst <= bound
     assert (worst > 0) == (capacity > 2), "a larger capacity must really run ahead"
     assert parts.trainers.trained == list(range(16))
+
+
+async def test_a_window_lets_early_groups_pass_a_late_one_and_no_further(tmp_path: Path):
+    """Group 1 is finished last of all; the others are as soon as they are admitted."""
+    cfg = config(run={"steps": 4}, rollout={"group_size": 2, "capacity_groups": 6, "window_groups": 4})
+    late = asyncio.Event()
+
+    async def roll(seq: int, version: int) -> Group:
+        if seq == 1:
+            await late.wait()
+        return group(seq, version)
+
+    parts = FakeParts(cfg, tmp_path, roll)
+    running = asyncio.create_task(run(cfg, parts))
+    for _ in range(200):
+        await asyncio.sleep(0.005)
+        if len(parts.trainers.trained) == 4:
+            break
+    await asyncio.sleep(0.1)
+    assert sorted(parts.trainers.trained) == [0, 2, 3, 4]  # the window of 1 ends with 4; 5 and 6 have to wait
+    late.set()
+    await running
+    assert 1 in parts.trainers.trained[4:]
+    assert len(set(parts.trainers.trained)) == 8
+    assert all(parts.trainers.trained[i] < parts.trainers.trained[i + 1] for i in (0, 2, 4, 6)), "a batch is in the order of admission"
+
+
+async def test_tokens_older_than_the_bound_are_never_trained(tmp_path: Path):
+    parts = FakeParts(config(), tmp_path, roll=lambda seq, version: group(seq, 0))
+    with pytest.raises(InvariantViolation, match=r"step 2 would train sample 2/0, whose oldest token is of version 0: 1 versions behind"):
+        await run(config(), parts)
+    assert parts.trainers.trained == [0, 1]
 
 
 async def test_several_updates_make_one_step_and_one_commit(tmp_path: Path):
@@ -383,7 +415,7 @@ async def test_nothing_is_handed_over_while_the_engines_are_not_needed(tmp_path:
             "checkpoint": {"export_final": False},
         }
     )
-    parts = FakeParts(cfg, tmp_path, shared=True)
+    parts = FakeParts(cfg, tmp_path, lambda seq, version: group(seq, NO_VERSION), shared=True)
     await run(cfg, parts)
     first = ["publish 0", "trainers release all", "engines resume", "serve 0", "engines release", "trainers resume"]
     assert turns(parts) == [*first, "publish 1", "publish 2", "publish 3", "snapshot 3"]

@@ -35,6 +35,8 @@ def inapplicable(config: Config) -> dict[str, str]:
         reasons |= _each(("eval.prompts", "eval.temperature"), "there is no evaluation without eval.every_steps")
     if config.data.task is None and config.data.dataset is None:
         reasons["data.options"] = "these are the options of data.task and data.dataset, neither of which is set"
+    if config.capacity_groups == config.train.groups_per_step:
+        reasons["rollout.window_groups"] = "with rollout.capacity_groups of one batch every step takes all groups"
     if config.rollout.engine != "sglang":
         reasons |= _each(("rollout.sglang", "rollout.urls"), f"the engine is {config.rollout.engine}, not sglang")
     if config.train.backend != "megatron":

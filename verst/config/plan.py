@@ -108,7 +108,7 @@ def _token_plan(config: Config) -> list[str]:
     most = trajectories * longest
     updates = train.minibatches * train.epochs
     capacity = config.capacity_groups
-    ahead = math.ceil((capacity - 1) / train.groups_per_step) if capacity > train.groups_per_step else 0
+    ahead = config.worst_staleness
     return [
         f"step: {train.groups_per_step} groups, {trajectories} trajectories, at most {most:,} tokens, {updates} optimizer update(s)",
         f"trajectory: at most {longest:,} tokens "

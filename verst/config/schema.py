@@ -115,6 +115,11 @@ class RolloutConfig(Section):
     capacity_groups: Count | None = Field(
         default=None, description="Group slots. Default: one batch, which is synchronous training. More lets rollout run ahead."
     )
+    window_groups: Count = Field(
+        default=1,
+        description="The next group to train is the oldest finished one among so many from the oldest on. 1: strictly in the order of "
+        "admission; more spares the trainer waiting for long answers, and favours short ones by that much. Needs a larger capacity_groups.",
+    )
     max_new_tokens: Count = Field(
         default=256, description="Limit of one generation; for sft, of a demonstration whose prompt is at its limit."
     )
@@ -307,6 +312,15 @@ class Config(Section):
     def capacity_groups(self) -> int:
         """Group slots: as configured, or one batch (synchronous)."""
         return self.rollout.capacity_groups or self.train.groups_per_step
+
+    @property
+    def worst_staleness(self) -> int:
+        """The most versions that a trained token can be behind: ⌊(C + W − 2) / P⌋ for C slots, a window of W groups and P groups a step.
+
+        With C = P every step takes all slots, so it is 0. `docs/staleness.md` has the proof.
+        """
+        capacity, batch = self.capacity_groups, self.train.groups_per_step
+        return (capacity + self.rollout.window_groups - 2) // batch if capacity > batch else 0
 
     @property
     def probe_limit(self) -> float:

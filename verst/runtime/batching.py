@@ -11,7 +11,7 @@ import numpy as np
 from verst.algorithms.table import algorithm_for
 from verst.config.schema import AlgorithmConfig, TrainConfig
 from verst.data.packing import plan_samples, samples_of_rank
-from verst.errors import RoutesRefused
+from verst.errors import InvariantViolation, RoutesRefused
 from verst.observe.metrics import Tally
 from verst.routing.records import require_routes
 from verst.types import NO_VERSION, Batch, Group, RoutedExperts, Routes, RoutesWanted, Sample, Status, Trajectory
@@ -58,6 +58,18 @@ def assemble(step: int, groups: Sequence[Group]) -> Batch:
         for t in g.trainable
     )
     return Batch(step, tuple(g.seq for g in groups), samples)
+
+
+def require_fresh(batch: Batch, version: int, limit: int) -> None:
+    """Raises `InvariantViolation` if a token that was sampled is more than `limit` versions older than `version`, which the step trains."""
+    for sample in batch.samples:
+        versions_T = sample.versions_T[sample.loss_mask_T]
+        oldest = min((int(v) for v in versions_T if v != NO_VERSION), default=version)
+        if version - oldest > limit:
+            raise InvariantViolation(
+                f"step {batch.step} would train sample {sample.id}, whose oldest token is of version {oldest}: {version - oldest} versions "
+                f"behind, where slots, window and batch allow {limit}"
+            )
 
 
 def routes_for(batch: Batch, wanted: RoutesWanted, train: TrainConfig) -> dict[int, Routes]:

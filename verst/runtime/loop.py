@@ -5,7 +5,7 @@
     feed       a prompt, a slot    admitted prompts      a free slot                      pull
     roll x C   an admitted prompt  a scored, journaled   a prompt; engine and scorer      feed
                                    group
-    consumer   the next P groups   a committed step      its groups, in admission order   roll
+    consumer   the next P groups   a committed step      its groups, by the window        roll
     pull       a committed version freed slots           every engine's verified pull     consumer
 
 C is the capacity, P the groups of a step. Synchronous training is C = P: nothing is admitted until the engines hold the step's weights. A
@@ -19,9 +19,7 @@ trajectory is data; a broken invariant stops the run.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from verst.algorithms.table import algorithm_for
 from verst.config.schema import Config
@@ -33,30 +31,10 @@ from verst.runtime import batching
 from verst.runtime.parts import Parts
 from verst.runtime.recovery import Cursor, JournaledBatch, LoopState, Restored
 from verst.runtime.saving import Saver
-from verst.runtime.slots import GroupSlots
+from verst.runtime.slots import GroupSlots, Ready
 from verst.runtime.wait import within
 from verst.runtime.workers import Published
 from verst.types import Group, Prompt
-
-
-@dataclass
-class Ready:
-    """Admitted groups in order, and those of them that are finished."""
-
-    order: deque[int] = field(default_factory=deque)
-    groups: dict[int, Group] = field(default_factory=dict)
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
-
-    async def put(self, group: Group) -> None:
-        async with self.changed:
-            self.groups[group.seq] = group
-            self.changed.notify_all()
-
-    async def pop(self) -> Group:
-        """The oldest admitted group, once it is finished."""
-        async with self.changed:
-            await self.changed.wait_for(lambda: bool(self.order) and self.order[0] in self.groups)
-            return self.groups.pop(self.order.popleft())
 
 
 class Loop:
@@ -69,7 +47,7 @@ class Loop:
         self._algorithm = algorithm_for(config.algorithm)
         self._slots = GroupSlots(config.capacity_groups)
         self._admitted: asyncio.Queue[tuple[int, Prompt]] = asyncio.Queue()
-        self._ready = Ready()
+        self._ready = Ready(config.rollout.window_groups)
         self._cursors: dict[int, Cursor] = {}  # where to feed from again, for each admitted group that no batch has consumed
         self._next = restored.cursor  # of the next prompt to admit
         self._unread: asyncio.Queue[tuple[Cursor, Cursor, Prompt | DataError]] = asyncio.Queue(config.capacity_groups)
@@ -131,7 +109,7 @@ class Loop:
             if cursor.seq not in self._restored.consumed:
                 self._slots.take(cursor.seq)
                 self._cursors[cursor.seq] = cursor
-                self._ready.order.append(cursor.seq)
+                self._ready.admit(cursor.seq)
                 if cursor.seq in self._restored.finished:
                     await self._ready.put(self._journaled(cursor.seq, prompt))
                 else:
@@ -173,14 +151,14 @@ class Loop:
         await self._pulled()
 
     async def _next_groups(self) -> list[Group] | None:
-        """The next P trainable groups in admission order; None if asked to stop first. Groups that cannot be trained are dropped."""
+        """The next P trainable groups; None if asked to stop first. Groups that cannot be trained are dropped."""
         self._spans = Spans()
         with self._spans("rollout"):
             taking = asyncio.ensure_future(self._take(self._config.train.groups_per_step))
             stopping = asyncio.ensure_future(self._stop.wait())
             try:
                 await asyncio.wait({taking, stopping}, return_when=asyncio.FIRST_COMPLETED)
-                return None if self._stop.is_set() else await taking
+                return None if self._stop.is_set() else sorted(await taking, key=lambda group: group.seq)
             finally:
                 taking.cancel()
                 stopping.cancel()
@@ -213,6 +191,7 @@ class Loop:
         """One step: batch, updates, commit, and the pull that frees the slots. `journaled`: the step is trained again after a restart."""
         step, spans, trainers = self.version + 1, self._spans, self._parts.trainers
         batch = batching.assemble(step, groups)
+        batching.require_fresh(batch, self.version, self._config.worst_staleness)
         if journaled is None:
             await asyncio.to_thread(self._parts.journal.append_batch, BatchRecord(step, batch.groups, tuple(self._dropped)))
         dropped, self._dropped = list(self._dropped.values()), {}

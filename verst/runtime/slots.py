@@ -1,17 +1,18 @@
-"""Group slots: the one bound on everything in flight, and so on staleness.
+"""Group slots, the one bound on everything in flight, and the order in which groups are trained: together they bound staleness.
 
-A slot is taken when a prompt is admitted and freed only when the engines have pulled and verified the weights that include the
-group's gradient (or when the group is dropped). Batches take groups in the order of admission, so a group consumed at version v
-shares the slots with every group admitted before it: with C slots and batches of P groups it was admitted at version v - s or later,
-s <= ceil((C - 1) / P), and s = 0 for C = P, which is synchronous training. The loop measures s at every step.
+A slot is taken when a prompt is admitted and freed only when the engines have pulled and verified the weights that include the group's
+gradient (or when the group is dropped). The next group to train is the oldest finished one among the numbers less than a window beyond
+the oldest group that is not trained yet. `docs/staleness.md` proves what follows from these two rules.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterable
 
 from verst.errors import InvariantViolation
+from verst.types import Group
 
 
 class GroupSlots:
@@ -50,3 +51,44 @@ class GroupSlots:
                     raise InvariantViolation(f"group {seq} was freed without holding a slot")
                 self._held.remove(seq)
             self._freed.notify_all()
+
+
+class Ready:
+    """Admitted groups that no batch has taken, in the order of admission, and those of them that are finished.
+
+    `window` 1 takes them strictly in that order. A larger one lets groups pass that finish early, as far as the window reaches beyond the
+    oldest: never further, so that short answers get ahead of long ones by less than `window` places.
+    """
+
+    def __init__(self, window: int = 1) -> None:
+        self._window = window
+        self._order: deque[int] = deque()
+        self._finished: dict[int, Group] = {}
+        self._changed = asyncio.Condition()
+
+    def admit(self, seq: int) -> None:
+        if self._order and seq <= self._order[-1]:
+            raise InvariantViolation(f"group {seq} was admitted after group {self._order[-1]}")
+        self._order.append(seq)
+
+    async def put(self, group: Group) -> None:
+        async with self._changed:
+            self._finished[group.seq] = group
+            self._changed.notify_all()
+
+    async def pop(self) -> Group:
+        """The next group to train, once one may be taken. Unblocked by `put`."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._next() is not None)
+            seq = self._next()
+            assert seq is not None
+            self._order.remove(seq)
+            return self._finished.pop(seq)
+
+    def _next(self) -> int | None:
+        for seq in self._order:
+            if seq >= self._order[0] + self._window:
+                return None
+            if seq in self._finished:
+                return seq
+        return None

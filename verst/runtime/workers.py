@@ -7,7 +7,6 @@ one trainer rank. Groups and batches cross the process boundary encoded (`verst.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,10 +50,9 @@ def rolling_deadline_s(config: Config, groups: int, *, shared: bool) -> float:
 
     `shared`: the trainer uses the device in between, once for each step that rollout may be ahead.
     """
-    rollout, step = config.rollout, config.train.groups_per_step
+    rollout = config.rollout
     limit_s = rollout.deadline_s * (1 + groups * rollout.group_size // rollout.max_running)
-    ahead = math.ceil((config.capacity_groups - step) / step)
-    return limit_s + (ahead * turn_limit_s(config) if shared else 0.0)
+    return limit_s + (config.worst_staleness * turn_limit_s(config) if shared else 0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,9 @@ def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
             printed = [shape(line, tmp_path) for line in run_command(command, tmp_path, capsys).splitlines()]
             ran += 1
             for line in filter(None, shown.splitlines()):
-                assert line == LEFT_OUT or shape(line, tmp_path) in printed, f"$ {command}\ndid not print: {line}\nbut:\n" + "\n".join(printed)
+                said = f"$ {command}\ndid not print: {line}\nbut:\n" + "\n".join(printed)
+                assert line == LEFT_OUT or shape(line, tmp_path) in printed, said
     assert ran == len(re.findall(r"^\$ ", PAGE.read_text(encoding="utf-8"), re.MULTILINE)) >= 15
-    rewards = [row["eval/reward"] for row in read_rows(tmp_path / "runs/pens/metrics.jsonl") if "eval/reward" in row]
+    rows = read_rows(tmp_path / "runs/pens/metrics.jsonl")
+    rewards = [row["eval/reward"] for row in rows if "eval/reward" in row]
     assert rewards[-1] > rewards[0] + 0.05  # it learned, as the page says

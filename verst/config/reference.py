@@ -25,8 +25,8 @@ takes it back to its default. Unknown and repeated names are errors with the lin
 run would never read (why is said below each table), unless the part that reads it is switched off by name (`eval.every_steps=0`).
 `verst check FILE` prints what a file resolves to. Whole numbers go up to 2³¹ − 1, and no number is infinite.
 
-Options marked ↻ may be changed by `verst resume RUN a.b=c`; the others stay as they were when the run began. `run.steps` can be changed while
-`train.schedule` is `constant`. Of `train.megatron`, the parallel sizes can be changed.
+Options marked ↻ may be changed by `verst resume RUN a.b=c`; the others stay as they were when the run began. `run.steps` can be changed
+while `train.schedule` is `constant`. Of `train.megatron`, the parallel sizes can be changed.
 
 ## In an editor
 

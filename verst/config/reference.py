@@ -59,8 +59,7 @@ def markdown(changeable: Container[str]) -> str:
     unread = _unread()
     parts = [_INTRODUCTION]
     for name, section in schema["properties"].items():
-        for heading, definition in _definitions(name, section, schema["$defs"]):
-            prefix = name if heading.startswith(f"`{name}`") else ""
+        for heading, prefix, definition in _definitions(name, section, schema["$defs"]):
             parts.append(_section(heading, prefix, definition, unread, changeable))
     return "\n".join(parts)
 
@@ -86,15 +85,18 @@ def _unread() -> dict[str, list[str]]:
     return found
 
 
-def _definitions(name: str, section: Mapping[str, Any], definitions: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The tables of one section: its own, for `algorithm` one of each, and those of options that are lists of sections."""
+def _definitions(name: str, section: Mapping[str, Any], definitions: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """The tables of one section, as heading, what precedes its options' names, and schema.
+
+    They are its own, for `algorithm` one of each, and those of options that are lists of sections.
+    """
     for reference in section.get("oneOf", [section]):
         definition = definitions[_referred(reference)]
         kind = definition["properties"].get("name", {}).get("const")
-        yield f"`{name}`" + (f", with `name: {kind}`" if kind else ""), definition
+        yield f"`{name}`" + (f", with `name: {kind}`" if kind else ""), f"{name}.", definition
         for option, about in definition["properties"].items():
             if "$ref" in about.get("items", {}):
-                yield f"Each of `{name}.{option}`", definitions[_referred(about["items"])]
+                yield f"Each of `{name}.{option}`", "", definitions[_referred(about["items"])]
 
 
 def _referred(reference: Mapping[str, Any]) -> str:
@@ -108,7 +110,7 @@ def _section(heading: str, prefix: str, definition: Mapping[str, Any], unread: M
     lines += ["| Option | Type | Default | What it does |", "|---|---|---|---|"]
     notes: dict[str, int] = {}  # reasons in the order in which they come up: many options share one
     for option, about in definition["properties"].items():
-        key = f"{prefix}.{option}" if prefix else option
+        key = prefix + option
         numbers = [f"({notes.setdefault(reason, len(notes) + 1)})" for reason in unread.get(key, ())]
         what = about.get("description", "Which algorithm this is." if "const" in about else "")
         cells = (

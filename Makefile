@@ -8,8 +8,10 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 READY := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 STACK := $(VENV)/.installed-stack
+DOCS_VENV := .venv-docs
+DOCS := $(DOCS_VENV)/.installed
 
-.PHONY: quickstart stack test test-loop test-sglang test-unit test-megatron test-fast lint clean
+.PHONY: quickstart stack docs docs-serve test test-loop test-sglang test-unit test-megatron test-fast lint clean
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,10 +31,23 @@ $(STACK): $(READY) requirements-stack.txt
 	$(COMPILE)
 	touch $@
 
+# An environment of its own: nothing that builds the site is needed by Verst, and its pins need not agree with any other
+$(DOCS): requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-compile -r requirements-docs.txt
+	touch $@
+
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
 
 stack: $(STACK)
+
+# build/site/index.html can be opened as a file. Never with --quiet, which hides warnings from --strict too.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
+docs-serve: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs serve
 
 # Two at a time, one for each core of a small machine, the longest first. Each is a process of its own: Megatron-Core and Ray change the
 # process they are imported into, and what follows must not depend on that. SGLang's servers are shared by all tests of one process.
@@ -60,4 +75,4 @@ lint: $(DEV) $(STACK)
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS_VENV) build *.egg-info .pytest_cache .ruff_cache

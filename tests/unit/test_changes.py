@@ -100,7 +100,7 @@ def test_every_option_has_an_answer():
     """A new section would otherwise end a resume with a KeyError."""
     config = load_config({"run": {"steps": 1}, "model": {"path": "m"}})
     names = option_names()
-    assert {name for name in names if changes._reason(name, config) is None} == changes._CHANGEABLE
+    assert {name for name in names if changes._reason(name, config) is None} == changes.CHANGEABLE
 
 
 def test_only_steps_committed_before_a_change_come_out_with_other_bits(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The first run file: init."""
+"""Run files: init, schema."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from verst.cli.common import command, echo
+from verst.cli.common import command, echo, print_json
 
 
 def add(commands: Any) -> None:
@@ -30,6 +30,15 @@ def add(commands: Any) -> None:
     init.add_argument("--engine", choices=("hf", "sglang"), default="hf", help="what generates (default: hf)")
     init.add_argument("--backend", choices=("fsdp", "megatron"), default="fsdp", help="what trains (default: fsdp)")
     init.set_defaults(run=_init)
+    schema = command(
+        commands,
+        "schema",
+        "print the JSON schema of run files, for editors",
+        "verst schema > verst.schema.json     then, as the first line of a run file: # yaml-language-server: $schema=verst.schema.json",
+        "verst schema --markdown              the same for people: every option, as in docs/configuration.md",
+    )
+    schema.add_argument("--markdown", action="store_true", help="print a page in Markdown in place of the schema")
+    schema.set_defaults(run=_schema)
 
 
 def _init(options: argparse.Namespace) -> int:
@@ -37,4 +46,16 @@ def _init(options: argparse.Namespace) -> int:
 
     path = write_run_file(options.path, Asked(options.task, options.model, options.algorithm, options.engine, options.backend))
     echo(f"wrote {path}; look at it, then: verst check {path} and verst train {path}")
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from verst.config.reference import json_schema, markdown
+
+    if options.markdown:
+        from verst.runtime.changes import CHANGEABLE
+
+        print(markdown(CHANGEABLE), end="")
+    else:
+        print_json(json_schema())
     return 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema, model_validator
 
 from verst.config import checks
 
@@ -45,7 +45,12 @@ Real = Annotated[float, BeforeValidator(_not_a_truth_value), Field(ge=0, allow_i
 """A finite number, not below 0: what every float of the run file is."""
 Positive = Annotated[Real, Field(gt=0)]
 Seconds = Annotated[Positive, Field(le=30 * 86400)]
-Temperature = Annotated[Real, Field(le=100), AfterValidator(_greedy_or_warm)]
+Temperature = Annotated[
+    Real,
+    Field(le=100),
+    AfterValidator(_greedy_or_warm),
+    WithJsonSchema({"anyOf": [{"const": 0}, {"type": "number", "minimum": _COLDEST, "maximum": 100}]}),
+]
 Text = Annotated[str, Field(min_length=1)]
 Options = dict[str, JsonValue]
 """Keyword arguments for code that is not the core's: what a run file can hold, and a resumed run reads back unchanged."""
@@ -55,6 +60,10 @@ class Section(BaseModel):
     """A part of the run file: unknown keys are errors, values are never changed after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+_NAMED = ConfigDict(json_schema_extra={"required": ["name"]})
+"""Of algorithms: the name decides which options there are, so a section without it is refused. pydantic's JSON schema does not say so."""
 
 
 class RunConfig(Section):
@@ -164,6 +173,7 @@ class CorrectionConfig(Section):
 class GrpoConfig(Section):
     """Group Relative Policy Optimization, arXiv 2402.03300, with the options later papers published."""
 
+    model_config = _NAMED
     name: Literal["grpo"] = "grpo"
     normalize_std: bool = Field(
         default=True, description="Divide advantages by the group's standard deviation (off: Dr. GRPO, arXiv 2503.20783)."
@@ -190,6 +200,7 @@ class GrpoConfig(Section):
 class SftConfig(Section):
     """Supervised fine-tuning on demonstrations."""
 
+    model_config = _NAMED
     name: Literal["sft"] = "sft"
     aggregate: Literal["token_mean", "sequence_mean"] = Field(
         default="token_mean", description="Every token counts the same, or every sequence does."
@@ -279,7 +290,9 @@ class TrackingConfig(Section):
     """Where metrics and samples go beside the run's own directory; see `docs/watching.md`. Keys come from the environment only."""
 
     trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow", "trackio"]], AfterValidator(_each_once)] = Field(
-        default=["tensorboard"], description="Those that get every step's metrics. None of them can end or slow the run."
+        default=["tensorboard"],
+        json_schema_extra={"uniqueItems": True},
+        description="Those that get every step's metrics. None of them can end or slow the run.",
     )
     project: Text = Field(default="verst", description="Under which wandb, MLflow and trackio file the run.")
     samples_every_steps: Whole = Field(

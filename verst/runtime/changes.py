@@ -12,7 +12,7 @@ from verst.journal.lock import RunLock
 from verst.journal.log import JournalReader
 from verst.runtime.rundir import RunDirectory
 
-_CHANGEABLE = frozenset(
+CHANGEABLE = frozenset(
     {
         *("run.steps", "eval.every_steps", "checkpoint.every_steps"),
         *("train.ranks", "train.threads", "rollout.replicas"),
@@ -21,6 +21,7 @@ _CHANGEABLE = frozenset(
         *("rollout.deadline_s", "reward.deadline_s", "train.deadline_s", "weights.deadline_s"),
     }
 )
+"""Options that may be changed, beside Megatron's layout; `run.steps` only while the learning rate does not depend on it."""
 _LAYOUT = frozenset(
     f"train.megatron.{name}"
     for name in (
@@ -56,7 +57,7 @@ def change(run: RunDirectory, config: Config, overrides: Sequence[str], echo: Ca
         changed = differences(config.model_dump(mode="json"), new.model_dump(mode="json"))
         refused = [f"{key} cannot be changed in a run: {reason}" for key in changed if (reason := _reason(key, config))]
         if refused:
-            allowed = ", ".join(sorted(_CHANGEABLE))
+            allowed = ", ".join(sorted(CHANGEABLE))
             raise ConfigError("\n".join([*refused, f"what can be: {allowed} and Megatron's parallel sizes; for others start a new run"]))
         if changed:
             from verst.runtime.preflight import check_stack
@@ -90,7 +91,7 @@ def _reason(key: str, config: Config) -> str | None:
     """Why an option must stay as it is; None if it need not."""
     if key == "run.steps" and config.train.schedule != "constant":
         return f"train.schedule {config.train.schedule} reaches 0 at run.steps, so every learning rate would be another"
-    if key in _CHANGEABLE or key in _LAYOUT:
+    if key in CHANGEABLE or key in _LAYOUT:
         return None
     if key.startswith("train.megatron."):
         return "it may change what is computed, and does not only say which rank holds what"

@@ -18,6 +18,7 @@ from verst.types import (
     Generation,
     Manifest,
     Message,
+    PauseMode,
     Prompt,
     Reply,
     RoutedExperts,
@@ -85,8 +86,8 @@ class Engine(Protocol):
         """Ends these requests (None: all) with `FinishReason.ABORT`; their tokens so far are returned."""
         ...
 
-    async def pause(self) -> None:
-        """Returns once no forward pass runs. Requests in flight keep their place and go on after `resume`."""
+    async def pause(self, mode: PauseMode = PauseMode.IN_PLACE) -> None:
+        """Returns once no forward pass runs. What becomes of the requests in flight is the `mode`'s."""
         ...
 
     async def resume(self) -> None: ...

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from verst.errors import EngineFailure, InvariantViolation
 from verst.protocols import Environment, WeightUpdate
 from verst.rollout.boundary import GuardedEnvironment
-from verst.types import Completion, FinishReason, GenerateRequest, Generation, Message, Prompt, Reply, RoutedExperts
+from verst.types import Completion, FinishReason, GenerateRequest, Generation, Message, PauseMode, Prompt, Reply, RoutedExperts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -111,9 +111,12 @@ class FakeEngine:
         async with self._changed:
             self._changed.notify_all()
 
-    async def pause(self) -> None:
-        self.events.append(("pause", None))
+    async def pause(self, mode: PauseMode = PauseMode.IN_PLACE) -> None:
+        """Keys and values are nothing here, so to retract is to pause."""
+        self.events.append(("pause", mode.value))
         self._paused = True
+        if mode is PauseMode.ABORT:
+            await self.abort()
 
     async def resume(self) -> None:
         self.events.append(("resume", None))

@@ -25,6 +25,14 @@ class Status(StrEnum):
     FAILED = "failed"  # engine, environment or reward broke; never trained; `error` says why
 
 
+class PauseMode(StrEnum):
+    """What a pause of an engine does with the requests in flight."""
+
+    IN_PLACE = "in_place"  # they go on after `resume` from the keys and values they have, also under newer weights
+    RETRACT = "retract"  # they go on after `resume`; keys and values are computed again, by the weights of then
+    ABORT = "abort"  # they end with `FinishReason.ABORT`
+
+
 class FinishReason(StrEnum):
     """How one generation ended."""
 

@@ -32,7 +32,7 @@ from tests.contracts.engine_cases import (
 from tests.contracts.route_cases import DENSE_FIRST, KIND, asked, computed_routes, generated, joined, rows_of
 from verst.protocols import Engine
 from verst.rollout.sglang import SGLangEngine
-from verst.types import FinishReason, GenerateRequest, Generation, RoutedExperts
+from verst.types import FinishReason, GenerateRequest, Generation, PauseMode, RoutedExperts
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ async def test_rows_of_tokens_that_were_found_in_the_prefix_cache(sglang: SGLang
 async def test_a_retracting_pause_computes_anew_by_the_weights_of_then(sglang: SGLangEngine, model: Path):
     requests = [asked(str(n), prompt(n), max_new_tokens=100, temperature=1.5) for n in range(3)]
     answers = await flying(sglang, requests)
-    await sglang.pause("retract")
+    await sglang.pause(PauseMode.RETRACT)
     update, newer = changed(model)
     await sglang.update_weights(update)
     await sglang.resume()

@@ -23,6 +23,7 @@ from tests.contracts.engine_cases import (
     reference_logprobs,
 )
 from verst.errors import EngineFailure, VerstError, WeightMismatch
+from verst.types import FinishReason, PauseMode
 from verst.weights.names import parts
 
 
@@ -49,6 +50,39 @@ async def test_an_update_in_flight_mixes_versions_and_takes_effect(opened: Opene
     expected = reference_logprobs(reference, np.concatenate((prompt(1), fresh.tokens_T)))[8:]
     np.testing.assert_allclose(fresh.logprobs_T, expected, atol=1e-5)
     assert (fresh.versions_T == 4).all()
+
+
+@pytest.mark.parametrize("mode", [PauseMode.IN_PLACE, PauseMode.RETRACT])
+async def test_a_pause_says_which_keys_and_values_requests_go_on_with(opened: Opened, models: Callable[[str], Path], mode: PauseMode):
+    engine = await opened(DENSE, max_running=4)
+    asked = [ask(str(n), prompt(n), seed=n, max_new_tokens=60, temperature=1.5) for n in range(1, 4)]
+    answers = [asyncio.ensure_future(engine.generate(request)) for request in asked]
+    await reached(engine, "generated_tokens", 20)
+    update = Update(perturbed(models(DENSE)), version=4)
+    await engine.pause(mode)
+    await engine.update_weights(update)
+    await engine.resume()
+    reference = load(models(DENSE))
+    reference.load_state_dict(dict(update.tensors()), strict=False)
+    largest = 0.0
+    for request, answer in zip(asked, await asyncio.gather(*answers), strict=True):
+        expected = reference_logprobs(reference, np.concatenate((request.tokens_T, answer.tokens_T)), 1.5)[len(request.tokens_T) - 1 :]
+        new = answer.versions_T == 4
+        largest = max(largest, float(np.abs(answer.logprobs_T[new] - expected[new]).max(initial=0.0)))
+        assert new.any()
+        assert not new.all()
+    assert (largest < 1e-5) if mode is PauseMode.RETRACT else (largest > 1e-3)
+
+
+async def test_a_pause_may_end_what_is_in_flight(opened: Opened, models: Callable[[str], Path]):
+    engine = await opened(DENSE)
+    answer = asyncio.ensure_future(engine.generate(ask("a", prompt(1), max_new_tokens=100, temperature=1.5)))
+    await reached(engine, "generated_tokens", 5)
+    await engine.pause(PauseMode.ABORT)
+    cut = await asyncio.wait_for(answer, 10)
+    assert cut.finish is FinishReason.ABORT
+    assert 5 <= len(cut.tokens_T) < 100
+    await engine.resume()
 
 
 async def test_experts_may_come_one_by_one_as_checkpoints_name_them(opened: Opened, models: Callable[[str], Path]):

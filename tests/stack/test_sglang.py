@@ -18,7 +18,7 @@ from tests.contracts.engine_cases import VOCAB, ask, load, perturbed, prompt, re
 from tests.contracts.sglang_server import SharedServer, attached
 from verst.errors import EngineFailure, WeightMismatch
 from verst.rollout.sglang import SGLangEngine
-from verst.types import FinishReason, Generation
+from verst.types import FinishReason, Generation, PauseMode
 from verst.weights.files import FileUpdate, publish
 from verst.weights.push import push, verify
 
@@ -126,7 +126,7 @@ async def started(engine: SGLangEngine, *answers: asyncio.Future[Generation]) ->
     await asyncio.sleep(0.05)
 
 
-async def cut_short(engine: SGLangEngine, mode: str = "in_place") -> list[asyncio.Future[Generation]]:
+async def cut_short(engine: SGLangEngine, mode: PauseMode = PauseMode.IN_PLACE) -> list[asyncio.Future[Generation]]:
     """Requests that are paused; at least one of them has tokens and wants more."""
     answers = flying(engine)
     await started(engine, *answers)
@@ -140,8 +140,8 @@ async def cut_short(engine: SGLangEngine, mode: str = "in_place") -> list[asynci
     return answers[-6:]
 
 
-@pytest.mark.parametrize("mode", ["in_place", "retract"])
-async def test_a_pause_stops_and_resume_goes_on(engine: SGLangEngine, server: SharedServer, mode: str):
+@pytest.mark.parametrize("mode", [PauseMode.IN_PLACE, PauseMode.RETRACT])
+async def test_a_pause_stops_and_resume_goes_on(engine: SGLangEngine, server: SharedServer, mode: PauseMode):
     answers = await cut_short(engine, mode)
     cut = [not answer.done() for answer in answers]
     assert any(cut)
@@ -158,8 +158,10 @@ async def test_a_pause_stops_and_resume_goes_on(engine: SGLangEngine, server: Sh
     assert max(len(answer.tokens_T) for answer, was_cut in zip(ended, cut, strict=True) if was_cut) > 20
 
 
-@pytest.mark.parametrize("mode", ["in_place", "retract"])
-async def test_an_update_in_flight_mixes_versions_and_takes_effect(engine: SGLangEngine, server: SharedServer, tmp_path: Path, mode: str):
+@pytest.mark.parametrize("mode", [PauseMode.IN_PLACE, PauseMode.RETRACT])
+async def test_an_update_in_flight_mixes_versions_and_takes_effect(
+    engine: SGLangEngine, server: SharedServer, tmp_path: Path, mode: PauseMode
+):
     update, reference = other(server, tmp_path)
     answers = await cut_short(engine, mode)
     held = await engine.update_weights(update)
@@ -176,7 +178,7 @@ async def test_an_update_in_flight_mixes_versions_and_takes_effect(engine: SGLan
         old, new = answer.versions_T == 3, answer.versions_T == 4
         assert (np.flatnonzero(old) < old.sum()).all()
         np.testing.assert_allclose(answer.logprobs_T[old], before[old], atol=1e-5)
-        if mode == "retract":  # all keys and values are of the new weights
+        if mode is PauseMode.RETRACT:  # all keys and values are of the new weights
             np.testing.assert_allclose(answer.logprobs_T[new], after[new], atol=1e-5)
         elif new.any() and old.any():  # those of the older weights are kept
             assert np.abs(answer.logprobs_T[new] - after[new]).max() > 1e-3
@@ -205,7 +207,7 @@ async def test_abort_returns_the_tokens_so_far_also_while_paused(engine: SGLangE
     await engine.resume()
     pending = asyncio.ensure_future(engine.generate(ask("p", prompt(5), temperature=0.0, max_new_tokens=140)))
     await started(engine, pending)
-    await engine.pause("abort")
+    await engine.pause(PauseMode.ABORT)
     assert (await asyncio.wait_for(pending, 10)).finish == FinishReason.ABORT
     await engine.resume()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,12 @@ class Side:
         assert probe_T is PROBE_T
         self.events.append("send")
         return TRAINER_T
+
+    @asynccontextmanager
+    async def drained(self) -> AsyncIterator[None]:
+        before = len(self.events)
+        yield
+        assert len(self.events) > before  # what is brought is brought within
 
     async def weight_ranks(self) -> list[int]:
         return [1, 2, 1]

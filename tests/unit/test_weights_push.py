@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from verst.errors import ConfigError, DeadlineExceeded, InvariantViolation, TrainingDiverged, WeightMismatch
 from verst.protocols import WeightUpdate
-from verst.types import Manifest
+from verst.types import Manifest, PauseMode
 from verst.weights import location
 from verst.weights.checksum import tensor_checksum
 from verst.weights.files import FileUpdate, describe, publish
@@ -168,8 +168,8 @@ class Recorder:
         if event == self._slow:
             await asyncio.sleep(60)
 
-    async def pause(self) -> None:
-        await self._did("pause")
+    async def pause(self, mode: PauseMode = PauseMode.IN_PLACE) -> None:
+        await self._did("pause" if mode is PauseMode.IN_PLACE else f"pause {mode.value}")
 
     async def resume(self) -> None:
         await self._did("resume")

@@ -36,7 +36,9 @@ def inapplicable(config: Config) -> dict[str, str]:
     if config.data.task is None and config.data.dataset is None:
         reasons["data.options"] = "these are the options of data.task and data.dataset, neither of which is set"
     if config.capacity_groups == config.train.groups_per_step:
-        reasons["rollout.window_groups"] = "with rollout.capacity_groups of one batch every step takes all groups"
+        alone = "with rollout.capacity_groups of one batch "
+        reasons["rollout.window_groups"] = alone + "every step takes all groups"
+        reasons["weights.in_flight"] = alone + "nothing is in flight when a version arrives"
     if config.rollout.engine != "sglang":
         reasons |= _each(("rollout.sglang", "rollout.urls"), f"the engine is {config.rollout.engine}, not sglang")
     if config.train.backend != "megatron":

@@ -255,6 +255,11 @@ class WeightsConfig(Section):
     location: Text | None = Field(
         default=None, description="Directory for published weights. Default: shared memory. Several nodes need one on a shared disk."
     )
+    in_flight: Literal["keep", "recompute", "finish"] = Field(
+        default="keep",
+        description="What a new version does to generation in flight: it goes on at once with the keys and values it has, or with new ones "
+        "computed from its tokens, or the version waits until it has finished. Engines that share the trainer's GPUs always recompute.",
+    )
     probe_limit: Positive | None = Field(
         default=None,
         description="Largest mean |trainer - engine| of the probe's log-probabilities; past it the run stops. "

@@ -33,7 +33,7 @@ from verst.runtime.recovery import Cursor, JournaledBatch, LoopState, Restored
 from verst.runtime.saving import Saver
 from verst.runtime.slots import GroupSlots, Ready
 from verst.runtime.wait import within
-from verst.runtime.workers import Published
+from verst.runtime.workers import Published, drain_limit_s
 from verst.types import Group, Prompt
 
 
@@ -273,7 +273,7 @@ class Loop:
         pulling = self._pulling
         if pulling is None:
             return
-        limit_s = 2 * self._config.weights.deadline_s + 10 + self._parts.lease.hand_over_s
+        limit_s = 2 * self._config.weights.deadline_s + 10 + self._parts.lease.hand_over_s + drain_limit_s(self._config)
         await within(asyncio.shield(pulling), limit_s, f"engines to pull version {self.version}")
         if self._pulling is pulling:  # several wait for it, and the next one may have begun
             self._pulling = None

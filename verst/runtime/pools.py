@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from verst.observe.metrics import Tally, merged
 from verst.runtime.actors import Worker
 from verst.runtime.batching import routes_for
 from verst.runtime.wait import GRACE_S, gather_named, within
-from verst.runtime.workers import Published, Pulled, Scores, TrainerFacts, rolling_deadline_s
+from verst.runtime.workers import Published, Pulled, Scores, TrainerFacts, drain_limit_s, rolling_deadline_s
 from verst.types import Batch, Group, Manifest, Prompt, RoutedExperts, RoutesWanted
 
 if TYPE_CHECKING:
@@ -183,6 +184,19 @@ class Replicas:
     async def pull(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> list[Pulled]:
         """Every replica loads and verifies one version, serves it and scores the probe."""
         return await self._all("pull", self._config.weights.deadline_s + 5, manifest, probe_T)
+
+    @asynccontextmanager
+    async def drained(self) -> AsyncIterator[None]:
+        """Nothing is in flight within, if it has to finish before a version (`weights.in_flight`). What comes meanwhile waits."""
+        limit_s = drain_limit_s(self._config)
+        if not limit_s:
+            yield
+            return
+        await self._all("drain", limit_s + 5)
+        try:
+            yield
+        finally:
+            await self._all("admit", _CLOSE_S)
 
     async def release_memory(self) -> None:
         await self._all("release_memory", self._config.weights.deadline_s)

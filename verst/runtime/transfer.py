@@ -66,7 +66,8 @@ class Transfer:
 
         Raises `WeightMismatch` after `ATTEMPTS`, the engines are left paused then, and `TrainingDiverged` if they do not agree.
         """
-        pulled, trainer_T = await self._pull(published, probe_T)
+        async with self._replicas.drained():
+            pulled, trainer_T = await self._pull(published, probe_T)
         stats = {name: (max if name.startswith("weights_") else sum)(p.stats[name] for p in pulled) for name in pulled[0].stats}
         differences = [compare_probe(trainer_T, p.probe_T) for p in pulled]
         for difference in differences:

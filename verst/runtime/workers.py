@@ -19,7 +19,7 @@ from verst.config.hub import with_local_model
 from verst.config.schema import Config
 from verst.observe.metrics import Tally
 from verst.runtime.wait import within
-from verst.types import Manifest, Prompt, RoutedExperts, RoutesWanted
+from verst.types import Group, Manifest, PauseMode, Prompt, RoutedExperts, RoutesWanted
 
 if TYPE_CHECKING:
     from verst.protocols import WeightUpdate
@@ -52,7 +52,14 @@ def rolling_deadline_s(config: Config, groups: int, *, shared: bool) -> float:
     """
     rollout = config.rollout
     limit_s = rollout.deadline_s * (1 + groups * rollout.group_size // rollout.max_running)
+    if config.weights.in_flight == "finish":  # and for others to finish before a version that it waits for
+        limit_s = 2 * limit_s + config.weights.deadline_s
     return limit_s + (config.worst_staleness * turn_limit_s(config) if shared else 0.0)
+
+
+def drain_limit_s(config: Config) -> float:
+    """Limit of finishing what is in flight before a version; 0 if it need not finish."""
+    return rolling_deadline_s(config, config.capacity_groups, shared=False) if config.weights.in_flight == "finish" else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,8 @@ class RolloutWorker:
         self.engine: Any = None
         self._scorer: Scorer | None = None
         self._rolling = 0
+        self._traffic = asyncio.Condition()
+        self._draining = False
 
     async def start(self, scores: bool) -> RoutedExperts | None:
         """Loads the model and the tokenizer and, if the run `scores`, the reward. Raises `ModelError` or `ExtensionError`.
@@ -149,21 +158,40 @@ class RolloutWorker:
         if how == "demonstrations":
             return encode_group(self._rollers[False].demonstrate(seq, prompt))
         assert self._scorer is not None
-        self._rolling += 1
-        try:
-            limit_s = rolling_deadline_s(self._config, self._rolling, shared=self._shared)
-            group = await within(
-                self._rollers[how == "evaluation"].roll(seq, prompt), limit_s, f"the engine: rolling group {seq} ({prompt.id})"
-            )
-        finally:
-            self._rolling -= 1
+        limit_s = rolling_deadline_s(self._config, self._rolling + 1, shared=self._shared)
+        group = await within(self._rolled(seq, prompt, how), limit_s, f"the engine: rolling group {seq} ({prompt.id})")
         return encode_group(await self._scorer.score(group))
+
+    async def _rolled(self, seq: int, prompt: Prompt, how: str) -> Group:
+        async with self._traffic:
+            await self._traffic.wait_for(lambda: not self._draining)
+            self._rolling += 1
+        try:
+            return await self._rollers[how == "evaluation"].roll(seq, prompt)
+        finally:
+            async with self._traffic:
+                self._rolling -= 1
+                self._traffic.notify_all()
+
+    async def drain(self) -> None:
+        """Returns once nothing is in flight. What comes after waits for `admit`."""
+        async with self._traffic:
+            self._draining = True
+            what = f"{self._rolling} groups to finish before a new version"
+            await within(self._traffic.wait_for(lambda: not self._rolling), drain_limit_s(self._config), what)
+
+    async def admit(self) -> None:
+        async with self._traffic:
+            self._draining = False
+            self._traffic.notify_all()
 
     async def pull(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> Pulled:
         """Loads one version, which serves if every checksum matches, and scores the probe with it."""
         from verst.weights.push import push
 
-        logprobs_T = await push(self.engine, self._update(manifest), deadline_s=self._config.weights.deadline_s, probe_T=probe_T)
+        weights, update = self._config.weights, self._update(manifest)
+        mode = PauseMode.RETRACT if weights.in_flight == "recompute" else PauseMode.IN_PLACE
+        logprobs_T = await push(self.engine, update, deadline_s=weights.deadline_s, probe_T=probe_T, in_flight=mode)
         assert logprobs_T is not None
         return Pulled(logprobs_T, dict(self.engine.stats()))
 

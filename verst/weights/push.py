@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from verst.errors import DeadlineExceeded, TrainingDiverged, WeightMismatch
 from verst.protocols import Engine, WeightUpdate
-from verst.types import Manifest
+from verst.types import Manifest, PauseMode
 
 _T = TypeVar("_T")
 _NAMED = 5  # tensors a message names
@@ -37,7 +37,12 @@ def verify(manifest: Manifest, checksums: Mapping[str, str]) -> None:
 
 
 async def push(
-    engine: Engine, update: WeightUpdate, *, deadline_s: float, probe_T: NDArray[np.int32] | None = None
+    engine: Engine,
+    update: WeightUpdate,
+    *,
+    deadline_s: float,
+    probe_T: NDArray[np.int32] | None = None,
+    in_flight: PauseMode = PauseMode.IN_PLACE,
 ) -> NDArray[np.float32] | None:
     """Pauses the engine, loads and verifies the update, resumes it, and returns its log-probabilities `[T]` of the probe, if there is one.
 
@@ -47,7 +52,7 @@ async def push(
     """
     version = update.manifest.version
     wait = _Budget(deadline_s)
-    await wait.until(engine.pause(), f"the engine to pause for version {version}")
+    await wait.until(engine.pause(in_flight), f"the engine to pause for version {version}")
     verify(update.manifest, await wait.until(engine.update_weights(update), f"the engine to load version {version}"))
     await wait.until(engine.resume(), f"the engine to resume with version {version}")
     if probe_T is None:

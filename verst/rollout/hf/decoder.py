@@ -115,10 +115,14 @@ class Decoder:
         self.version = update.manifest.version
         return checksums
 
-    def release_memory(self, *, weights: bool) -> None:
-        """Gives up keys and values, and with `weights` the parameters. Running sequences are computed again when decoding goes on."""
+    def retract(self) -> None:
+        """The keys and values of running sequences are computed again when decoding goes on, by the weights of then."""
         self._held.clear()
         self._retracted = True
+
+    def release_memory(self, *, weights: bool) -> None:
+        """Gives up keys and values, and with `weights` the parameters. Running sequences are retracted."""
+        self.retract()
         self._model.release_memory(weights=weights)
 
     def resume_memory(self) -> None:

@@ -21,7 +21,7 @@ from verst.protocols import WeightUpdate
 from verst.rollout.hf.decoder import Decoder
 from verst.rollout.hf.model import SlotModel
 from verst.rollout.hf.worker import DecodeThread
-from verst.types import GenerateRequest, Generation, RoutedExperts
+from verst.types import GenerateRequest, Generation, PauseMode, RoutedExperts
 from verst.weights.group import GroupAddress, GroupUpdate, Member, join
 
 T = TypeVar("T")
@@ -94,12 +94,12 @@ class HFEngine:
     async def abort(self, ids: Sequence[str] | None = None) -> None:
         await self._call(lambda: self._abort(ids))
 
-    async def pause(self) -> None:
-        await self._call(lambda: self._set_paused(True))
+    async def pause(self, mode: PauseMode = PauseMode.IN_PLACE) -> None:
+        await self._call(lambda: self._pause(mode))
 
     async def resume(self) -> None:
         """Raises `EngineFailure` while the weights are no whole version: after an update that broke off, or after their release."""
-        await self._call(lambda: self._set_paused(False))
+        await self._call(self._resume)
 
     async def update_weights(self, update: WeightUpdate) -> Mapping[str, str]:
         """See `Engine.update_weights`. Raises `WeightMismatch`, naming the tensors, if names, shapes or types do not fit."""
@@ -213,12 +213,18 @@ class HFEngine:
     def _abort(self, ids: Sequence[str] | None) -> None:
         self._deliver(self._loaded().abort(ids))
 
-    def _set_paused(self, paused: bool) -> None:
-        if not paused:
-            self._require_memory("resume")
-            if self._half_loaded is not None:
-                raise EngineFailure(f"cannot resume: {self._half_loaded}; push the version again, whole")
-        self._paused = paused
+    def _pause(self, mode: PauseMode) -> None:
+        self._paused = True
+        if mode is PauseMode.ABORT:
+            self._abort(None)
+        elif mode is PauseMode.RETRACT:
+            self._loaded().retract()
+
+    def _resume(self) -> None:
+        self._require_memory("resume")
+        if self._half_loaded is not None:
+            raise EngineFailure(f"cannot resume: {self._half_loaded}; push the version again, whole")
+        self._paused = False
 
     def _logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
         self._require_memory("compute a probe")

@@ -1,6 +1,5 @@
 """The `sglang` engine: an SGLang server, over HTTP. SGLang itself is imported only in the server's process."""
 
 from verst.rollout.sglang.engine import SGLangEngine
-from verst.rollout.sglang.runs import PauseMode
 
-__all__ = ["PauseMode", "SGLangEngine"]
+__all__ = ["SGLangEngine"]

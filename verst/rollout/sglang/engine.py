@@ -25,9 +25,9 @@ from verst.rollout.sglang.calls import GENERATE_DEADLINE_S, Calls
 from verst.rollout.sglang.checkpoint import check_fits, headers
 from verst.rollout.sglang.connection import Connection, Settings
 from verst.rollout.sglang.filters import filters
-from verst.rollout.sglang.runs import PauseMode, Run
+from verst.rollout.sglang.runs import Run
 from verst.rollout.sglang.updates import join_group, load_unverified, load_verified
-from verst.types import FinishReason, GenerateRequest, Generation, RoutedExperts
+from verst.types import FinishReason, GenerateRequest, Generation, PauseMode, RoutedExperts
 from verst.weights.group import GroupAddress
 
 UPDATE_DEADLINE_S = 3600.0
@@ -139,14 +139,13 @@ class SGLangEngine:
             run.changed.set()
         await self._calls.abort([run.server_id for run in chosen if run.server_id is not None])
 
-    async def pause(self, mode: PauseMode | str = PauseMode.IN_PLACE) -> None:
+    async def pause(self, mode: PauseMode = PauseMode.IN_PLACE) -> None:
         """Returns when the server runs nothing of ours. Requests in flight go on after `resume` as `mode` says.
 
         Raises `DeadlineExceeded` if the server does not give requests back.
         """
         self._calls.live()
         self._paused = True
-        mode = PauseMode(mode)
         if mode is PauseMode.ABORT:
             await self.abort()
         self._retracted = self._retracted or mode is PauseMode.RETRACT

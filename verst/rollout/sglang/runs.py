@@ -6,7 +6,6 @@ import asyncio
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,6 @@ from verst.types import FinishReason, GenerateRequest, Generation
 
 STOP_STRING_TOKENS = 32
 """Tokens asked for at once when stop strings are looked for between: SGLang knows no text, because it has no tokenizer."""
-
-
-class PauseMode(StrEnum):
-    """What a pause does with the requests in flight, in SGLang's words."""
-
-    IN_PLACE = "in_place"  # they go on after `resume` from the keys and values they have, also under newer weights
-    RETRACT = "retract"  # they go on after `resume`; keys and values are computed again, by the weights of then
-    ABORT = "abort"  # they end with `FinishReason.ABORT`
 
 
 @dataclass

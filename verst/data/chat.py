@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from verst.config.plan import loading
 from verst.errors import DataError, ModelError
 from verst.types import Message
 
@@ -35,10 +36,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     if not Path(path).is_dir():
         raise ModelError(f"model.path: {path} is not a directory; give a Hugging Face model directory (download the model first)")
-    try:
+    with loading(f"model.path: {path} holds no tokenizer that transformers can read", "copy or download its tokenizer files again"):
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model.path: {path} holds no tokenizer that transformers can read: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,14 +203,17 @@ class ChatRenderer:
     def _render(self, messages: Sequence[Message], *, generate: bool) -> str:
         if not self.has_template:
             return self._begin + "".join(message.content for message in messages)
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
 
+        where = f"the chat template of {self.tokenizer.name_or_path}"
         conversation: list[dict[str, str]] = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return str(self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate))
-        except TemplateError as error:
+        except TemplateSyntaxError as error:
+            raise ModelError(f"{where}, line {error.lineno}: {error.message}; mend or replace it (chat_template.jinja)") from error
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             roles = ", ".join(message.role for message in messages)
-            raise DataError(f"the chat template refuses messages of the roles {roles}: {error}") from error
+            raise DataError(f"{where} refuses messages of the roles {roles}: {error}; change the messages or the template") from error
 
     @cached_property
     def _begin(self) -> str:

@@ -28,7 +28,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from verst.errors import DeadlineExceeded, RewardFailure
+from verst.errors import DeadlineExceeded, RewardFailure, VerstError
 from verst.extend import origin
 from verst.types import Trajectory
 
@@ -53,7 +53,7 @@ class Worker:
         spec, self._deadline_s = self._receive()
         reward, error = _attempt(spec.build)
         if error is not None:
-            self._send(error=origin(error), kind=type(error).__name__)
+            self._send(error=str(error) if isinstance(error, VerstError) else origin(error), kind=type(error).__name__)
             return
         self._reward: Callable[..., Any] = reward
         concurrent = inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None))  # noqa: B004
@@ -138,8 +138,9 @@ def _number(value: Any) -> float:
 
 
 def _described(error: BaseException) -> str:
-    text = str(error) if isinstance(error, NotANumber | DeadlineExceeded) else f"raised {origin(error)}"
-    return text[:_ERROR_CHARS]
+    if isinstance(error, NotANumber | DeadlineExceeded):
+        return str(error)[:_ERROR_CHARS]
+    return (f"failed: {error}" if isinstance(error, RewardFailure) else f"raised {origin(error)}")[:_ERROR_CHARS]
 
 
 def _reason(error: BaseException) -> str:

@@ -178,9 +178,12 @@ class GroupRoller:
 
     def _check_prompt(self, prompt: Prompt, tokens: int) -> None:
         limit = min(self.max_prompt_tokens, self.max_model_tokens - 1)
+        begins = f"({prompt.messages[-1].content[:40]!r}…)"
+        if not tokens:
+            raise DataError(f"prompt {prompt.id} {begins} has no tokens: give it some text, or remove it")
         if tokens > limit:
             raise DataError(
-                f"prompt {prompt.id} has {tokens} tokens, above the limit of {limit}: raise data.max_prompt_tokens "
+                f"prompt {prompt.id} {begins} has {tokens} tokens, above the limit of {limit}: raise data.max_prompt_tokens "
                 f"({self.max_prompt_tokens}), or remove the prompt"
             )
 

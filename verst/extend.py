@@ -123,8 +123,8 @@ def _import(name: str, what: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise ExtensionError(
-                f"{what}: no module {error.name!r} in {directory} or among the installed packages: start Verst in its directory, or add that "
-                "to PYTHONPATH"
+                f"{what}: no module {error.name!r} in {directory} or among the installed packages: start Verst in its directory, or "
+                "add that to PYTHONPATH"
             ) from error
         raise ExtensionError(f"{what}: module {name} could not be imported: {origin(error)}: install or mend what it imports") from error
     except Exception as error:

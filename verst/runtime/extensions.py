@@ -51,8 +51,8 @@ class Extensions:
             return cloudpickle.dumps((self.reward, self.environment, self.prompts))
         except _UNPICKLABLE as error:
             raise ExtensionError(
-                f"{self._unpicklable()}, given to verst.train, cannot be sent to other processes: {error}. Open connections, locks and files "
-                "inside it, or write it in a module and name it in the run file"
+                f"{self._unpicklable()}, given to verst.train, cannot be sent to other processes: {error}. Open connections, locks and "
+                "files inside it, or write it in a module and name it in the run file"
             ) from error
 
     def _unpicklable(self) -> str:

@@ -72,8 +72,8 @@ def _require_vocabulary(tokens: int, path: str) -> None:
     known = read_model(path).vocabulary
     if tokens > known:
         raise ModelError(
-            f"model.path {path}: its tokenizer has {tokens} tokens, its config.json a vocab_size of {known}: give the tokenizer that belongs "
-            "to the model"
+            f"model.path {path}: its tokenizer has {tokens} tokens, its config.json a vocab_size of {known}: give the tokenizer that "
+            "belongs to the model"
         )
 
 

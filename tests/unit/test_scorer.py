@@ -112,7 +112,7 @@ async def test_each_failure_is_attributed_to_its_trajectory(scorer, rewards):
     assert errors["exit"] == f"{name} broke: its process ended with exit code 3"
     assert errors["sys.exit"] == f"{name} broke: its process ended with exit code 4"
     assert errors["segfault"] == f"{name} broke: its process was killed by SIGSEGV"
-    assert errors["sleep"] == f"{name} exceeded 1 s"
+    assert errors["sleep"] == f"{name} exceeded 1 s (reward.deadline_s)"
     expected = {"scored": 4, "failed/exception": 1, "failed/not_a_number": 4, "failed/crash": 3, "failed/deadline": 1, "workers_lost": 4}
     assert scorer.stats() == expected
     assert scored.timings["score_s"] > 1

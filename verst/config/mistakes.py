@@ -145,7 +145,8 @@ def _missing(error: ErrorDetails, dotted: str) -> str:
 def _expected(error: ErrorDetails) -> str:
     if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
-    return _EXPECTED.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
+    context = {name: f"{value:g}" if isinstance(value, float) else value for name, value in error.get("ctx", {}).items()}
+    return _EXPECTED.get(error["type"], error["msg"]).format(**context)
 
 
 def _value(value: Any) -> str:

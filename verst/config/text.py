@@ -17,6 +17,7 @@ _HINTS = {
     "undefined alias": "*NAME needs &NAME before it; put text that begins with * into quotes",
     "special characters": "remove the control character, or write it as an escape within double quotes",
 }
+_SHOWN = 40  # characters of a value
 _HINT = "check indentation, brackets and quotes"
 _STRING, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
@@ -37,7 +38,8 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep=deep)
         except (ValueError, KeyError, AttributeError, OverflowError) as error:
             kind = node.tag.rpartition(":")[2]
-            problem = f"{str(node.value)[:40]!r} is no {kind}: put it in quotes if it is text"
+            text = str(node.value)
+            problem = f"{text if len(text) <= _SHOWN else f'{text[:_SHOWN]}…'!r} is no {kind}: put it in quotes if it is text"
             raise ConstructorError(None, None, problem, node.start_mark) from error
 
 

@@ -183,7 +183,10 @@ class ChatRenderer:
                 f"not write before an assistant's message ({full[: len(header) + 20][-60:]!r}). Use a template that does"
             )
         if self.end_of_turn is None:
-            raise ModelError("neither chat template nor tokenizer has an end-of-turn token: a model could not learn to stop. Set eos_token")
+            raise ModelError(
+                f"neither {self._name} nor its tokenizer has an end-of-turn token: a model could not learn to stop. "
+                "Set eos_token in tokenizer_config.json"
+            )
         text, ending = full[len(header) :], self._ending
         if not text.endswith(ending.text):
             raise ModelError(f"the chat template ends an assistant's message in more than one way: {ending.text!r} and {text[-40:]!r}")
@@ -200,20 +203,24 @@ class ChatRenderer:
             )
         return rest
 
+    @property
+    def _name(self) -> str:
+        path = self.tokenizer.name_or_path
+        return f"the chat template of {path}" if path else "the chat template"
+
     def _render(self, messages: Sequence[Message], *, generate: bool) -> str:
         if not self.has_template:
             return self._begin + "".join(message.content for message in messages)
         from jinja2 import TemplateError, TemplateSyntaxError
 
-        where = f"the chat template of {self.tokenizer.name_or_path}"
         conversation: list[dict[str, str]] = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return str(self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate))
         except TemplateSyntaxError as error:
-            raise ModelError(f"{where}, line {error.lineno}: {error.message}; mend or replace it (chat_template.jinja)") from error
+            raise ModelError(f"{self._name}, line {error.lineno}: {error.message}; mend or replace it (chat_template.jinja)") from error
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             roles = ", ".join(message.role for message in messages)
-            raise DataError(f"{where} refuses messages of the roles {roles}: {error}; change the messages or the template") from error
+            raise DataError(f"{self._name} refuses messages of the roles {roles}: {error}; change the messages or the template") from error
 
     @cached_property
     def _begin(self) -> str:

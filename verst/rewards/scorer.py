@@ -157,7 +157,7 @@ class Scorer:
             try:
                 reply = await worker.receive(limit_s)
             except TimeoutError:
-                return Death("deadline", f"exceeded {self._deadline_s:g} s", began=count > 0)
+                return Death("deadline", f"exceeded {self._deadline_s:g} s (reward.deadline_s)", began=count > 0)
             if reply is None:
                 return Death("crash", f"broke: its process {await worker.ended()}", began=count > 0)
             if count == 0:

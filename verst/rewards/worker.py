@@ -93,7 +93,7 @@ class Worker:
                 return _number(await self._reward(trajectory, fields))
         except TimeoutError as error:
             if limit.expired():
-                raise DeadlineExceeded(f"exceeded {self._deadline_s:g} s") from error
+                raise DeadlineExceeded(f"exceeded {self._deadline_s:g} s (reward.deadline_s)") from error
             raise
 
     def _report(self, index: int, reward: float | None, error: BaseException | None) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verst.config.schema import Config
-from verst.errors import DataError, ModelError
+from verst.errors import ModelError
 from verst.observe.metrics import Tally
 from verst.runtime.wait import within
 from verst.types import Manifest, Prompt, RoutedExperts, RoutesWanted
@@ -67,10 +67,11 @@ class Pulled:
 
 def _require_vocabulary(tokens: int, path: str) -> None:
     """Raises `ModelError` if the tokenizer is of another model. Tokens added to a vocabulary may lie beyond the model's: if never used."""
-    from verst.config.plan import read_model
+    from verst.config.plan import read_config
 
-    known = read_model(path).vocabulary
-    if tokens > known:
+    config = read_config(path)
+    known = config.get("text_config", config).get("vocab_size")
+    if isinstance(known, int) and tokens > known:
         raise ModelError(
             f"model.path {path}: its tokenizer has {tokens} tokens, its config.json a vocab_size of {known}: give the tokenizer that "
             "belongs to the model"
@@ -209,10 +210,9 @@ class RolloutWorker:
 
     async def probe_tokens(self, prompt: Prompt) -> NDArray[np.int32]:
         """The tokens both sides score at every publish: the start of a real prompt."""
-        tokens_T = self._renderer.opening(prompt.messages)[:64]
-        if not len(tokens_T):
-            raise DataError(f"prompt {prompt.id} has no tokens: give it some text, or a chat template that writes the messages")
-        return tokens_T
+        tokens_T = self._renderer.opening(prompt.messages)
+        self._rollers[False].check_prompt(prompt, len(tokens_T))
+        return tokens_T[:64]
 
     async def close(self) -> None:
         if self._scorer is not None:

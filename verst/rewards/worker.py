@@ -93,7 +93,7 @@ class Worker:
                 return _number(await self._reward(trajectory, fields))
         except TimeoutError as error:
             if limit.expired():
-                raise DeadlineExceeded(f"exceeded {self._deadline_s:g} s (reward.deadline_s)") from error
+                raise DeadlineExceeded(f"exceeded {self._deadline_s:g} s: make it faster, or raise reward.deadline_s") from error
             raise
 
     def _report(self, index: int, reward: float | None, error: BaseException | None) -> None:
@@ -130,10 +130,10 @@ async def _wait_for(value: Awaitable[Any]) -> Any:
 
 def _number(value: Any) -> float:
     if not isinstance(value, numbers.Real | np.bool_):
-        raise NotANumber(f"returned {str(value)[:60]!r} of type {type(value).__name__}, not a number")
+        raise NotANumber(f"returned {str(value)[:60]!r} of type {type(value).__name__}, not a number: return one")
     number = float(value)
     if not math.isfinite(number):
-        raise NotANumber(f"returned {number}, not a finite number")
+        raise NotANumber(f"returned {number}, not a finite number: return one")
     return number
 
 

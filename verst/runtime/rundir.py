@@ -205,7 +205,8 @@ class RunDirectory:
         """An existing run and its configuration. Raises `ConfigError` if the path is no run."""
         run = cls(Path(path).expanduser().absolute())
         if not os.path.isfile(run.root / "run.json"):
-            raise ConfigError(f"{run.root} is {_kind(run.root)}, not a run; runs are made by `verst train`, in run.dir")
+            hint = "; a step behind @ is for `verst eval` and `verst train --from`" if "@" in run.root.name else ""
+            raise ConfigError(f"{run.root} is {_kind(run.root)}, not a run; runs are made by `verst train`, in run.dir{hint}")
         described = run._described()
         found = described.get("format")
         if found != FORMAT:

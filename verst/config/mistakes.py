@@ -118,7 +118,7 @@ def _in_list(loc: tuple[int | str, ...]) -> str:
 
 def _problem(errors: Sequence[ErrorDetails], key: tuple[str, ...], within: str) -> str:
     error = errors[0]
-    dotted = ".".join(map(_clipped, key)) + within
+    dotted = ".".join(map(_named, key)) + within
     kind = error["type"]
     if kind == "extra_forbidden":
         return f"unknown option {dotted}{_suggestion(error, key)}"
@@ -154,6 +154,10 @@ def _value(value: Any) -> str:
         return _clipped(repr(value))
     except (ValueError, RecursionError):  # a whole number of thousands of digits; lists in lists in lists
         return f"a {type(value).__name__} that is too large to show"
+
+
+def _named(part: str) -> str:
+    return _clipped(part if part.isprintable() else repr(part)[1:-1])
 
 
 def _clipped(text: str) -> str:

@@ -24,7 +24,7 @@ _QUOTED = "expected text: put quotes around it"
 _EXPECTED = {
     "model_type": _SECTION,
     "model_attributes_type": _SECTION,
-    "dict_type": "expected a mapping, such as {name: value}",
+    "dict_type": "expected a mapping, such as {{name: value}}",
     "list_type": "expected a list, such as [a, b]",
     "tuple_type": "expected a list, such as [a, b]",
     "int_type": _WHOLE,
@@ -53,7 +53,7 @@ _EXPECTED = {
     "invalid-json-value": "expected text, a number, true, false, null, a list or a mapping; put a date into quotes",
     "invalid_key": "a key is not text: put it in quotes",
 }
-"""By pydantic's type of error, with its context."""
+"""By pydantic's type of error, formatted with its context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +145,10 @@ def _missing(error: ErrorDetails, dotted: str) -> str:
 def _expected(error: ErrorDetails) -> str:
     if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
+    if error["type"] not in _EXPECTED:
+        return error["msg"]
     context = {name: f"{value:g}" if isinstance(value, float) else value for name, value in error.get("ctx", {}).items()}
-    return _EXPECTED.get(error["type"], error["msg"]).format(**context)
+    return _EXPECTED[error["type"]].format(**context)
 
 
 def _value(value: Any) -> str:

@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from verst.config.checks import inapplicable
 from verst.config.mistakes import Places, explain, known_options
 from verst.config.schema import Config
-from verst.config.text import NotYaml, key_lines, parse
+from verst.config.text import NotYaml, dump, key_lines, parse
 from verst.errors import ConfigError
 
 _DEEPEST = 50  # mappings in each other
@@ -42,7 +41,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; it can be read back as a run file."""
-    return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True, width=120)
+    return dump(resolved(config))
 
 
 def resolved(config: Config) -> dict[str, Any]:

@@ -36,11 +36,26 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep=deep)
-        except (ValueError, KeyError, AttributeError, OverflowError) as error:
+        except (ValueError, LookupError, AttributeError, OverflowError) as error:
             kind = node.tag.rpartition(":")[2]
             text = str(node.value)
             problem = f"{text if len(text) <= _SHOWN else f'{text[:_SHOWN]}…'!r} is no {kind}: put it in quotes if it is text"
             raise ConstructorError(None, None, problem, node.start_mark) from error
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper. By itself it writes some line breaks of Unicode so that they are read back as spaces."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar(_STRING, data, style=None if data.isprintable() or data.isascii() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def dump(values: Any) -> str:
+    """YAML that `parse` reads back as the same values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def parse(text: str) -> tuple[Any, yaml.Node | None]:

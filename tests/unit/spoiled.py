@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -228,9 +229,9 @@ def reward(text: str, name: str = "score", **options: Any) -> Spoil:
 
 
 def one_group() -> Group:
-    tokens = pytest.importorskip("numpy").zeros(3, "int32")
+    tokens = np.zeros(3, np.int32)
     turn = Turn(0, 0, 3, FinishReason.STOP, "42")
-    trajectory = Trajectory("7/0", tokens, tokens.astype(bool), tokens.astype("float32"), tokens, (turn,), (), Status.FINISHED, 0)
+    trajectory = Trajectory("7/0", tokens, np.ones(3, np.bool_), np.zeros(3, np.float32), tokens, (turn,), (), Status.FINISHED, 0)
     return Group(7, Prompt("rows:0", (Message("user", "?"),), {"answer": "42"}), (trajectory,), 0)
 
 
@@ -300,13 +301,13 @@ def another_model(run: Path) -> None:
     tiny_model("other", hidden_size=64)
 
 
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda run: [path.unlink() for path in run.glob(name)] and None
+def remove(name: str) -> Callable[[Path], Any]:
+    return lambda run: [path.unlink() for path in run.glob(name)]
 
 
-def cut(name: str, nbytes: int = 10) -> Callable[[Path], None]:
+def cut(name: str, nbytes: int = 10) -> Callable[[Path], Any]:
     """Takes the end off the files of this pattern."""
-    return lambda run: [path.write_bytes(path.read_bytes()[:-nbytes]) for path in run.glob(name)] and None
+    return lambda run: [path.write_bytes(path.read_bytes()[:-nbytes]) for path in run.glob(name)]
 
 
 def flip(name: str) -> Callable[[Path], None]:

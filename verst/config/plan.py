@@ -91,7 +91,7 @@ def loading(what: str, remedy: str) -> Iterator[None]:
         plain = isinstance(error, OSError | ValueError) and str(error)
         raise ModelError(f"{what}: {str(error).strip().splitlines()[0] if plain else origin(error)}; {remedy}") from error
     except Exception as error:
-        if type(error).__module__ == "builtins" or type(error).__name__ == "SafetensorError":
+        if type(error) is Exception or type(error).__name__ == "SafetensorError":
             raise ModelError(f"{what}: {error}; {remedy}") from error  # tokenizers and safetensors are in Rust, and no more precise
         raise
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import verst
 from verst.cli import completion, machine, models, running, start, stored
+from verst.cli.common import one_line
 
 EXIT_CODES = """exit codes:
   0    done
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except VerstError as error:
-        print(f"verst: {type(error).__name__}: {error}", file=sys.stderr)
+        said = "\n".join(map(one_line, str(error).split("\n")))  # what users name may have control characters
+        print(f"verst: {type(error).__name__}: {said}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print(f"verst: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)

@@ -107,6 +107,7 @@ CONFIG = [
     Bad("option set twice", run_file("+train:\n  lr: 0.1\n  lr: 0.2\n"), "train.lr is set twice", "run.yaml:7", "line 6): remove one"),
     Bad("bracket left open", run_file("+train: [\n"), "not valid YAML", "run.yaml:6", "check indentation, brackets and quotes"),
     Bad("tab", run_file("+train:\n\tlr: 1\n"), r"found character '\t'", "run.yaml:6", "indent with spaces"),
+    Bad("key that is no text", run_file('+"\\uDCFF": 1\n'), "cannot be written in UTF-8", "run.yaml:5", "write it without that escape"),
     Bad("colon within text", run_file("+data2: a: b\n"), "mapping values are not allowed", "run.yaml:5", "into quotes"),
     Bad("key that is a number", run_file("+3: 4\n"), "the key '3' is read as int", "run.yaml:5", "put it in quotes"),
     Bad("alias of itself", run_file("+reward: &a {options: *a}\n"), "reward.options", "run.yaml:5", "write the value out"),
@@ -150,7 +151,7 @@ DATA = [
         "1 rows of prompts.jsonl",
         "lower eval.prompts",
     ),
-    Bad("no source", check("data.path=null"), "no source of prompts", "data.path, data.task", "set exactly one"),
+    Bad("no source", check("data.path=null"), "no source of prompts", "data.path", "set exactly one of"),
     Bad("unknown task", check(*TASK, "data.task=chain_summ"), "'chain_summ'", "data.task", "nearest: chain_sum"),
     Bad("option the task has not", check(*TASK, "data.options={min_term: 2}"), "'min_term'", "data.options", "nearest: min_terms"),
     Bad("prompt too long", loaded(nothing, max_prompt_tokens=8), "has 26 tokens", "prompt rows:", "raise data.max_prompt_tokens"),
@@ -307,7 +308,7 @@ CONVERT = [
     Bad("file missing", command("convert", "none.gguf", "out"), "no such file", "$ROOT/none.gguf", "give the path of a .gguf file"),
 ]
 USAGE = [
-    Bad("unknown command", command("trian", "run.yaml"), "'trian'", "argument COMMAND", "choose from 'init', 'check', 'train'", code=2),
+    Bad("unknown command", command("trian", "run.yaml"), "'trian'", "argument COMMAND", "choose from 'init', ", code=2),
     Bad("unknown option", command(*TO_NEW, "--epochs", "3"), "--epochs 3", "unrecognized arguments", "usage: verst", code=2),
 ]
 DISK = [

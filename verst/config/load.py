@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from verst.config.checks import inapplicable
 from verst.config.mistakes import Places, explain, known_options
 from verst.config.schema import Config
-from verst.config.text import NotYaml, dump, key_lines, parse
+from verst.config.text import NotYaml, dump, is_unicode, key_lines, parse
 from verst.errors import ConfigError
 
 _DEEPEST = 50  # mappings in each other
@@ -57,8 +57,8 @@ def _copy(values: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
     if depth > _DEEPEST:
         raise ConfigError(f"config: mappings lie more than {_DEEPEST} deep in each other: a run file has sections and options")
     for key in values:
-        if not isinstance(key, str):
-            raise ConfigError(f"config: the key {key!r} is {type(key).__name__}, not text: options are named by text")
+        if not isinstance(key, str) or not is_unicode(key):
+            raise ConfigError(f"config: the key {key!r} is {type(key).__name__}, not text in UTF-8: options are named by text")
     return {k: _copy(v, depth + 1) if isinstance(v, Mapping) else v for k, v in values.items()}
 
 
@@ -89,7 +89,7 @@ def _apply(values: dict[str, Any], override: str) -> tuple[str, ...]:
     key = tuple(dotted.strip().split("."))
     if not sign or not all(key):
         raise ConfigError(f"override {override!r}: expected KEY=VALUE with a dotted key, such as train.lr=1e-5")
-    if not override.isprintable() and any("\ud800" <= c <= "\udfff" for c in override):
+    if not is_unicode(override):
         raise ConfigError(f"override {override!r}: it is not UTF-8; write it in UTF-8")
     try:
         value, root = parse(text)

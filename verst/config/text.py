@@ -73,6 +73,11 @@ def parse(text: str) -> tuple[Any, yaml.Node | None]:
         raise NotYaml("not valid YAML: values lie too deep in each other: a run file has sections and options", None) from None
 
 
+def is_unicode(text: str) -> bool:
+    """Whether it can be written in UTF-8: half a surrogate pair, as an escape or a command line may bring one, cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def key_lines(root: yaml.Node | None) -> dict[tuple[str, ...], int]:
     """The line of each key, from 1. Raises `NotYaml` for a key that is set twice or is no text."""
     lines: dict[tuple[str, ...], int] = {}
@@ -80,6 +85,8 @@ def key_lines(root: yaml.Node | None) -> dict[tuple[str, ...], int]:
         line = node.start_mark.line + 1
         if node.tag not in (_STRING, _MERGE):
             raise NotYaml(f"the key {node.value!r} is read as {node.tag.rpartition(':')[2]}, not as text: put it in quotes", line)
+        if not is_unicode(key[-1]):
+            raise NotYaml(f"the key {key[-1]!r} cannot be written in UTF-8: write it without that escape", line)
         if key in lines:
             raise NotYaml(f"{'.'.join(key)} is set twice (first on line {lines[key]}): remove one", line)
         lines[key] = line

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +71,7 @@ ODD_YAML = [
     "\x07",
     "<<: ",
 ]
-JARGON = re.compile(r"pydantic|Input should be|Traceback|<unicode string>|\b(Grpo|Sft|\w+)Config\b(?<!DataConfig)")
+JARGON = re.compile(r"pydantic|Input should be|Traceback|<unicode string>|(Run|Model|Train|Grpo|Sft|Correction)Config")
 
 
 def tried(examples: int) -> settings:
@@ -346,7 +344,7 @@ def test_no_command_line_ends_in_a_traceback(here: Path, lines: list[list[str]])
 
 
 @tried(80)
-@given(values=run_files(json_values), number=st.just(itertools.count()))
-def test_check_goes_as_far_as_it_can(here: Path, values: dict[Any, Any], number: Iterator[int]):
+@given(values=run_files(json_values))
+def test_check_goes_as_far_as_it_can(here: Path, values: dict[Any, Any]):
     Path("any.yaml").write_text(yaml.safe_dump(values))
     assert_told(said_by(["check", "any.yaml"]))

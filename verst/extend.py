@@ -38,7 +38,9 @@ def load(reference: Any, *, shipped: Mapping[str, Any], kind: str) -> Any:
     for part in path.split("."):
         if not hasattr(found, part):
             owner = f"module {module_name} ({getattr(found, '__file__', None)})" if isinstance(found, ModuleType) else repr(found)
-            raise ExtensionError(f"{kind} {reference!r}: {owner} has no {part!r}{_nearest(part, vars(found))}")
+            raise ExtensionError(
+                f"{kind} {reference!r}: {owner} has no {part!r}{_nearest(part, vars(found))}: define it there, or name another"
+            )
         found = getattr(found, part)
     return found
 
@@ -67,7 +69,9 @@ def check_callable(function: Any, kind: str, parameters: Sequence[str], options:
     (some builtins) is accepted.
     """
     if not callable(function):
-        raise ExtensionError(f"{kind} is {function!r} of type {type(function).__name__}, which cannot be called")
+        raise ExtensionError(
+            f"{kind} is {function!r} of type {type(function).__name__}, which cannot be called: give a function or a class"
+        )
     options = options or {}
     try:
         signature = inspect.signature(function)
@@ -80,7 +84,9 @@ def check_callable(function: Any, kind: str, parameters: Sequence[str], options:
         call = ", ".join([*parameters, *(f"{key}={value!r}" for key, value in options.items())])
         hint = _nearest_option(signature, options)
         where = f"{kind} {name}{signature} in {_defined_at(function)}"
-        raise ExtensionError(f"{where} cannot be called as {name}({call}): {error}{hint}") from error
+        raise ExtensionError(
+            f"{where} cannot be called as {name}({call}): {error}{hint}. Change its parameters, or the options that are given"
+        ) from error
 
 
 def check_class(found: Any, kind: str, protocol: type, options: Mapping[str, Any] | None = None) -> None:
@@ -116,10 +122,13 @@ def _import(name: str, what: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise ExtensionError(f"{what}: no module {error.name!r} in {directory} or among the installed packages") from error
-        raise ExtensionError(f"{what}: module {name} could not be imported: {origin(error)}") from error
+            raise ExtensionError(
+                f"{what}: no module {error.name!r} in {directory} or among the installed packages: start Verst in its directory, or "
+                "add that to PYTHONPATH"
+            ) from error
+        raise ExtensionError(f"{what}: module {name} could not be imported: {origin(error)}: install or mend what it imports") from error
     except Exception as error:
-        raise ExtensionError(f"{what}: module {name} could not be imported: {origin(error)}") from error
+        raise ExtensionError(f"{what}: module {name} could not be imported: {origin(error)}: mend the module") from error
 
 
 def _methods(protocol: type) -> list[tuple[str, Callable[..., Any]]]:

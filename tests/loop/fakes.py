@@ -150,7 +150,7 @@ class FakeParts:
         self.trainers = FakeTrainers(self.events, config.train.minibatches * config.train.epochs)
         journal = root / "journal"
         self.journal = Journal.open(journal) if journal.exists() else Journal.create(journal, "test-run")
-        self.run = SimpleNamespace(checkpoints=root / "checkpoints", final=root / "final", lineage=None)
+        self.run = SimpleNamespace(root=root, checkpoints=root / "checkpoints", final=root / "final", lineage=None)
         self.replicas = self
         self.observer = self
         self.probe_tokens = np.array([1, 2, 3], np.int32)

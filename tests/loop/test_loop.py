@@ -191,9 +191,23 @@ async def test_a_failed_member_leaves_the_rest_of_its_group_in_training(tmp_path
 async def test_a_run_in_which_everything_fails_stops_and_says_why(tmp_path: Path):
     parts = FakeParts(config(), tmp_path, roll=lambda seq, v: group(seq, v, (None, None)))
     with pytest.raises(
-        DataError, match=r"groups in a row could not be trained; the last one: 2 of 2 trajectories failed: the reward raised"
+        DataError,
+        match=r"groups in a row could not be trained; the last one \(group \d+, prompt p\d+\): 2 of 2 .* failed: the reward raised",
     ):
         await run(config(), parts)
+
+
+async def test_groups_that_failed_before_a_restart_do_not_end_the_run_again(tmp_path: Path):
+    """Else a run whose reward was broken for a while could never be resumed: its journal would hold too many of them in a row."""
+    first = FakeParts(config(), tmp_path, roll=lambda seq, v: group(seq, v, (None, None)))
+    with pytest.raises(DataError, match="Mend what made them fail, then go on with: verst resume"):
+        await run(config(), first)
+    failed = frozenset(first.journal.index.groups)
+    first.journal.close()
+    mended = FakeParts(config(), tmp_path)
+    await run(config(), mended, Restored(0, Cursor(0, {"read": 0}), (), failed))
+    assert len(mended.trainers.trained) == 6
+    assert not set(mended.trainers.trained) & failed
 
 
 async def test_an_engine_failure_stops_the_run_with_its_own_message(tmp_path: Path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.loop.local import LocalRun, local_run, stopped_after
-from verst.errors import CheckpointError, ConfigError, DataError, ExtensionError, JournalError, ModelError, VerstError
+from verst.errors import CheckpointError, ConfigError, DataError, ExtensionError, JournalError, VerstError
 from verst.journal.log import Journal, JournalReader
 from verst.testing import tiny_model
 from verst.types import NO_VERSION, Completion, Message, Prompt, Reply, Status
@@ -229,22 +229,6 @@ async def test_a_prompt_over_the_limit_names_the_row(tmp_path: Path, model: Path
     run = local_run(tmp_path, model, {}, reward=vowels, prompts=rows)
     with pytest.raises(DataError, match=r"data\.max_prompt_tokens"):
         await run.go()
-
-
-def test_a_model_directory_without_its_parts(tmp_path: Path, model: Path):
-    for missing, message in (
-        ("model.safetensors", "no .*weights"),
-        ("tokenizer.json", "no tokenizer"),
-        ("config.json", r"no config\.json"),
-    ):
-        broken = tmp_path / missing.split(".")[0]
-        shutil.copytree(model, broken)
-        (broken / missing).unlink()
-        (broken / "tokenizer_config.json").unlink() if missing == "tokenizer.json" else None
-        with pytest.raises(ModelError, match=message):
-            local_run(tmp_path, broken, {}, prompts=ROWS)
-    with pytest.raises(ModelError, match="is not a directory"):
-        local_run(tmp_path, tmp_path / "nowhere", {}, prompts=ROWS)
 
 
 def test_a_run_is_never_written_over(tmp_path: Path, model: Path):

@@ -277,7 +277,7 @@ async def test_an_engine_answer_that_breaks_the_protocol_is_an_engine_failure(ba
 
 
 async def test_a_prompt_that_is_too_long_is_named():
-    with pytest.raises(DataError, match=r"prompt p:0 has 23 tokens, above the limit of 8: raise data.max_prompt_tokens \(8\)"):
+    with pytest.raises(DataError, match=r"prompt p:0 \('6x7\?'…\) has 23 tokens, above the limit of 8: raise data.max_prompt_tokens \(8\)"):
         await roller(FakeEngine([[END]]), max_prompt_tokens=8, group_size=2).roll(0, PROMPT)
 
 

@@ -105,14 +105,14 @@ async def test_each_failure_is_attributed_to_its_trajectory(scorer, rewards):
     errors = {text: t.error for text, t in zip(texts, scored.trajectories, strict=True) if t.status is Status.FAILED}
     name = "reward user_rewards:by_text"
     assert errors["raise"].startswith(f"{name} raised ValueError: no such answer ({rewards}/user_rewards.py:9: ")
-    assert errors["nan"] == f"{name} returned nan, not a finite number"
-    assert errors["inf"] == f"{name} returned inf, not a finite number"
-    assert errors["none"] == f"{name} returned 'None' of type NoneType, not a number"
-    assert errors["text"] == f"{name} returned '1' of type str, not a number"
-    assert errors["exit"] == f"{name} broke: its process ended with exit code 3"
-    assert errors["sys.exit"] == f"{name} broke: its process ended with exit code 4"
-    assert errors["segfault"] == f"{name} broke: its process was killed by SIGSEGV"
-    assert errors["sleep"] == f"{name} exceeded 1 s"
+    assert errors["nan"] == f"{name} returned nan, not a finite number: return one"
+    assert errors["inf"] == f"{name} returned inf, not a finite number: return one"
+    assert errors["none"] == f"{name} returned 'None' of type NoneType, not a number: return one"
+    assert errors["text"] == f"{name} returned '1' of type str, not a number: return one"
+    assert errors["exit"] == f"{name} broke: its process ended with exit code 3; what it printed is in {rewards}/log"
+    assert errors["sys.exit"].startswith(f"{name} broke: its process ended with exit code 4")
+    assert errors["segfault"].startswith(f"{name} broke: its process was killed by SIGSEGV")
+    assert errors["sleep"] == f"{name} exceeded 1 s: make it faster, or raise reward.deadline_s"
     expected = {"scored": 4, "failed/exception": 1, "failed/not_a_number": 4, "failed/crash": 3, "failed/deadline": 1, "workers_lost": 4}
     assert scorer.stats() == expected
     assert scored.timings["score_s"] > 1

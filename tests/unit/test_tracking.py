@@ -383,7 +383,7 @@ def test_a_tracker_that_is_not_installed_is_told_before_the_run(monkeypatch: pyt
         (["tracking.trackers=[comet]"], "'tensorboard', 'wandb', 'mlflow' or 'trackio'"),
         (["tracking.project=x"], "tracking.project does not apply: tracking.trackers names none that has projects"),
         (["tracking.prometheus_host=0.0.0.0"], "prometheus_port is 0, so nothing is served"),
-        (["tracking.prometheus_port=70000"], "less than or equal to 65535"),
+        (["tracking.prometheus_port=70000"], "65535 or less"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(overrides: list[str], message: str):

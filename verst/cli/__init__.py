@@ -6,12 +6,14 @@ One module for each group of commands. They import what they need when a command
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 import verst
 from verst.cli import completion, machine, models, running, start, stored
+from verst.cli.common import one_line
 
 EXIT_CODES = """exit codes:
   0    done
@@ -38,19 +40,27 @@ _EPILOG = f"""a first run:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character gets its number, as on stderr
     options = _parse(arguments)
     from verst.errors import VerstError
 
     try:
         return options.run(options)
     except VerstError as error:
-        print(f"verst: {type(error).__name__}: {error}", file=sys.stderr)
+        said = "\n".join(map(one_line, str(error).split("\n")))  # what users name may have control characters
+        print(f"verst: {type(error).__name__}: {said}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print(f"verst: {interrupt if interrupt.args else 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `verst … | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more as it ends
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise  # not about a file: a defect
+        print(f"verst: {error.filename}: {error.strerror}: is the path right, may this user use it, is there room?", file=sys.stderr)
         return 1
 
 

@@ -92,6 +92,7 @@ def _eval(options: argparse.Namespace) -> int:
     from tempfile import TemporaryDirectory
 
     from verst.cli.common import to_stderr
+    from verst.errors import ConfigError
     from verst.runtime.evaluation import EvalSampling, evaluate
     from verst.runtime.targets import device_here, measured_targets
 
@@ -99,6 +100,8 @@ def _eval(options: argparse.Namespace) -> int:
     words = [word for word in options.overrides if "=" not in word]
     overrides = [word for word in options.overrides if "=" in word]
     sampling = EvalSampling(options.prompts, options.samples, options.temperature, options.correct, options.k)
+    _ = sampling.all_ks  # what contradicts itself is told before a model is loaded
+    _require_new_file(out)
     results = []
     with TemporaryDirectory(prefix="verst-eval-") as scratch:
         for target in measured_targets(words, options.set, overrides, Path(scratch)):
@@ -106,11 +109,26 @@ def _eval(options: argparse.Namespace) -> int:
                 to_stderr(f"{target.name} on {chosen.name}")
                 result = asyncio.run(evaluate(target.model, chosen, sampling, device=device_here(), logs=Path(scratch), echo=to_stderr))
                 results.append((target.name, result))
-    out.write_text(json.dumps([result.described() | {"model": name} for name, result in results], indent=1) + "\n", encoding="utf-8")
     for line in _result_lines(results):
         echo(line)
+    described = [result.described() | {"model": name} for name, result in results]
+    try:
+        out.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written ({error.strerror}): make room there; what was measured stands above") from error
     echo(f"wrote {out}")
     return 0
+
+
+def _require_new_file(out: Path) -> None:
+    """Raises `ConfigError` if the file could not be made: to be told so after an hour of measuring would be late."""
+    from verst.errors import ConfigError
+
+    try:
+        out.open("x").close()
+        out.unlink()
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made ({error.strerror}): give a new file in a directory that you may write to") from error
 
 
 def _result_lines(results: list[tuple[str, SetResult]]) -> list[str]:

@@ -83,7 +83,10 @@ def _range(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, Any]]:
         low, colon, high = text.partition(":")
         if not colon:
             return kind(text), kind(text)
-        return (kind(low) if low else None, kind(high) if high else None)
+        ends = (kind(low) if low else None, kind(high) if high else None)
+        if ends[0] is not None and ends[1] is not None and not ends[0] <= ends[1]:
+            raise argparse.ArgumentTypeError(f"{text!r} is empty: the lower end comes first")
+        return ends
 
     parse.__name__ = f"{kind.__name__} range"  # what argparse calls it in its message
     return parse

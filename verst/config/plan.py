@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,15 @@ from typing import Any
 from verst.config.hub import model_directory
 from verst.config.schema import Config
 from verst.errors import ModelError
+from verst.extend import origin
 
 _BYTES = {"float32": 4, "bfloat16": 2}
+_MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ImportError, RuntimeError, ArithmeticError)
+"""What transformers raises over configs, weights and tokenizers that are not what it expects."""
+UNFIT = "give a model whose architecture this transformers knows, and whose files belong together"
+"""What to do about a model that cannot be loaded."""
+_POINTER = b"version "
+"""How a Git LFS pointer begins. As a header's length it would be 2**61 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +49,7 @@ def read_model(path: str | Path) -> ModelFacts:
         ModelError: the directory or one of its parts is missing or malformed, or a hub id cannot be had.
     """
     root = model_directory(path)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise ModelError(f"model.path: {root} is not a directory; give a Hugging Face model directory on this machine")
     about = read_config(root)
     files = sorted(root.glob("*.safetensors"))
@@ -50,48 +60,84 @@ def read_model(path: str | Path) -> ModelFacts:
     if not (root / "tokenizer.json").is_file() and not (root / "tokenizer_config.json").is_file():
         raise ModelError(f"model.path: {root} has no tokenizer (tokenizer.json); save the tokenizer beside the model with save_pretrained")
     text = about.get("text_config", about)  # multimodal configs keep the language model's part below this key
+    where = root / "config.json"
+    heads = _count(text, "num_attention_heads", where)
+    return ModelFacts(
+        parameters=sum(_count_parameters(file) for file in files),
+        layers=_count(text, "num_hidden_layers", where),
+        kv_heads=_count(text, "num_key_value_heads", where, otherwise=heads),
+        head_dim=_count(text, "head_dim", where, otherwise=0) or _count(text, "hidden_size", where) // heads,
+        vocabulary=_count(text, "vocab_size", where),
+        max_positions=_count(text, "max_position_embeddings", where, otherwise=0) or None,
+    )
+
+
+def _count(config: Any, name: str, where: Path, *, otherwise: int | None = None) -> int:
+    """A number of a model's config, `otherwise` if the config does not say it."""
+    value = config.get(name) if isinstance(config, dict) else None
+    if value is None and otherwise is not None:
+        return otherwise
+    if type(value) is not int or value < 1:
+        found = f"has no {name!r}" if value is None else f"has {name!r}: {value!r:.40}, which is no number above 0"
+        raise ModelError(f"{where} {found}: it is not the config of a causal language model; give the directory of one in model.path")
+    return value
+
+
+@contextlib.contextmanager
+def loading(what: str, remedy: str) -> Iterator[None]:
+    """What libraries raise over a malformed model directory becomes a `ModelError`: `what`, the reason in one line, `remedy`."""
     try:
-        heads = text["num_attention_heads"]
-        return ModelFacts(
-            parameters=sum(_count_parameters(file) for file in files),
-            layers=text["num_hidden_layers"],
-            kv_heads=text.get("num_key_value_heads") or heads,
-            head_dim=text.get("head_dim") or text["hidden_size"] // heads,
-            vocabulary=text["vocab_size"],
-            max_positions=text.get("max_position_embeddings"),
-        )
-    except KeyError as missing:
-        raise ModelError(f"{root / 'config.json'} has no {missing}: it is not the config of a causal language model") from missing
+        yield
+    except _MALFORMED as error:
+        plain = isinstance(error, OSError | ValueError) and str(error)
+        raise ModelError(f"{what}: {str(error).strip().splitlines()[0] if plain else origin(error)}; {remedy}") from error
+    except Exception as error:
+        if type(error) is Exception or type(error).__name__ == "SafetensorError":
+            raise ModelError(f"{what}: {error}; {remedy}") from error  # tokenizers and safetensors are in Rust, and no more precise
+        raise
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
     """A model's `config.json`. Raises `ModelError` if it is missing or malformed."""
     path = model_directory(directory) / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"model.path: {path.parent} has no config.json; it is not a Hugging Face model directory") from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
+        raise ModelError(
+            f"model.path: {path.parent} has no config.json; it is not a Hugging Face model directory: give the one that has it"
+        ) from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}): give this user the right to read the model's files") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}; copy or download it again") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds no JSON object, as a model's config does; copy or download it again")
+    return found
 
 
 def _count_parameters(file: Path) -> int:
     """Elements of all tensors in a safetensors file, from its header (8 bytes of length, then JSON)."""
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        if len(prefix) < 8:
-            raise ModelError(f"{file} is truncated: it has no safetensors header; copy or download it again")
-        length = struct.unpack("<Q", prefix)[0]
-        size = file.stat().st_size
-        header = stream.read(length) if length <= size else b""
     try:
-        entries = json.loads(header)
-        end = max((e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError) as error:
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix.ljust(8, b"\0"))[0]
+            size = file.stat().st_size
+            header = stream.read(length) if length <= size else b""
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({error.strerror}): give this user the right to read the model's files") from error
+    if len(prefix) < 8:
+        raise ModelError(f"{file} is truncated: it has no safetensors header; copy or download it again")
+    if prefix == _POINTER:
+        raise ModelError(f"{file} is a Git LFS pointer, not the weights themselves: run `git lfs pull` in that directory")
+    try:
+        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        parameters = sum(math.prod(entry["shape"]) for entry in entries.values())
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file} has no valid safetensors header; copy or download it again") from error
     if 8 + length + end > size:
         raise ModelError(f"{file} is truncated: {size} bytes of {8 + length + end}; copy or download it again")
-    return sum(math.prod(e["shape"]) for k, e in entries.items() if k != "__metadata__")
+    return parameters
 
 
 def plan_lines(config: Config) -> list[str]:

@@ -30,6 +30,12 @@ def _not_partial(name: str) -> str:
     return name
 
 
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("expected text without the character NUL")
+    return text
+
+
 def _each_once(names: list[str]) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError("a name is there twice: remove one")
@@ -40,10 +46,10 @@ _COLDEST = 0.01
 
 Whole = Annotated[int, BeforeValidator(_not_a_truth_value), Field(ge=0, le=2**31 - 1)]
 """A whole number, 0 included."""
-Count = Annotated[Whole, Field(gt=0)]
+Count = Annotated[int, BeforeValidator(_not_a_truth_value), Field(gt=0, le=2**31 - 1)]
 Real = Annotated[float, BeforeValidator(_not_a_truth_value), Field(ge=0, allow_inf_nan=False)]
 """A finite number, not below 0: what every float of the run file is."""
-Positive = Annotated[Real, Field(gt=0)]
+Positive = Annotated[float, BeforeValidator(_not_a_truth_value), Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[Positive, Field(le=30 * 86400)]
 Temperature = Annotated[
     Real,
@@ -51,7 +57,7 @@ Temperature = Annotated[
     AfterValidator(_greedy_or_warm),
     WithJsonSchema({"anyOf": [{"const": 0}, {"type": "number", "minimum": _COLDEST, "maximum": 100}]}),
 ]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 Options = dict[str, JsonValue]
 """Keyword arguments for code that is not the core's: what a run file can hold, and a resumed run reads back unchanged."""
 
@@ -68,7 +74,7 @@ _NAMED = ConfigDict(json_schema_extra={"required": ["name"]})
 
 class RunConfig(Section):
     name: Annotated[str, AfterValidator(_not_partial)] = Field(
-        default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's directory."
+        default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200, description="Name of the run's directory."
     )
     dir: Text = Field(default="runs", description="Where run directories are made.")
     seed: Whole = Field(default=0, description="Seeds the order of the data and the sampling of tokens.")

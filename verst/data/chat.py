@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verst.config.hub import model_directory
+from verst.config.plan import loading
 from verst.errors import DataError, ModelError
 from verst.types import Message
 
@@ -37,10 +38,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     root = model_directory(path)
     if not root.is_dir():
         raise ModelError(f"model.path: {path} is not a directory; give a Hugging Face model directory, or a hub id such as org/name")
-    try:
+    with loading(f"model.path: {path} holds no tokenizer that transformers can read", "copy or download its tokenizer files again"):
         return AutoTokenizer.from_pretrained(str(root), local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model.path: {path} holds no tokenizer that transformers can read: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +185,10 @@ class ChatRenderer:
                 f"not write before an assistant's message ({full[: len(header) + 20][-60:]!r}). Use a template that does"
             )
         if self.end_of_turn is None:
-            raise ModelError("neither chat template nor tokenizer has an end-of-turn token: a model could not learn to stop. Set eos_token")
+            raise ModelError(
+                f"neither {self._name} nor its tokenizer has an end-of-turn token: a model could not learn to stop. "
+                "Set eos_token in tokenizer_config.json"
+            )
         text, ending = full[len(header) :], self._ending
         if not text.endswith(ending.text):
             raise ModelError(f"the chat template ends an assistant's message in more than one way: {ending.text!r} and {text[-40:]!r}")
@@ -203,17 +205,24 @@ class ChatRenderer:
             )
         return rest
 
+    @property
+    def _name(self) -> str:
+        path = self.tokenizer.name_or_path
+        return f"the chat template of {path}" if path else "the chat template"
+
     def _render(self, messages: Sequence[Message], *, generate: bool) -> str:
         if not self.has_template:
             return self._begin + "".join(message.content for message in messages)
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
 
         conversation: list[dict[str, str]] = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return str(self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate))
-        except TemplateError as error:
+        except TemplateSyntaxError as error:
+            raise ModelError(f"{self._name}, line {error.lineno}: {error.message}; mend or replace it (chat_template.jinja)") from error
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             roles = ", ".join(message.role for message in messages)
-            raise DataError(f"the chat template refuses messages of the roles {roles}: {error}") from error
+            raise DataError(f"{self._name} refuses messages of the roles {roles}: {error}; change the messages or the template") from error
 
     @cached_property
     def _begin(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time, timedelta
@@ -105,12 +106,12 @@ class JsonlSource:
     def _parse(self, offset: int, line: bytes) -> Mapping[str, Any]:
         try:
             text = line.decode("utf-8-sig" if offset == 0 else "utf-8")  # some editors put a byte order mark before the first line
-            value = json.loads(text, parse_constant=_refuse_constant)
+            value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{self._locate(offset)}: byte {error.start + 1} of the line is not UTF-8; convert the file to UTF-8"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{self._locate(offset)}: not JSON: {error}. Each line must hold one whole JSON object") from error
         if not isinstance(value, dict):
             raise DataError(f'{self._locate(offset)}: a JSON {_kind(value)}; each line must hold one JSON object, as in {{"prompt": "…"}}')
@@ -142,7 +143,9 @@ class ParquetSource:
         try:
             self._file = pq.ParquetFile(path)
         except self._errors as error:
-            raise DataError(f"{path} is not a readable Parquet file ({_first_line(error)}): truncated, or of another format") from error
+            raise DataError(
+                f"{path} is not a readable Parquet file ({_first_line(error)}): truncated, or of another format; copy or write it again"
+            ) from error
         groups = [self._file.metadata.row_group(i) for i in range(self._file.metadata.num_row_groups)]
         self._first_rows = [0, *np.cumsum([group.num_rows for group in groups]).tolist()]
         self.num_blocks = len(groups)
@@ -297,14 +300,18 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _open_file(path: Path) -> Source:
-    if not path.is_file():
-        reason = "is a directory, not a file" if path.is_dir() else f"does not exist (the current directory is {Path.cwd()})"
-        raise DataError(f"data.path {path} {reason}")
+    if not os.path.isfile(path):
+        reason = "is a directory, not a file" if os.path.isdir(path) else f"does not exist (the current directory is {Path.cwd()})"
+        raise DataError(f"data.path {path} {reason}: give a .jsonl or .parquet file")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise DataError(f"data.path {path} cannot be read ({error.strerror}): give this user the right to read it") from error
     kinds: Mapping[str, Callable[[Path], Source]] = {".jsonl": JsonlSource, ".parquet": ParquetSource}
     if path.suffix not in kinds:
         raise DataError(f"data.path {path} ends in {path.suffix!r}: give an uncompressed .jsonl or a .parquet file")
     if not path.stat().st_size:
-        raise DataError(f"data.path {path} is empty: it has 0 bytes")
+        raise DataError(f"data.path {path} is empty: it has 0 bytes; give a file with at least one prompt")
     return kinds[path.suffix](path)
 
 
@@ -322,6 +329,12 @@ def _python_row(value: Any, text_column: str, index: int) -> Mapping[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number; write null")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text[:20]} is beyond the largest number; write a smaller one, or text")
+    return value
 
 
 def _kind(value: Any) -> str:

@@ -33,7 +33,10 @@ class TaskSource:
         from reasoning_gym.factory import DATASETS
 
         if task not in DATASETS:
-            raise DataError(f"data.task {task!r} is not a task of reasoning-gym{nearest(task, DATASETS)}")
+            raise DataError(
+                f"data.task {task!r} is not a task of reasoning-gym{nearest(task, DATASETS)}. All names: "
+                'python -c "from reasoning_gym.factory import DATASETS; print(*DATASETS)"'
+            )
         if task == "composite":
             raise DataError("data.task 'composite' is configured with Python objects, which a run file cannot hold: name one of its tasks")
         self.name = task

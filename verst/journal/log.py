@@ -303,7 +303,7 @@ class Journal(JournalReader):
 def _segment_numbers(directory: Path) -> list[int]:
     names = sorted(path.name for path in directory.glob(f"*{_SUFFIX}"))
     if not names:
-        raise JournalError(f"{directory} holds no journal")
+        raise JournalError(f"{directory} holds no journal: put it back from a copy; without it the run cannot be continued")
     for number, name in enumerate(names, start=1):
         if name != f"{number:08d}{_SUFFIX}":
             raise JournalError(f"{directory / f'{number:08d}{_SUFFIX}'} is missing, though {name} is there: restore the file from a copy")

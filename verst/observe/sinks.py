@@ -48,7 +48,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class RowTail:
-    """The rows of a metrics file that may still grow, in order of step; a line that a crash cut short is skipped.
+    """The rows of a metrics file that may still grow, in order of step; a line that a crash cut short, or that is no row, is skipped.
 
     Of steps trained again after a restart the last row counts. If nothing was generated for it again, speed and times stay those of the
     first time: training journaled groups says nothing about the pace of the run.
@@ -66,6 +66,8 @@ class RowTail:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
+                continue
+            if not isinstance(row, dict) or not {"step", "kind"} <= row.keys():
                 continue
             key = (row["step"], row["kind"])
             self._rows[key] = _with_speed_of(self._rows[key], row) if key in self._rows else row

@@ -115,7 +115,7 @@ def _require_packages() -> None:
 def _metadata(file: Path) -> Mapping[str, Any]:
     """Key-value pairs of the file, once it is known to be whole and of an architecture that transformers converts."""
     if not file.is_file():
-        raise ModelError(f"{file}: no such file")
+        raise ModelError(f"{file}: no such file; give the path of a .gguf file")
     with file.open("rb") as opened:
         if opened.read(len(_MAGIC)) != _MAGIC:
             raise ModelError(f"{file} is not a GGUF file: it does not begin with the bytes GGUF")

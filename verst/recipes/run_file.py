@@ -77,12 +77,16 @@ def write_run_file(path: Path, asked: Asked) -> Path:
     if os.path.lexists(path):
         raise ConfigError(f"{path} exists already and is not written over: give another place, such as {path.with_stem(f'{path.stem}-2')}")
     text = run_file_text(asked)
+    begun = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
+            begun = True
             file.write(text)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+        if begun:
+            path.unlink(missing_ok=True)  # half a file would be in the way of the next attempt
+        raise ConfigError(f"{path} cannot be written ({error.strerror}): make room or rights there, or give another place") from error
     return path
 
 

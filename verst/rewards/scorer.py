@@ -157,9 +157,11 @@ class Scorer:
             try:
                 reply = await worker.receive(limit_s)
             except TimeoutError:
-                return Death("deadline", f"exceeded {self._deadline_s:g} s", began=count > 0)
+                return Death("deadline", f"exceeded {self._deadline_s:g} s: make it faster, or raise reward.deadline_s", began=count > 0)
             if reply is None:
-                return Death("crash", f"broke: its process {await worker.ended()}", began=count > 0)
+                return Death(
+                    "crash", f"broke: its process {await worker.ended()}; what it printed is in {self._log or 'stderr'}", began=count > 0
+                )
             if count == 0:
                 continue  # it has begun
             trajectory = request[reply["index"]]

@@ -47,6 +47,8 @@ class RewardSpec:
         Runs the user's module: raises `ExtensionError` if it cannot be imported or its signature does not fit.
         """
         found = load(self.name, shipped=SHIPPED, kind="reward") if self.function is None else pickle.loads(self.function)
+        if not callable(found):
+            raise ExtensionError(f"reward {self.name!r} is {found!r} of type {type(found).__name__}: give a function or a class")
         if not inspect.isclass(found):
             check_callable(found, "reward", ("trajectory", "fields"), self.options)
             return partial(found, **self.options)

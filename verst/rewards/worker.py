@@ -28,7 +28,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from verst.errors import DeadlineExceeded, RewardFailure
+from verst.errors import DeadlineExceeded, RewardFailure, VerstError
 from verst.extend import origin
 from verst.types import Trajectory
 
@@ -53,7 +53,7 @@ class Worker:
         spec, self._deadline_s = self._receive()
         reward, error = _attempt(spec.build)
         if error is not None:
-            self._send(error=origin(error), kind=type(error).__name__)
+            self._send(error=str(error) if isinstance(error, VerstError) else origin(error), kind=type(error).__name__)
             return
         self._reward: Callable[..., Any] = reward
         concurrent = inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None))  # noqa: B004
@@ -93,7 +93,7 @@ class Worker:
                 return _number(await self._reward(trajectory, fields))
         except TimeoutError as error:
             if limit.expired():
-                raise DeadlineExceeded(f"exceeded {self._deadline_s:g} s") from error
+                raise DeadlineExceeded(f"exceeded {self._deadline_s:g} s: make it faster, or raise reward.deadline_s") from error
             raise
 
     def _report(self, index: int, reward: float | None, error: BaseException | None) -> None:
@@ -130,16 +130,17 @@ async def _wait_for(value: Awaitable[Any]) -> Any:
 
 def _number(value: Any) -> float:
     if not isinstance(value, numbers.Real | np.bool_):
-        raise NotANumber(f"returned {str(value)[:60]!r} of type {type(value).__name__}, not a number")
+        raise NotANumber(f"returned {str(value)[:60]!r} of type {type(value).__name__}, not a number: return one")
     number = float(value)
     if not math.isfinite(number):
-        raise NotANumber(f"returned {number}, not a finite number")
+        raise NotANumber(f"returned {number}, not a finite number: return one")
     return number
 
 
 def _described(error: BaseException) -> str:
-    text = str(error) if isinstance(error, NotANumber | DeadlineExceeded) else f"raised {origin(error)}"
-    return text[:_ERROR_CHARS]
+    if isinstance(error, NotANumber | DeadlineExceeded):
+        return str(error)[:_ERROR_CHARS]
+    return (f"failed: {error}" if isinstance(error, RewardFailure) else f"raised {origin(error)}")[:_ERROR_CHARS]
 
 
 def _reason(error: BaseException) -> str:

@@ -94,7 +94,7 @@ def checked_reply(reply: Any, name: str) -> Reply:
     """The reply, if it keeps the protocol; `name` is the environment's. Raises `EnvironmentFailure`."""
     where = f"{name}.reply"
     if not isinstance(reply, Reply):
-        raise EnvironmentFailure(f"{where} returned {_described(reply)}, not a Reply")
+        raise EnvironmentFailure(f"{where} returned {_described(reply)}, not a Reply: return one")
     messages = _checked_messages(reply.messages, where)
     if not reply.done and not messages:
         raise EnvironmentFailure(f"{where} is neither done nor has messages: there is nothing the model could answer")
@@ -144,7 +144,7 @@ def checked_experts(generation: Generation, request: GenerateRequest, kind: Rout
 
 def _checked_messages(messages: Any, where: str) -> tuple[Message, ...]:
     if isinstance(messages, str | Message) or not isinstance(messages, Sequence):
-        raise EnvironmentFailure(f"{where} returned {_described(messages)}, not a sequence of Message")
+        raise EnvironmentFailure(f"{where} returned {_described(messages)}, not a sequence of Message: return one")
     for message in messages:
         if not (isinstance(message, Message) and isinstance(message.role, str) and isinstance(message.content, str)):
             raise EnvironmentFailure(f"{where} returned {_described(message)} among its messages, not a Message of two texts")

@@ -24,4 +24,7 @@ def check_tokens(where: str, tokens_T: NDArray[np.int32], vocab_size: int, limit
     if not 1 <= len(tokens_T) <= limit:
         raise EngineFailure(f"{where} has {len(tokens_T)} tokens, but 1 to {limit} fit the engine's max_model_tokens")
     if tokens_T.min() < 0 or tokens_T.max() >= vocab_size:
-        raise EngineFailure(f"{where} has token ids from {tokens_T.min()} to {tokens_T.max()}, but the vocabulary has {vocab_size}")
+        raise EngineFailure(
+            f"{where} has token ids from {tokens_T.min()} to {tokens_T.max()}, but the vocabulary has {vocab_size}: "
+            "is the tokenizer that of the model?"
+        )

@@ -88,7 +88,7 @@ class GroupRoller:
         if not prompt.demonstration:
             raise DataError(f"prompt {prompt.id} has no demonstration to imitate: name its column, data.columns={{demonstration: COLUMN}}")
         tokens_T, mask_T = self.renderer.demonstration(prompt.messages, prompt.demonstration)
-        self._check_prompt(prompt, int(mask_T.argmax()))
+        self.check_prompt(prompt, int(mask_T.argmax()))
         if len(tokens_T) > self.max_model_tokens:
             raise DataError(
                 f"prompt {prompt.id} with its demonstration has {len(tokens_T)} tokens, above the limit of a trajectory "
@@ -107,6 +107,18 @@ class GroupRoller:
             reward=0.0,
         )
         return Group(seq, prompt, (trajectory,), admitted_version=self.engine.version)
+
+    def check_prompt(self, prompt: Prompt, tokens: int) -> None:
+        """Raises `DataError` unless a prompt of so many tokens can be answered."""
+        limit = min(self.max_prompt_tokens, self.max_model_tokens - 1)
+        begins = f"({prompt.messages[-1].content[:40]!r}…)"
+        if not tokens:
+            raise DataError(f"prompt {prompt.id} {begins} has no tokens: give it some text, or a chat template that writes it")
+        if tokens > limit:
+            raise DataError(
+                f"prompt {prompt.id} {begins} has {tokens} tokens, above the limit of {limit}: raise data.max_prompt_tokens "
+                f"({self.max_prompt_tokens}), or remove the prompt"
+            )
 
     async def _trajectory(self, seq: int, member: int, prompt: Prompt) -> Trajectory:
         name, seed = f"{seq}/{member}", stable_seed(self.seed, seq, member)
@@ -127,7 +139,7 @@ class GroupRoller:
         """Turns until the environment ends the trajectory or a limit does."""
         opening = await environment.start(prompt)
         tokens_T = self.renderer.opening(opening)
-        self._check_prompt(prompt, len(tokens_T))
+        self.check_prompt(prompt, len(tokens_T))
         transcript.give(tokens_T, opening)
         for turn in range(self.max_turns):
             finish = await self._generate(f"{name}/{turn}", stable_seed(seed, turn), transcript)
@@ -175,14 +187,6 @@ class GroupRoller:
             return self.renderer.continuation(messages, after_stop=after_stop)
         except DataError as error:  # the messages are the environment's
             raise EnvironmentFailure(f"the environment's reply cannot be rendered: {error}") from error
-
-    def _check_prompt(self, prompt: Prompt, tokens: int) -> None:
-        limit = min(self.max_prompt_tokens, self.max_model_tokens - 1)
-        if tokens > limit:
-            raise DataError(
-                f"prompt {prompt.id} has {tokens} tokens, above the limit of {limit}: raise data.max_prompt_tokens "
-                f"({self.max_prompt_tokens}), or remove the prompt"
-            )
 
     def _imitated_turns(self, tokens_T: NDArray[np.int32], mask_T: NDArray[np.bool_]) -> tuple[Turn, ...]:
         """One turn for each run of imitated tokens, with the given tokens before it."""

@@ -63,7 +63,12 @@ def change(run: RunDirectory, config: Config, overrides: Sequence[str], echo: Ca
             from verst.runtime.preflight import check_stack
 
             check_stack(new)
-            run.change(new, changed, step=JournalReader(run.journal, run.run_id).index.last_commit)
+            committed = JournalReader(run.journal, run.run_id).index.last_commit
+            if new.run.steps < committed:
+                raise ConfigError(
+                    f"run.steps {new.run.steps}: {run.root} has committed {committed} steps already: give {committed} or more"
+                )
+            run.change(new, changed, step=committed)
     for key, (before, after) in changed.items():
         echo(f"{key}: {before} -> {after}")
     return new

@@ -7,6 +7,7 @@ the sections `data`, `rollout` and `reward` of a run file say; of `data.holdout`
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,9 +119,13 @@ class EvalSampling:
 
     @property
     def all_ks(self) -> Sequence[int]:
-        """Raises `ConfigError` if k is above the number of samples, or greedy samples, which would all be the same, are asked for."""
+        """Raises `ConfigError` for numbers out of range, and if greedy samples are asked for, which would all be the same."""
         if self.samples < 1 or self.prompts < 1:
             raise ConfigError(f"--samples {self.samples} and --prompts {self.prompts}: both must be 1 or more")
+        if not 0 <= self.temperature <= 100:
+            raise ConfigError(f"--temperature {self.temperature:g}: give a number from 0 (greedy) to 100")
+        if not math.isfinite(self.correct_from):
+            raise ConfigError(f"--correct {self.correct_from:g}: give the smallest reward of a right answer, a finite number")
         if self.temperature == 0 and self.samples > 1:
             raise ConfigError(f"--temperature 0 is greedy: the {self.samples} samples of a prompt would be the same. Use --samples 1")
         if self.ks is None:

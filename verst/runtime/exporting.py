@@ -42,8 +42,9 @@ def export_run(path: str | Path, out: str | Path, step: int | None = None) -> Ex
     """
     run, config = RunDirectory.open(path)
     out = Path(out).expanduser().absolute()
-    if os.path.lexists(out):
-        raise ConfigError(f"{out} exists already: give a directory that does not, nothing is written over")
+    for place in (out, out.with_name(f"{out.name}.partial")):
+        if os.path.lexists(place):
+            raise ConfigError(f"{place} exists already: give another --out, nothing is written over")
     return _final(run, out, step) or _from_checkpoint(run, config, out, step)
 
 
@@ -52,16 +53,23 @@ def _final(run: RunDirectory, out: Path, step: int | None) -> Exported | None:
     last = JournalReader(run.journal, run.run_id).index.last_commit
     if not run.final.is_dir() or not last or (step or last) != last:
         return None
+    from safetensors import SafetensorError
+
     digest = committed_digest(run, last)
-    if digest_of_directory(run.final) != digest:  # of an earlier end: the run was made longer since
+    try:
+        if digest_of_directory(run.final) != digest:  # of an earlier end: the run was made longer since
+            return None
+    except (OSError, ValueError, SafetensorError):  # damaged: there may be a checkpoint of that step
         return None
     partial = out.with_name(f"{out.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(run.final, partial)
         partial.rename(out)
     except OSError as error:
-        raise CheckpointError(f"{out}: the model could not be copied: {error}") from error
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{out}: the model could not be copied ({error.strerror or error}): make room or rights there, or give another --out"
+        ) from error
     return Exported(out, last, "final", digest)
 
 

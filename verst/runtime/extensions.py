@@ -9,6 +9,8 @@ from typing import Any
 
 from verst.errors import ExtensionError
 
+_UNPICKLABLE = (TypeError, AttributeError, ValueError, RecursionError, pickle.PicklingError)
+
 
 @dataclass(frozen=True, slots=True)
 class MadeAnew:
@@ -47,8 +49,22 @@ class Extensions:
 
         try:
             return cloudpickle.dumps((self.reward, self.environment, self.prompts))
-        except (TypeError, AttributeError, ValueError, pickle.PicklingError) as error:
-            raise ExtensionError(f"a function or object given to verst.train cannot be sent to other processes: {error}") from error
+        except _UNPICKLABLE as error:
+            raise ExtensionError(
+                f"{self._unpicklable()}, given to verst.train, cannot be sent to other processes: {error}. Open connections, locks and "
+                "files inside it, or write it in a module and name it in the run file"
+            ) from error
+
+    def _unpicklable(self) -> str:
+        import cloudpickle
+
+        for name in ("reward", "environment", "prompts"):
+            given = getattr(self, name)
+            try:
+                cloudpickle.dumps(given)
+            except _UNPICKLABLE:
+                return f"{name} {getattr(given, '__qualname__', type(given).__name__)}"
+        return "an object"
 
     @property
     def rows(self) -> Any:
@@ -64,6 +80,8 @@ class Extensions:
 
         try:
             return cls(*cloudpickle.loads(packed))
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise ExtensionError(f"the run's extensions.pkl is damaged ({error}): put it back from a copy") from error
         except (ImportError, AttributeError) as error:
             raise ExtensionError(
                 f"a function or object given to verst.train cannot be loaded: {error}. What a script defines travels with the run; "

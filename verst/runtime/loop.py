@@ -180,11 +180,15 @@ class Loop:
     async def _drop(self, group: Group, reason: str) -> None:
         """Gives up a group: recorded with the next batch, counted, and its slot goes to another prompt."""
         self._dropped[group.seq] = group
-        self._drops_in_a_row += 1
+        if group.seq not in self._restored.finished:  # else it failed before the restart, and what made it fail may be mended
+            self._drops_in_a_row += 1
         self._cursors.pop(group.seq)
         self._parts.observer.note(f"group {group.seq} ({group.prompt.id}) dropped: {reason}")
         if self._drops_in_a_row > 2 * self._slots.capacity:
-            raise DataError(f"{self._drops_in_a_row} groups in a row could not be trained; the last one: {reason}")
+            raise DataError(
+                f"{self._drops_in_a_row} groups in a row could not be trained; the last one (group {group.seq}, prompt {group.prompt.id}): "
+                f"{reason}. Mend what made them fail, then go on with: verst resume {self._parts.run.root}"
+            )
         await self._slots.free([group.seq])
 
     async def _step(self, groups: Sequence[Group], journaled: JournaledBatch | None = None) -> None:

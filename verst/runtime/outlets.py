@@ -92,7 +92,10 @@ def _open_endpoint(config: Config, tell: Callable[[str], None]) -> Endpoint | No
     try:
         endpoint = Endpoint(host, 0 if port == "auto" else port, run=config.run.name, version=verst.__version__)
     except OSError as error:
-        tell(f"warning: no metrics for Prometheus: {host}:{port} cannot be listened at ({error.strerror}); the run goes on without")
+        tell(
+            f"warning: no metrics for Prometheus: {host}:{port} cannot be listened at ({error.strerror}); the run goes on without. "
+            "Set tracking.prometheus_port=auto, or another port and host"
+        )
         return None
     tell(f"metrics for Prometheus at {endpoint.url}")
     return endpoint

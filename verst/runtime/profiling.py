@@ -81,7 +81,10 @@ def profile_step(path: str | Path, step: int, out: str | Path, *, device: str) -
         last = journal.index.last_batch
         there = f"it has those of steps 1 to {last}" if last else "no step has begun"
         raise JournalError(f"{run.root}: the journal has no batch of step {step}; {there}")
-    out.mkdir(parents=True)
+    try:
+        out.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be made ({error.strerror}): give another --out") from error
     with _threads(config.train.threads):
         return asyncio.run(_profile(run, config, journal, step, out, device))
 

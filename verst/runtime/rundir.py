@@ -36,6 +36,9 @@ from verst.journal.log import Journal
 
 FORMAT = 2
 
+_NEEDED = ("run_id", "stream", "cwd", "module_path")
+_FROM_A_COPY = "put it back from a copy; without it the run cannot be continued"
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -134,11 +137,12 @@ class RunDirectory:
     def _described(self) -> dict[str, Any]:
         path = self.root / "run.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{path} cannot be read ({error}): put it back from a copy; without it the run cannot be continued"
-            ) from error
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} cannot be read ({error}): {_FROM_A_COPY}") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"{path} holds no JSON object: {_FROM_A_COPY}")
+        return found
 
     @classmethod
     def create(
@@ -201,13 +205,20 @@ class RunDirectory:
     def open(cls, path: str | Path) -> tuple[RunDirectory, Config]:
         """An existing run and its configuration. Raises `ConfigError` if the path is no run."""
         run = cls(Path(path).expanduser().absolute())
-        if not (run.root / "run.json").is_file():
-            raise ConfigError(f"{run.root} is {_kind(run.root)}, not a run; runs are made by `verst train`, in run.dir")
-        found = run._described().get("format")
+        if not os.path.isfile(run.root / "run.json"):
+            hint = "; a step behind @ is for `verst eval` and `verst train --from`" if "@" in run.root.name else ""
+            raise ConfigError(f"{run.root} is {_kind(run.root)}, not a run; runs are made by `verst train`, in run.dir{hint}")
+        described = run._described()
+        found = described.get("format")
         if found != FORMAT:
             raise ConfigError(
                 f"{run.root} has run format {found}, this Verst reads format {FORMAT}: resume it with the version that made it"
             )
+        lacking = [name for name in _NEEDED if name not in described]
+        if lacking:
+            raise ConfigError(f"{run.root / 'run.json'} has no {', '.join(lacking)}: {_FROM_A_COPY}")
+        if not os.path.lexists(run.config):
+            raise ConfigError(f"{run.config} is missing: {_FROM_A_COPY}")
         return run, load_config(run.config)
 
 
@@ -221,9 +232,12 @@ def _require_free(root: Path) -> None:
 
 
 def _kind(path: Path) -> str:
-    if path.is_dir():
-        return "a directory without run.json" if any(path.iterdir()) else "an empty directory"
-    if path.is_file():
+    if os.path.isdir(path):
+        try:
+            return "a directory without run.json" if any(path.iterdir()) else "an empty directory"
+        except OSError as error:
+            return f"a directory that cannot be read ({error.strerror})"
+    if os.path.isfile(path):
         return "a file"
     return "a broken link or a special file" if os.path.lexists(path) else "nothing that exists"
 

@@ -13,6 +13,8 @@ from verst.journal.log import JournalReader
 from verst.runtime.rundir import RunDirectory
 from verst.training.checkpoints import Checkpoint, latest_checkpoint, step_path, verified
 
+_FROM_A_COPY = "Put it back from a copy"
+
 
 def parse_reference(reference: str) -> tuple[Path, int | None]:
     """`RUN` or `RUN@STEP`. Raises `ConfigError` if what follows the last @ is no step, unless a directory has that name."""
@@ -26,7 +28,8 @@ def parse_reference(reference: str) -> tuple[Path, int | None]:
 
 def checkpoint_steps(run: RunDirectory) -> list[int]:
     """The steps of which there are checkpoints, ascending."""
-    return sorted(int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*") if path.suffix != ".partial")
+    numbers = (path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*"))
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def checkpoint_of(run: RunDirectory, step: int | None) -> Checkpoint:
@@ -39,15 +42,22 @@ def checkpoint_of(run: RunDirectory, step: int | None) -> Checkpoint:
         checkpoint, skipped = latest_checkpoint(run.checkpoints)
         if checkpoint is not None:
             return checkpoint
-        reasons = "; ".join(skipped) or "checkpoint.every_steps and the end of a run make them"
-        raise CheckpointError(f"{run.root} has no checkpoint yet ({reasons})")
+        if skipped:
+            raise CheckpointError(
+                f"{run.root} has no whole checkpoint: {'; '.join(skipped)}. {_FROM_A_COPY}, or resume the run to make one"
+            )
+        raise CheckpointError(f"{run.root} has no checkpoint yet: checkpoint.every_steps and the end of a run make them; resume it")
     if step not in steps:
         there = f"its checkpoints are of: {', '.join(map(str, steps))}" if steps else "it has none yet"
         raise CheckpointError(
             f"{run.root} has no checkpoint of step {step}: {there}. checkpoint.every_steps says how often one is made, checkpoint.keep how "
             "many stay"
         )
-    return verified(step_path(run.checkpoints, step))
+    try:
+        return verified(step_path(run.checkpoints, step))
+    except CheckpointError as error:
+        others = ", ".join(str(other) for other in steps if other != step) or "none"
+        raise CheckpointError(f"{error}. {_FROM_A_COPY}, or take the checkpoint of another step ({others})") from error
 
 
 def newest_state(run: RunDirectory, up_to: int | None = None) -> tuple[Checkpoint | None, list[str]]:

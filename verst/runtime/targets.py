@@ -49,7 +49,9 @@ def measured_targets(words: Sequence[str], files: Sequence[str], overrides: Sequ
         elif is_hub_id(word) or ((path / "config.json").is_file() and step is None):
             model, own = model_directory(word), None
         else:
-            raise ConfigError(f"{word} is neither a run nor a Hugging Face model directory (it has no run.json and no config.json)")
+            raise ConfigError(
+                f"{word} is neither a run nor a Hugging Face model directory (it has no run.json and no config.json): give one"
+            )
         sets = tuple(_set(file, model, overrides) for file in files) or (own or _described(model, overrides),)
         yield Target(word, model, sets)
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from verst.config.hub import with_local_model
 from verst.config.schema import Config
+from verst.errors import ModelError
 from verst.observe.metrics import Tally
 from verst.runtime.wait import within
 from verst.types import Group, Manifest, PauseMode, Prompt, RoutedExperts, RoutesWanted
@@ -70,6 +71,19 @@ class Pulled:
     stats: dict[str, float]  # the engine's counters and gauges
 
 
+def _require_vocabulary(tokens: int, path: str) -> None:
+    """Raises `ModelError` if the tokenizer is of another model. Tokens added to a vocabulary may lie beyond the model's: if never used."""
+    from verst.config.plan import read_config
+
+    config = read_config(path)
+    known = config.get("text_config", config).get("vocab_size")
+    if isinstance(known, int) and tokens > known:
+        raise ModelError(
+            f"model.path {path}: its tokenizer has {tokens} tokens, its config.json a vocab_size of {known}: give the tokenizer that "
+            "belongs to the model"
+        )
+
+
 class RolloutWorker:
     """One engine replica with its chat renderer, environments, reward processes and weight updates.
 
@@ -104,7 +118,9 @@ class RolloutWorker:
 
         config = self._config = with_local_model(self._config)
         rollout = config.rollout
-        self._renderer = ChatRenderer(load_tokenizer(config.model.path))
+        tokenizer = load_tokenizer(config.model.path)
+        _require_vocabulary(tokenizer.vocab_size, config.model.path)
+        self._renderer = ChatRenderer(tokenizer)
         self._environment = environment_factory(self._extensions.environment or rollout.environment, rollout.environment_options)
         log = self._logs / f"replica-{self._replica}.log"
         self.engine = make_engine(config, replica=self._replica, device=self._device, shared=self._shared, log=log)
@@ -222,7 +238,9 @@ class RolloutWorker:
 
     async def probe_tokens(self, prompt: Prompt) -> NDArray[np.int32]:
         """The tokens both sides score at every publish: the start of a real prompt."""
-        return self._renderer.opening(prompt.messages)[:64]
+        tokens_T = self._renderer.opening(prompt.messages)
+        self._rollers[False].check_prompt(prompt, len(tokens_T))
+        return tokens_T[:64]
 
     async def close(self) -> None:
         if self._scorer is not None:

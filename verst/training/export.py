@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from verst.errors import CheckpointError
@@ -33,5 +34,7 @@ def export_model(source: str | Path, tensors: Mapping[str, torch.Tensor], direct
         save_file(dict(tensors), partial / "model.safetensors", metadata={"format": "pt"})
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(partial, directory)
-    except OSError as error:
-        raise CheckpointError(f"{directory}: the model could not be exported: {error}") from error
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(f"{directory}: the model could not be exported ({reason}): make room or rights there") from error

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from verst.config.plan import UNFIT, loading
 from verst.errors import ModelError
 from verst.exact.attention import use_exact_attention
 from verst.exact.experts import use_exact_experts
@@ -48,13 +49,11 @@ def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
     """
     directory = Path(path).expanduser()
     require_files(directory)
-    try:
+    with loading(f"model.path {path}: transformers cannot load it as a causal language model", UNFIT):
         config = AutoConfig.from_pretrained(directory)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.path {path}: transformers cannot load it as a causal language model: {error}") from error
     model, report = loaded
     lost = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
     if lost:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from verst.config.plan import UNFIT, loading
 from verst.errors import EngineFailure, ModelError
 from verst.exact.experts import has_experts, use_exact_experts
 from verst.exact.head import head_logits, operand, row_logs, row_sums
@@ -212,6 +213,7 @@ class SlotModel:
         tokens = np.random.default_rng(0).integers(0, self.vocab_size, min(8, self.max_tokens), dtype=np.int32)
         try:
             expected = self._own_attention(tokens)
+            self._require_finite(expected)
             if record_routes:
                 self.tap = tap_of(self.model, self.model.config.get_text_config().to_dict())
             self._switch_attention()
@@ -228,6 +230,14 @@ class SlotModel:
             raise self._unsupported(
                 f"its logits change by up to {(crowd - alone).abs().max().item():.1e} with slot and neighbours, with "
                 f"{torch.get_num_threads()} CPU threads. Use 1 or 2 threads, or set deterministic to false"
+            )
+
+    def _require_finite(self, logits: torch.Tensor) -> None:
+        if not torch.isfinite(logits).all():
+            broken = [name for name, tensor in self.model.named_parameters() if not torch.isfinite(tensor).all()]
+            raise ModelError(
+                f"{self.model.name_or_path}: its logits are not finite; tensors with NaN or infinity: {', '.join(broken[:4]) or 'none'} "
+                f"({len(broken)} in all); copy or download the weights again, or use another model.dtype"
             )
 
     def _switch_attention(self) -> None:
@@ -261,10 +271,8 @@ class SlotModel:
 def _load(path: str, dtype: torch.dtype, device: torch.device, *, exact: bool) -> PreTrainedModel:
     if not (Path(path) / "config.json").is_file():
         raise ModelError(f"{path} is no Hugging Face model directory: it has no config.json")
-    try:
+    with loading(f"{path} cannot be loaded as a causal language model", UNFIT):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} cannot be loaded as a causal language model: {error}") from error
     own_memory(torch.nn.Module.to(model, device))
     _replace_head(model, exact=exact)
     return model.requires_grad_(False).eval()

@@ -33,6 +33,7 @@ def config(**sections: dict[str, Any]) -> Config:
         "train": {"groups_per_step": 2},
         "rollout": {"group_size": 2, "deadline_s": 5.0},
         "weights": {"deadline_s": 5.0},
+        "algorithm": {"name": "grpo", "old_logprobs": "behaviour"},
         "checkpoint": {"every_steps": 100, "export_final": False},
     }
     return Config.model_validate({k: base.get(k, {}) | sections.get(k, {}) for k in base | sections})

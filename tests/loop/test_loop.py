@@ -161,6 +161,32 @@ async def test_drops_are_counted_and_only_those_in_a_row_end_the_run(tmp_path: P
     assert parts.rows[2]["rollout/failed"] == pytest.approx(6 / 8)
 
 
+def flat(seq: int, version: int) -> Group:
+    """Of four groups one has a gradient; of the others all are right or all wrong."""
+    return group(seq, version, (0.0, 1.0) if seq % 4 == 3 else (float(seq % 2),) * 2)
+
+
+async def test_groups_without_signal_are_replaced_and_counted(tmp_path: Path):
+    cfg = config(algorithm={"name": "grpo", "dynamic_sampling": True})
+    parts = FakeParts(cfg, tmp_path, flat)
+    await run(cfg, parts)
+    assert parts.trainers.trained == [3, 7, 11, 15, 19, 23]
+    assert [parts.rows[s]["groups/replaced"] for s in (1, 2, 3)] == [6, 6, 6]
+    assert {parts.rows[s]["groups/dropped"] for s in (1, 2, 3)} == {0}
+    assert parts.rows[1]["reward"] == pytest.approx((2 * 0.5 + 2 * (0 + 1 + 0)) / 8)  # of all that was generated, not of what was kept
+    assert parts.journal.batch(1).dropped == (0, 1, 2, 4, 5, 6)
+    plain = FakeParts(config(), tmp_path / "plain", flat)
+    await run(config(), plain)
+    assert plain.trainers.trained == [0, 1, 2, 3, 4, 5]
+
+
+async def test_a_task_without_any_signal_ends_the_run(tmp_path: Path):
+    cfg = config(algorithm={"name": "grpo", "dynamic_sampling": True})
+    parts = FakeParts(cfg, tmp_path, lambda seq, version: group(seq, version, (1.0, 1.0)))
+    with pytest.raises(DataError, match=r"step 1: 41 groups were dropped because .* \(the last: 1.0\) before a batch was whole"):
+        await run(cfg, parts)
+
+
 async def test_the_last_checkpoint_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("verst.runtime.saving.commit_checkpoint", lambda *args, **kwargs: None)  # the fake trainer writes no files
     cfg = config(checkpoint={"every_steps": 1, "export_final": False})

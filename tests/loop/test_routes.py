@@ -97,7 +97,8 @@ async def test_what_was_routed_is_journaled_and_trained(tmp_path: Path, moe: Pat
 async def test_older_tokens_keep_their_routes_and_are_told_by_age(tmp_path: Path, moe: Path):
     rollout = {"group_size": 4, "max_new_tokens": 6, "max_running": 16, "capacity_groups": 12}
     train = {"groups_per_step": 4, "threads": 1, "lr": 2e-2, "minibatches": 2}
-    run = await run_of(tmp_path, moe, steps=5, rollout=rollout, train=train).go()
+    algorithm = {"name": "grpo", "old_logprobs": "behaviour"}
+    run = await run_of(tmp_path, moe, steps=5, rollout=rollout, train=train, algorithm=algorithm).go()
     assert set(run.metric("routes/replayed")) == {1.0}
     assert max(run.metric("staleness/max")) >= 1
     assert run.metric("routes/differ")[0] == 0

@@ -127,10 +127,11 @@ async def test_two_turns_are_exact_to_the_token_and_trained(tmp_path: Path, mode
 async def test_runs_ahead_with_a_larger_capacity(tmp_path: Path, model: Path):
     values = {
         "rollout": {"group_size": 4, "max_new_tokens": 6, "max_running": 16, "capacity_groups": 12},
+        "algorithm": {"name": "grpo", "old_logprobs": "behaviour"},
         "run": {"name": "ahead", "dir": str(tmp_path), "steps": 5, "seed": 1},
     }
     run = await local_run(tmp_path, model, values, reward=vowels, prompts=ROWS).go()
-    assert 1 <= max(run.metric("staleness/max")) <= 3
+    assert 1 <= max(run.metric("staleness/max")) <= 2
 
 
 @pytest.mark.parametrize("kl_in", ["loss", "reward"])

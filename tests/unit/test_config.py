@@ -25,7 +25,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_every_option_has_earned_its_place():
     # Not a limit of taste: each option is documented, honoured and tested. Raise the number together with the reason, in the changelog.
-    assert len(option_names()) == 85  # 77, data.dataset (a third source of prompts), two of running ahead, and those of tracking
+    assert len(option_names()) == 86  # 77, data.dataset (a third source of prompts), three of running ahead, and those of tracking
 
 
 def test_resolved_config_reads_back_to_itself(tmp_path: Path):
@@ -196,6 +196,24 @@ def test_options_apply_again_with_what_they_belong_to():
     load_config(
         MINIMAL, ["algorithm={name: grpo, kl_coefficient: 0.1, kl_in: reward, kl_estimator: k2}", "data.task=aiw", "data.options={size: 3}"]
     )
+
+
+AHEAD = ["rollout.capacity_groups=32"]
+
+
+def test_running_ahead_needs_a_loss_that_knows_of_it():
+    with pytest.raises(ConfigError, match=r"capacity_groups \(32\) lets tokens be 1 versions old.*set algorithm.old_logprobs=behaviour"):
+        load_config(MINIMAL, AHEAD)
+    load_config(MINIMAL, [*AHEAD, "algorithm={name: grpo, old_logprobs: behaviour}"])
+    load_config(MINIMAL, [*AHEAD, "algorithm={name: grpo, corrections: [{kind: truncate, level: token, upper: 2}]}"])
+    load_config(MINIMAL, [*AHEAD, "algorithm.name=sft"])
+
+
+@pytest.mark.parametrize(("capacity", "window", "bound"), [(16, 1, 0), (17, 1, 1), (32, 1, 1), (33, 1, 2), (48, 16, 3), (48, 18, 4)])
+def test_the_bound_of_staleness(capacity: int, window: int, bound: int):
+    options = [f"rollout.capacity_groups={capacity}", "algorithm={name: grpo, old_logprobs: behaviour}"]
+    config = load_config(MINIMAL, [*options, *([f"rollout.window_groups={window}"] if window > 1 else [])])
+    assert config.worst_staleness == bound
 
 
 def test_options_of_what_is_switched_off_by_name_may_stay():

@@ -30,6 +30,7 @@ def config(in_flight: str, **weights: Any) -> Config:
             "run": {"steps": 1},
             "model": {"path": "m"},
             "train": {"groups_per_step": 2},
+            "algorithm": {"name": "grpo", "old_logprobs": "behaviour"},
             "rollout": {"capacity_groups": 4, "deadline_s": 5.0},
             "weights": {"in_flight": in_flight, "deadline_s": 5.0, **weights},
         }

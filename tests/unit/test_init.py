@@ -10,7 +10,7 @@ import pytest
 from verst import cli
 from verst.config.load import load_config
 from verst.errors import ConfigError, DataError, ModelError
-from verst.recipes.run_file import Asked, run_file_text, write_run_file
+from verst.recipes.run_file import Asked, Schedule, run_file_text, write_run_file
 
 
 def test_a_task_becomes_a_run_file_that_check_accepts(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]):
@@ -51,6 +51,14 @@ def test_fine_tuning_on_demonstrations(tmp_path: Path, tiny: Path, task: str):
     assert config.data.columns == {"demonstration": "completion" if task == "file" else "answer"}
     if task == "file":
         assert config.rollout.max_new_tokens >= 100  # tokens of the longest demonstration, byte by byte
+
+
+@pytest.mark.parametrize(("schedule", "bound"), [("synchronous", 0), ("one-step-off", 1), ("asynchronous", 3)])
+def test_schedules_and_their_bounds(tmp_path: Path, tiny: Path, schedule: Schedule, bound: int):
+    config = load_config(write_run_file(tmp_path / "r.yaml", Asked("chain_sum", str(tiny), schedule=schedule)))
+    assert config.worst_staleness == bound
+    with pytest.raises(ConfigError, match="sft samples nothing to run ahead with"):
+        write_run_file(tmp_path / "s.yaml", Asked("chain_sum", str(tiny), algorithm="sft", schedule="one-step-off"))
 
 
 def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path: Path, tiny: Path):

@@ -89,6 +89,10 @@ async def test_a_transfer_that_failed_ends_its_turn():
 @pytest.mark.parametrize(("capacity", "turns"), [(4, 0), (5, 1), (8, 1), (9, 2)])
 def test_groups_in_flight_have_the_time_of_the_trainers_turns(capacity: int, turns: int):
     rollout = {"capacity_groups": capacity, "group_size": 2, "max_running": 4, "deadline_s": 10}
-    chosen = config(rollout=rollout, train={"groups_per_step": 4, "minibatches": 2, "deadline_s": 100})
+    chosen = config(
+        rollout=rollout,
+        algorithm={"name": "grpo", "old_logprobs": "behaviour"},
+        train={"groups_per_step": 4, "minibatches": 2, "deadline_s": 100},
+    )
     assert rolling_deadline_s(chosen, 4, shared=False) == 30  # its own, and of the two before it in the engine's places
     assert rolling_deadline_s(chosen, 4, shared=True) == 30 + turns * 12 * 100

@@ -73,7 +73,7 @@ def test_admission_goes_up():
 
 
 def bound(capacity: int, window: int, batch: int) -> int:
-    options = [f"rollout.capacity_groups={capacity}", f"train.groups_per_step={batch}"]
+    options = [f"rollout.capacity_groups={capacity}", f"train.groups_per_step={batch}", "algorithm={name: grpo, old_logprobs: behaviour}"]
     if capacity > batch:
         options.append(f"rollout.window_groups={window}")
     return load_config({"run": {"steps": 1}, "model": {"path": "m"}}, options).worst_staleness

@@ -25,6 +25,8 @@ class Algorithm:
     """Whether its samples are rolled out by the policy or read from the data."""
     min_members: int
     """Trajectories of a group that must be trainable: below that there is no baseline, and the group is dropped."""
+    needs_signal: Callable[[Any], bool]
+    """(options) → whether a group whose rewards are all equal is dropped too, and replaced."""
     loss: Callable[[LossInputs, Any], LossOutput]
     shape_rewards: Callable[[ArrayLike, Mapping[int, float], Any], NDArray[np.float64]]
     """(rewards [N], KL sum by sample index, options) → the rewards [N] that advantages are computed from."""
@@ -46,6 +48,10 @@ def records_routes(config: Config) -> bool:
     return config.train.routes != "ignore" and algorithm_for(config.algorithm).learns_from == "policy"
 
 
+def _grpo_needs_signal(options: GrpoConfig) -> bool:
+    return options.dynamic_sampling
+
+
 def _grpo_rewards(rewards_N: ArrayLike, reference_kl: Mapping[int, float], options: GrpoConfig) -> NDArray[np.float64]:
     coefficient = options.kl_coefficient if options.kl_in == "reward" else 0.0
     return penalised_rewards(rewards_N, reference_kl if coefficient else {}, coefficient)
@@ -64,6 +70,11 @@ def _grpo_needs_old_logprobs(options: GrpoConfig, num_updates: int) -> bool:
     # A KL term in the reward is part of the advantages, so it must be known before any gradient is.
     kl_in_reward = options.kl_coefficient > 0 and options.kl_in == "reward"
     return options.old_logprobs == "trainer" and (num_updates > 1 or kl_in_reward)
+
+
+def _sft_needs_signal(options: SftConfig) -> bool:
+    del options
+    return False
 
 
 def _sft_rewards(rewards_N: ArrayLike, reference_kl: Mapping[int, float], options: SftConfig) -> NDArray[np.float64]:
@@ -91,6 +102,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         name="grpo",
         learns_from="policy",
         min_members=2,
+        needs_signal=_grpo_needs_signal,
         loss=grpo_loss,
         shape_rewards=_grpo_rewards,
         advantages=_grpo_advantages,
@@ -101,6 +113,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         name="sft",
         learns_from="demonstrations",
         min_members=1,
+        needs_signal=_sft_needs_signal,
         loss=sft_loss,
         shape_rewards=_sft_rewards,
         advantages=_sft_advantages,

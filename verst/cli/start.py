@@ -27,6 +27,8 @@ def add(commands: Any) -> None:
     init.add_argument("--task", required=True, metavar="TASK", help=task)
     init.add_argument("--model", required=True, metavar="MODEL", help="a Hugging Face model directory, or org/name of the hub")
     init.add_argument("--algorithm", choices=("grpo", "sft"), default="grpo", help="how it learns (default: grpo)")
+    schedule = "whether rollout waits for training (default: synchronous); see docs/staleness.md"
+    init.add_argument("--schedule", choices=("synchronous", "one-step-off", "asynchronous"), default="synchronous", help=schedule)
     init.add_argument("--engine", choices=("hf", "sglang"), default="hf", help="what generates (default: hf)")
     init.add_argument("--backend", choices=("fsdp", "megatron"), default="fsdp", help="what trains (default: fsdp)")
     init.set_defaults(run=_init)
@@ -44,7 +46,8 @@ def add(commands: Any) -> None:
 def _init(options: argparse.Namespace) -> int:
     from verst.recipes.run_file import Asked, write_run_file
 
-    path = write_run_file(options.path, Asked(options.task, options.model, options.algorithm, options.engine, options.backend))
+    asked = Asked(options.task, options.model, options.algorithm, options.engine, options.backend, options.schedule)
+    path = write_run_file(options.path, asked)
     echo(f"wrote {path}; look at it, then: verst check {path} and verst train {path}")
     return 0
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from verst.config.schema import Config, CorrectionConfig
+    from verst.config.schema import Config, CorrectionConfig, GrpoConfig
 
 _SAMPLING = ("rollout.group_size", "rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.min_p")
 _FIDELITY = ("fidelity.limit", "fidelity.action")
@@ -152,7 +152,19 @@ def _group_problems(config: Config) -> list[str]:
             f"rollout.capacity_groups ({rollout.capacity_groups}) is below train.groups_per_step ({config.train.groups_per_step}): "
             "a batch could never be filled"
         )
+    if config.worst_staleness and config.algorithm.name == "grpo":
+        found += _off_policy_problems(config, config.algorithm)
     return found
+
+
+def _off_policy_problems(config: Config, algorithm: GrpoConfig) -> list[str]:
+    """The ratio to log-probabilities that the trainer computes anew says nothing of the weights that the tokens were sampled by."""
+    if algorithm.old_logprobs == "behaviour" or algorithm.corrections:
+        return []
+    return [
+        f"rollout.capacity_groups ({config.capacity_groups}) lets tokens be {config.worst_staleness} versions old, but the loss would take "
+        "all for the newest version's: set algorithm.old_logprobs=behaviour, or algorithm.corrections (docs/fidelity.md)"
+    ]
 
 
 def _correction_problems(config: Config) -> list[str]:

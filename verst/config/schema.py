@@ -197,6 +197,10 @@ class GrpoConfig(Section):
     old_logprobs: Literal["trainer", "behaviour"] = Field(
         default="trainer", description="Denominator of the ratio: recomputed by the trainer before the first update, or as sampled."
     )
+    dynamic_sampling: bool = Field(
+        default=False,
+        description="Drop groups whose rewards are all equal, which have no gradient, and roll others instead (DAPO, arXiv 2503.14476).",
+    )
     corrections: list[CorrectionConfig] = Field(
         default_factory=list,
         description="Importance weights of trainer over behaviour probabilities: {kind, level, lower, upper} each; see docs/fidelity.md.",

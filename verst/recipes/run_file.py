@@ -29,6 +29,7 @@ from verst.runtime.preflight import preflight
 from verst.types import Prompt
 
 Algorithm = Literal["grpo", "sft"]
+Schedule = Literal["synchronous", "one-step-off", "asynchronous"]
 
 _LOOKED_AT = 64  # prompts, to know lengths and columns
 _HELD_OUT = 0.1
@@ -42,6 +43,17 @@ _RATES = {"grpo": (1e-3, 1e-5, 1e-6), "sft": (5e-3, 5e-5, 1e-5)}
 """Learning rates that models below `_SMALL` and `_MEDIUM` parameters, and larger ones, can start with."""
 
 
+_SCHEDULES: dict[Schedule, list[str]] = {
+    "synchronous": ["  # capacity_groups: 32  # twice groups_per_step, with algorithm.old_logprobs=behaviour: one step ahead of training"],
+    "one-step-off": ["  capacity_groups: 32  # twice groups_per_step: rollout runs one step ahead of training"],
+    "asynchronous": [
+        "  capacity_groups: 48  # three times groups_per_step: neither rollout nor training waits for the other",
+        "  window_groups: 16  # late groups hold up no step until this many later ones have passed",
+    ],
+}
+"""Of `rollout`, for batches of 16 groups; `docs/staleness.md` has the bounds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What the person said. `task` is one of reasoning-gym's, a .jsonl or .parquet file, or what the library datasets loads: a directory,
@@ -52,6 +64,7 @@ class Asked:
     algorithm: Algorithm = "grpo"
     engine: Literal["hf", "sglang"] = "hf"
     backend: Literal["fsdp", "megatron"] = "fsdp"
+    schedule: Schedule = "synchronous"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +105,8 @@ def write_run_file(path: Path, asked: Asked) -> Path:
 
 def run_file_text(asked: Asked) -> str:
     """The file's text, checked as a run. Raises as `write_run_file`."""
+    if asked.algorithm == "sft" and asked.schedule != "synchronous":
+        raise ConfigError(f"--schedule {asked.schedule}: sft samples nothing to run ahead with; leave it out")
     read = _read(asked)
     text = _text(asked, read)
     preflight(load_config(yaml.safe_load(text)), Extensions())
@@ -221,7 +236,7 @@ def _rollout(asked: Asked, read: Read) -> list[str]:
         lines.append(f"  engine: {asked.engine}")
     if asked.algorithm == "grpo":
         lines.append("  group_size: 8  # answers to each prompt; their mean reward is the baseline")
-        lines.append("  # capacity_groups: 32  # twice groups_per_step lets rollout run one step ahead of training")
+        lines += _SCHEDULES[asked.schedule]
     lines.append(
         f"  max_new_tokens: {_new_tokens(asked, read)}  # known answers have up to {read.answer_tokens}; a model that reasons needs more"
     )
@@ -232,6 +247,8 @@ def _reward(asked: Asked, read: Read) -> list[str]:
     lines = ["algorithm:", f"  name: {asked.algorithm}"]
     if asked.algorithm == "sft":
         return lines
+    if asked.schedule != "synchronous":
+        lines.append("  old_logprobs: behaviour  # ratios to what the tokens were sampled by, whatever their version")
     if "task" in read.data:
         return [
             *lines,

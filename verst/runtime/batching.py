@@ -16,6 +16,8 @@ from verst.observe.metrics import Tally
 from verst.routing.records import require_routes
 from verst.types import NO_VERSION, Batch, Group, RoutedExperts, Routes, RoutesWanted, Sample, Status, Trajectory
 
+_EQUAL = 1e-8  # rewards that differ by less are one
+
 
 def unusable(group: Group, min_members: int) -> str | None:
     """Why a scored group cannot be trained, or None: its commonest failure, if too few trajectories are left for a baseline."""
@@ -24,6 +26,12 @@ def unusable(group: Group, min_members: int) -> str | None:
     errors = Counter(t.error or "unknown" for t in group.trajectories if t.status is Status.FAILED)
     reason, count = errors.most_common(1)[0]
     return f"{count} of {len(group.trajectories)} trajectories failed: {reason}"
+
+
+def without_signal(group: Group) -> bool:
+    """Whether all rewards of a group are equal, so that every advantage is 0."""
+    rewards = [t.reward for t in group.trainable if t.reward is not None]
+    return bool(rewards) and max(rewards) - min(rewards) < _EQUAL
 
 
 def refused(group: Group, kind: RoutedExperts | None) -> Group:
@@ -99,7 +107,7 @@ def describe(groups: Sequence[Group], advantages_: Sequence[float], version: int
         if rewards:  # demonstrations were not sampled, so they have no reward
             tally.mean("reward", sum(rewards), len(rewards))
             tally.mean("reward/std", float(np.std(rewards)))
-            tally.mean("reward/groups_without_signal", float(max(rewards) - min(rewards) < 1e-8))
+            tally.mean("reward/groups_without_signal", float(without_signal(group)))
     tally.mean("advantage/abs", float(np.abs(advantages_).sum()), len(advantages_))
     return tally.report()
 

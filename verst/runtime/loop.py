@@ -36,6 +36,9 @@ from verst.runtime.wait import within
 from verst.runtime.workers import Published, drain_limit_s
 from verst.types import Group, Prompt
 
+_REPLACED_BATCHES = 20
+"""Batches' worth of groups without signal that end a run before one whole batch was found."""
+
 
 class Loop:
     """One run. Everything it works with is in `parts`; everything it knows after a crash comes from `restored`."""
@@ -53,6 +56,7 @@ class Loop:
         self._unread: asyncio.Queue[tuple[Cursor, Cursor, Prompt | DataError]] = asyncio.Queue(config.capacity_groups)
         self._dropped: dict[int, Group] = {}  # since the last batch
         self._drops_in_a_row = 0
+        self._signalless = 0  # groups dropped for their equal rewards since the last batch
         self._pulling: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         self._saver = Saver(config, parts, saved=restored.step)
@@ -170,12 +174,27 @@ class Loop:
             group = await within(self._ready.pop(), limit, f"the next of {count} groups ({len(groups)} are ready)")
             group = batching.refused(group, self._parts.trainers.routed_experts)
             reason = batching.unusable(group, self._algorithm.min_members)
-            if reason is None:
+            if reason is not None:
+                await self._drop(group, reason)
+            elif self._algorithm.needs_signal(self._config.algorithm) and batching.without_signal(group):
+                await self._replace(group)
+            else:
                 groups.append(group)
                 self._drops_in_a_row = 0
-            else:
-                await self._drop(group, reason)
         return groups
+
+    async def _replace(self, group: Group) -> None:
+        """Drops a group that has no gradient. That is a measure of the task, not a failure, but it must not go on for ever."""
+        self._dropped[group.seq] = group
+        self._cursors.pop(group.seq)
+        self._signalless += 1
+        if self._signalless > _REPLACED_BATCHES * self._config.train.groups_per_step:
+            reward = group.trainable[0].reward
+            raise DataError(
+                f"step {self.version + 1}: {self._signalless} groups were dropped because all their rewards were equal (the last: {reward})"
+                " before a batch was whole: the task is too easy or too hard for the model. Change the data, or algorithm.dynamic_sampling"
+            )
+        await self._slots.free([group.seq])
 
     async def _drop(self, group: Group, reason: str) -> None:
         """Gives up a group: recorded with the next batch, counted, and its slot goes to another prompt."""
@@ -222,7 +241,9 @@ class Loop:
             self._pulling = self._tasks.create_task(self._pull(published, held))
             with spans("checkpoint"):
                 await self._saver.after_step(self._state())
-        metrics = batching.describe([*groups, *dropped], advantages, step - 1) | tally.report() | {"groups/dropped": float(len(dropped))}
+        replaced, self._signalless = self._signalless, 0
+        metrics = batching.describe([*groups, *dropped], advantages, step - 1) | tally.report()
+        metrics |= {"groups/dropped": float(len(dropped) - replaced), "groups/replaced": float(replaced)}
         await self._after([*groups, *dropped], metrics)
 
     async def _commit(self, step: int, digest: str, journaled: JournaledBatch | None) -> None:

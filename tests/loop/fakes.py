@@ -139,8 +139,16 @@ class FakeParts:
     """What a `Loop` works with. `roll` decides what a group becomes, and may wait, raise or count."""
 
     def __init__(
-        self, config: Config, root: Path, roll: Callable[[int, int], Any] | None = None, seed: int = 0, shared: bool = False
+        self,
+        config: Config,
+        root: Path,
+        roll: Callable[[int, int], Any] | None = None,
+        seed: int = 0,
+        shared: bool = False,
+        delay_s: float = 0.003,
     ) -> None:
+        """`delay_s`: the longest time that a group takes beside what `roll` waits for."""
+        self.delay_s = delay_s
         self.config = config
         self.events: list[str] = []
         self.rolled: list[tuple[int, int]] = []  # (seq, version that the engines served)
@@ -171,7 +179,7 @@ class FakeParts:
         assert prompt.id == f"p{seq}", "the feed must read one prompt for each admission number"
         version = self.serving
         self.rolled.append((seq, version))
-        await asyncio.sleep(self._random.random() * 0.003)
+        await asyncio.sleep(self._random.random() * self.delay_s)
         result = self._roll(seq, version)
         finished = await result if asyncio.iscoroutine(result) else result
         return encode_group(finished), finished

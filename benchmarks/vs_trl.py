@@ -20,8 +20,8 @@ measured alike:
     reward_09_s      from the start of the process to the line of the first step whose reward is 0.9 or more
     steps_per_s      steps after the fifth over the time from its line to the last one
 
-Runs alternate, the first of each pair in turn; both of a pair have one seed, each pair another. The last line is one JSON object: medians over the pairs; `steps_per_s_ratio` is the
-median of the pairs' own ratios, above 1 where Verst is faster. Null: a reward of 0.9 was not reached.
+Runs alternate, the first of each pair in turn; both of a pair have one seed, each pair another. The last line is one JSON object: medians
+over the pairs; `steps_per_s_ratio` is the median of the pairs' own ratios, above 1 where Verst is faster. Null: 0.9 was not reached.
 """
 
 from __future__ import annotations

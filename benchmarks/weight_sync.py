@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where the time of the last publish goes in the trainer")
     parser.add_argument("--link-bytes", type=int, default=BUCKET_BYTES if torch.cuda.is_available() else 64 << 20)
     options = parser.parse_args()
-    os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as in a run (verst.runtime.service.worker_env)
+    os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as in a run (verst.runtime.launch.worker_env)
     with tempfile.TemporaryDirectory(prefix="weight_sync-") as scratch:
         directory = Path(scratch)
         write_model(SHAPES[options.shape], directory / "model", 1024)

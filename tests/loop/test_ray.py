@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,24 @@ def test_weights_by_broadcast(tmp_path: Path, model: Path):
     assert [row["mismatch/probe_version"] for row in rows] == [0, 1]
     assert max(row["mismatch/probe"] for row in rows) < 1e-5
     assert max(row["mismatch/abs_max"] for row in rows) < 1e-5  # in step 2: of tokens that broadcast weights generated
+
+
+class Parent:
+    """An actor that starts another, as the loop starts trainers and replicas."""
+
+    async def hash_seeds(self) -> list[str | None]:
+        return [os.environ.get("PYTHONHASHSEED"), await spawn("child", Told).call("hash_seed")]
+
+
+class Told:
+    def hash_seed(self) -> str | None:
+        return os.environ.get("PYTHONHASHSEED")
+
+
+async def test_actors_have_the_environment_of_the_one_that_starts_them():
+    parent = spawn("parent", Parent, env={"PYTHONHASHSEED": "11"})
+    assert await parent.call("hash_seeds") == ["11", "11"]
+    assert await spawn("other", Told).call("hash_seed") != "11"
 
 
 async def test_weights_read_from_the_trainers_reach_engines_on_the_same_device(tmp_path: Path, model: Path):

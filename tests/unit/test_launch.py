@@ -20,7 +20,6 @@ from verst.errors import ExtensionError
 from verst.runtime import launch
 from verst.runtime.extensions import Extensions
 from verst.runtime.rundir import RunDirectory
-from verst.runtime.service import worker_env
 
 
 @pytest.fixture
@@ -106,16 +105,31 @@ def test_ray_is_started_in_the_directory_the_run_began_in(run: RunDirectory, tmp
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     monkeypatch.setattr(ray, "init", lambda **options: seen.append((Path.cwd(), options["address"])))
-    assert launch._start_ray(run, told.append)
+    assert launch._start_ray(run, {}, told.append)
     assert (seen, told, Path.cwd()) == ([(began, "local")], [], elsewhere)  # also where RAY_ADDRESS names a cluster
-    assert worker_env(1, run.module_path)["PYTHONPATH"].split(os.pathsep)[0] == str(began)
+    assert launch.worker_env(1, run.module_path)["PYTHONPATH"].split(os.pathsep)[0] == str(began)
+
+
+def test_processes_of_a_ray_that_the_run_starts_inherit_its_environment(run: RunDirectory, monkeypatch: pytest.MonkeyPatch):
+    seen: list[dict[str, str]] = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **_: seen.append(dict(os.environ)))
+    before, env = dict(os.environ), launch.worker_env(3, run.module_path)
+    with launch._ray(run, None, env, print) as has_env:
+        assert has_env
+    assert seen[0].items() >= env.items()
+    assert (env["OMP_NUM_THREADS"], env["PYTHONHASHSEED"]) == ("3", "0")
+    assert {name: os.environ.get(name) for name in env} == {name: before.get(name) for name in env}
+    with launch._ray(run, "auto", env, print) as has_env:
+        assert not has_env  # processes of a cluster must be given it
 
 
 def test_a_directory_that_is_gone_is_told(run: RunDirectory, monkeypatch: pytest.MonkeyPatch):
     told: list[str] = []
     monkeypatch.setattr(ray, "init", lambda **_: None)
     monkeypatch.setattr(RunDirectory, "cwd", Path("/gone"))
-    launch._start_ray(run, told.append)
+    launch._start_ray(run, {}, told.append)
     assert told == [f"warning: the run began in /gone, which is gone: its modules are looked for in {Path.cwd()} and on PYTHONPATH"]
 
 

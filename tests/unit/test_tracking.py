@@ -192,6 +192,22 @@ def test_tensorboard(info: RunInfo):
     assert lines[2:] == ["| 2 | 2 + 2 &#124; two | 4 | 1 | finished |", "| 2 | &lt;b>3 + 3&lt;/b><br>again | 7 |  | failed |"]
 
 
+def test_tensorboard_is_opened_without_pytorch(info: RunInfo):
+    program = f"""
+import sys
+from verst.observe.trackers import TRACKERS, Report, RunInfo
+from pathlib import Path
+tracker = TRACKERS["tensorboard"](RunInfo("a", "b", "c", Path({str(info.root)!r}), {{}}))
+tracker.log(Report(1, {{"reward": 1.0}}))
+tracker.close()
+assert not {{"torch", "tensorboardX"}} & set(sys.modules)
+from tensorboardX import SummaryWriter  # whole, for whoever wants it
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(events(info.root / "tensorboard")) == 1
+
+
 def test_tensorboard_says_that_the_disk_is_full(info: RunInfo):
     tracker = cast(Any, TRACKERS["tensorboard"](info))
     file = tracker._writer._py_recordio_writer

@@ -7,10 +7,12 @@ read from the environment (`WANDB_API_KEY`, `MLFLOW_TRACKING_URI`, `HF_TOKEN`); 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from importlib import import_module
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,9 +66,7 @@ class TensorBoard:
     """
 
     def __init__(self, run: RunInfo) -> None:
-        writer = import_module("tensorboardX.event_file_writer")
-        self._events = import_module("tensorboardX.proto.event_pb2")
-        self._summary = import_module("tensorboardX.summary")
+        writer, self._events, self._summary = _parts("tensorboardX", "event_file_writer", "proto.event_pb2", "summary")
         directory = run.root / "tensorboard"
         directory.mkdir(exist_ok=True)
         self._writer = writer.EventsWriter(str(directory / "events"), f".{os.getpid()}.{time.time_ns()}")
@@ -82,6 +82,21 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _parts(package: str, *names: str) -> list[Any]:
+    """Modules of a package without the package's own `__init__`.
+
+    TensorboardX's imports PyTorch: 1.5 s of the loop's process, which has no use for it, just when trainer and engine start.
+    """
+    spec = None if package in sys.modules else find_spec(package)
+    if spec is not None:
+        sys.modules[package] = module_from_spec(spec)  # not executed; it tells where the modules are
+    try:
+        return [import_module(f"{package}.{name}") for name in names]
+    finally:
+        if spec is not None:
+            del sys.modules[package]  # whoever imports it gets it whole
 
 
 class Wandb:

@@ -129,7 +129,10 @@ class LocalWorker:
 def spawn(
     role: str, factory: Callable[..., Any], *args: Any, gpus: float = 0, env: Mapping[str, str] | None = None, **ray_options: Any
 ) -> RayWorker:
-    """Starts an actor around `factory(*args)`; `env` are environment variables of its process, `ray_options` what Ray shall know beside."""
+    """Starts an actor around `factory(*args)`; `env` are environment variables of its process, `ray_options` what Ray shall know beside.
+
+    Actors that it spawns itself have its `env` too: Ray hands it down.
+    """
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": _CONCURRENT_CALLS, **ray_options}
     if env:
         options["runtime_env"] = {"env_vars": dict(env)}

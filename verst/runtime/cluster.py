@@ -11,11 +11,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from verst.errors import ConfigError, RunLocked, VerstError
 from verst.runtime.rundir import RunDirectory
-from verst.runtime.service import RunService, worker_env
+from verst.runtime.service import RunService
 
 _REACH_S = 5.0
 """Limit of opening a connection to the head."""
@@ -130,7 +131,7 @@ def loop_of(run: RunDirectory) -> Any | None:
     raise ClusterUnreachable(f"the loop of {run.root} neither answered nor ended within {_ANSWER_S:g} s: is its node alive (`ray status`)?")
 
 
-def begin_loop(run: RunDirectory) -> Any:
+def begin_loop(run: RunDirectory, env: Mapping[str, str]) -> Any:
     """Starts the run's loop as a detached actor, on this machine if it can: here the run's directory is known to be.
 
     It has begun when this returns. Raises `RunLocked` if there is one already, `ClusterUnreachable` if no node starts it in time.
@@ -144,7 +145,7 @@ def begin_loop(run: RunDirectory) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"name": _name(run), "namespace": _NAMESPACE, "lifetime": "detached", "scheduling_strategy": here}
     try:
-        handle = spawn("loop", ClusterRun, str(run.root), env=worker_env(1, run.module_path), **options).handle
+        handle = spawn("loop", ClusterRun, str(run.root), env=env, **options).handle
     except ValueError as error:  # the name is taken
         raise RunLocked(f"{run.root}: another process has begun it on this cluster a moment ago; resume it again to follow it") from error
     try:

@@ -90,7 +90,7 @@ def train(  # noqa: PLR0913 - each is a choice of the caller
         run = create_run(resolved, packed, found.stream, branch)
         if branch is not None:
             echo(branch.line(found.stream))
-        return _supervise(run, resolved.run.steps, address, echo, live=live)
+        return _supervise(run, resolved, address, echo, live=live)
 
 
 def resume(
@@ -117,7 +117,7 @@ def resume(
             from verst.runtime.changes import change
 
             config = change(run, config, overrides, echo)
-        return _supervise(run, config.run.steps, address, echo, live=live)
+        return _supervise(run, config, address, echo, live=live)
 
 
 def _connect(address: str, opened: contextlib.ExitStack) -> None:
@@ -136,14 +136,19 @@ def _to_stderr(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
-def _supervise(run: RunDirectory, steps: int, address: str | None, echo: Echo, *, live: bool) -> RunResult:
+def _supervise(run: RunDirectory, config: Config, address: str | None, echo: Echo, *, live: bool) -> RunResult:
     """Runs the loop in an actor until it ends, or until the terminal is closed on one that lives on a cluster."""
     from verst.observe.sinks import read_rows
 
-    with _ray(run, address, echo), _signals(run, leaves=address is not None) as asked, shown(run, steps, echo, live=live) as tell:
+    env, steps = worker_env(config.train.threads, run.module_path), config.run.steps
+    with (
+        _ray(run, address, env, echo) as has_env,
+        _signals(run, leaves=address is not None) as asked,
+        shown(run, steps, echo, live=live) as tell,
+    ):
         if address is not None:
             tell = _while_open(tell, asked)
-        handle = _loop(run, address, tell)
+        handle = _loop(run, address, {} if has_env else env, tell)
         try:
             _watch(handle, asked, tell)
         except KeyboardInterrupt:
@@ -158,14 +163,28 @@ def _supervise(run: RunDirectory, steps: int, address: str | None, echo: Echo, *
     return RunResult(run.root, rows, interrupted=asked.stop.is_set() and not done and not left, detached=left)
 
 
-def _loop(run: RunDirectory, address: str | None, echo: Echo) -> Any:
+def worker_env(threads: int, module_path: Sequence[str]) -> dict[str, str]:
+    """Environment of a run's processes: CPU threads (fixed, because they are part of what makes bits repeat), and the user's modules."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0",  # some reasoning-gym tasks make their rows by iterating over sets of strings
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # makes cuBLAS repeat its sums; read once, when CUDA starts
+        # NCCL waits for ever if the members of a group differ in this, and SGLang sets it so in its servers
+        "NCCL_CUMEM_ENABLE": os.environ.get("NCCL_CUMEM_ENABLE", "0"),
+        "PYTHONPATH": os.pathsep.join(module_path),
+    }
+
+
+def _loop(run: RunDirectory, address: str | None, env: Mapping[str, str], echo: Echo) -> Any:
     """The run's loop as an actor handle: a new one, or the one that lives on the cluster already."""
     if address is None:
         from verst.runtime.actors import spawn
-        from verst.runtime.service import RunService, worker_env
+        from verst.runtime.service import RunService
 
         echo(f"run {run.root}")
-        return spawn("loop", RunService, str(run.root), env=worker_env(1, run.module_path)).handle
+        return spawn("loop", RunService, str(run.root), env=env).handle
     from verst.runtime import cluster
 
     handle = cluster.loop_of(run)
@@ -173,7 +192,7 @@ def _loop(run: RunDirectory, address: str | None, echo: Echo) -> Any:
     echo(f"look again with: verst watch {run.root}; take it up, to end it with Ctrl-C: verst resume {run.root} --address {address}")
     if handle is None:
         _require_unlocked(run)
-        handle = cluster.begin_loop(run)
+        handle = cluster.begin_loop(run, env)
     return handle
 
 
@@ -224,18 +243,21 @@ def _watch(handle: Any, asked: Asked, echo: Echo) -> None:
 
 
 @contextlib.contextmanager
-def _ray(run: RunDirectory, address: str | None, echo: Echo) -> Iterator[None]:
-    """Ray, started here unless there is a cluster or the caller has started it; then it is also ended here."""
+def _ray(run: RunDirectory, address: str | None, env: Mapping[str, str], echo: Echo) -> Iterator[bool]:
+    """Ray, started here unless there is a cluster or the caller has started it; then it is also ended here.
+
+    Yields whether its processes have the variables `env`.
+    """
     if address is not None:
-        yield
+        yield False
         return
     _require_unlocked(run)
     try:
-        started = _start_ray(run, echo)
+        started = _start_ray(run, env, echo)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted before the run began; start it with: verst resume {run.root}") from None
     try:
-        yield
+        yield started
     finally:
         if started:
             import ray
@@ -243,15 +265,17 @@ def _ray(run: RunDirectory, address: str | None, echo: Echo) -> Iterator[None]:
             ray.shutdown()
 
 
-def _start_ray(run: RunDirectory, echo: Echo) -> bool:
-    """Whether Ray was started here. Its processes live in the directory the run began in, where its modules are found."""
+def _start_ray(run: RunDirectory, env: Mapping[str, str], echo: Echo) -> bool:
+    """Whether Ray was started here. Its processes live in the directory the run began in, where its modules are found, and inherit `env`:
+    for an actor with an environment of its own Ray would first ask an agent, and then start and import itself twice.
+    """
     _quiet_ray()
     import ray
 
     if ray.is_initialized():
         return False
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with _began_in(run, echo):
+    with _began_in(run, echo), _environment(env):
         ray.init(
             address="local",  # RAY_ADDRESS may name a cluster; runs go there by `address` only
             include_dashboard=False,
@@ -260,6 +284,21 @@ def _start_ray(run: RunDirectory, echo: Echo) -> bool:
             object_store_memory=min(2 << 30, memory // 4),
         )
     return True
+
+
+@contextlib.contextmanager
+def _environment(env: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the processes started meanwhile."""
+    before = {name: os.environ.get(name) for name in env}
+    os.environ.update(env)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _quiet_ray() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -131,16 +130,12 @@ class RunService:
         return Extensions.unpack(path.read_bytes() if path.exists() else None)
 
     def _spawn_trainers(self, placement: Placement, on: Sequence[dict[str, Any]]) -> list[Worker]:
-        env = worker_env(self._config.train.threads, self._run.module_path)
         return [
-            self._spawn(
-                f"trainer rank {r}", TrainerWorker, self._config, r, placement.device, gpus=placement.trainer_gpus, env=env, **on[r]
-            )
+            self._spawn(f"trainer rank {r}", TrainerWorker, self._config, r, placement.device, gpus=placement.trainer_gpus, **on[r])
             for r in range(self._config.train.ranks)
         ]
 
     def _spawn_replicas(self, placement: Placement, on: Sequence[dict[str, Any]], extensions: Extensions) -> list[Worker]:
-        env = worker_env(self._config.train.threads, self._run.module_path)
         return [
             self._spawn(
                 f"replica {i}",
@@ -152,7 +147,6 @@ class RunService:
                 self._run.logs,
                 placement.shared,
                 gpus=placement.replica_gpus,
-                env=env,
                 **on[i % len(on)],
             )
             for i in range(self._config.rollout.replicas)
@@ -169,17 +163,3 @@ def _first(stream: PromptStream) -> Prompt:
     prompt = stream.next()
     stream.restore(state)
     return prompt
-
-
-def worker_env(threads: int, module_path: Sequence[str]) -> dict[str, str]:
-    """Environment of a worker process: its CPU threads (fixed, because they are part of what makes bits repeat), and the user's modules."""
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONHASHSEED": "0",  # some reasoning-gym tasks make their rows by iterating over sets of strings
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # makes cuBLAS repeat its sums; read once, when CUDA starts
-        # NCCL waits for ever if the members of a group differ in this, and SGLang sets it so in its servers
-        "NCCL_CUMEM_ENABLE": os.environ.get("NCCL_CUMEM_ENABLE", "0"),
-        "PYTHONPATH": os.pathsep.join(module_path),
-    }

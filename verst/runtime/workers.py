@@ -7,7 +7,9 @@ one trainer rank. Groups and batches cross the process boundary encoded (`verst.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ from verst.config.hub import with_local_model
 from verst.config.schema import Config
 from verst.errors import ModelError
 from verst.observe.metrics import Tally
-from verst.runtime.wait import within
+from verst.runtime.wait import gather_named, within
 from verst.types import Group, Manifest, PauseMode, Prompt, RoutedExperts, RoutesWanted
 
 if TYPE_CHECKING:
@@ -61,6 +63,20 @@ def rolling_deadline_s(config: Config, groups: int, *, shared: bool) -> float:
 def drain_limit_s(config: Config) -> float:
     """Limit of finishing what is in flight before a version; 0 if it need not finish."""
     return rolling_deadline_s(config, config.capacity_groups, shared=False) if config.weights.in_flight == "finish" else 0.0
+
+
+@contextlib.contextmanager
+def _imports() -> Iterator[None]:
+    """Around what imports PyTorch and transformers: hundreds of thousands of objects that all stay. To search them for garbage again and
+    again takes a fifth of the time.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +128,16 @@ class RolloutWorker:
 
         Returns what the engine records of its routes.
         """
+        with _imports():
+            parts = {"the engine's modules": asyncio.to_thread(self._make)}
+            if scores:  # its processes start beside: what the engine imports takes seconds
+                parts["the reward"] = self._start_scorer()
+            await gather_named(parts)
+            await self.engine.start()
+        self._rollers = {False: self._roller(evaluate=False), True: self._roller(evaluate=True)}
+        return self.engine.routed_experts
+
+    def _make(self) -> None:
         from verst.data.chat import ChatRenderer, load_tokenizer
         from verst.rollout.engines import make_engine
         from verst.rollout.environments import environment_factory
@@ -124,11 +150,6 @@ class RolloutWorker:
         self._environment = environment_factory(self._extensions.environment or rollout.environment, rollout.environment_options)
         log = self._logs / f"replica-{self._replica}.log"
         self.engine = make_engine(config, replica=self._replica, device=self._device, shared=self._shared, log=log)
-        if scores:
-            await self._start_scorer()
-        await self.engine.start()
-        self._rollers = {False: self._roller(evaluate=False), True: self._roller(evaluate=True)}
-        return self.engine.routed_experts
 
     async def _start_scorer(self) -> None:
         from verst.rewards.scorer import Scorer
@@ -283,14 +304,15 @@ class TrainerWorker:
 
     def start(self, rendezvous: str | None) -> TrainerFacts:
         """Loads the model; joins the other ranks if there are any."""
-        from verst.training.backends import make_backend
-        from verst.training.distributed import init_distributed
+        with _imports():
+            from verst.training.backends import make_backend
+            from verst.training.distributed import init_distributed
 
-        self._config = with_local_model(self._config)
-        world = self._config.train.ranks
-        if rendezvous is not None:
-            init_distributed(self._rank, world, rendezvous, timeout_s=self._config.train.deadline_s, device=self._device)
-        self.backend = make_backend(self._config, rank=self._rank, world=world, device=self._device)
+            self._config = with_local_model(self._config)
+            world = self._config.train.ranks
+            if rendezvous is not None:
+                init_distributed(self._rank, world, rendezvous, timeout_s=self._config.train.deadline_s, device=self._device)
+            self.backend = make_backend(self._config, rank=self._rank, world=world, device=self._device)
         return TrainerFacts(self.backend.num_updates, self.backend.routed_experts, self.backend.routes_wanted)
 
     def load_batch(self, encoded: bytes, routes: bytes | None) -> Scores:

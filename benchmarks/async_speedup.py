@@ -2,15 +2,16 @@
 
     python benchmarks/async_speedup.py [--steps 40] [--train-s 0.4] [--places 64] [--sigma 1.0]
 
-The engine decodes `--places` trajectories at once, each for a time of its own, log-normal with `--sigma` (heavy-tailed, as answers are); the
-trainer takes `--train-s` for a step. By default both need the same time for a batch, so that a perfect overlap halves the step. Loop, slots,
-window, journal with its fsyncs and commits are the real ones; only engine and trainer sleep. Every schedule gets the same trajectories.
+The engine decodes `--places` trajectories at once, each for a time of its own, log-normal with `--sigma` (heavy-tailed, as answers are);
+the trainer takes `--train-s` for a step. By default both need the same time for a batch, so that a perfect overlap halves the step. Loop,
+slots, window, journal with its fsyncs and commits are the real ones; only engine and trainer sleep. Every schedule gets the same
+trajectories.
 
     bound = max(all generation / places, all training, longest chain)
 
-is what no schedule of these slots can beat. The chain is that of dependent work with unlimited places: a group is admitted once the steps are
-done that free its slot, and a step needs every group that the window does not let it pass. `share_of_bound` is the bound of the asynchronous
-schedule over the measured time. The last line is one JSON object; times in seconds.
+is what no schedule of these slots can beat. The chain is that of dependent work with unlimited places: a group is admitted once the steps
+are done that free its slot, and a step needs every group that the window does not let it pass. `share_of_bound` is the bound of the
+asynchronous schedule over the measured time. The last line is one JSON object; times in seconds.
 """
 
 from __future__ import annotations
@@ -127,7 +128,9 @@ def main() -> None:
             seconds, stale = asyncio.run(measured_s(work, batches, window, Path(directory)))
         allowed = configured(work, batches, window).worst_staleness
         own = bounds[name] / seconds
-        print(f"{name:<14}{batches * BATCH:>6}{window:>8}{seconds:>9.2f}{bounds[name]:>8.2f}{own:>8.1%}{stale:>11.0f}{allowed:>9}", flush=True)
+        print(
+            f"{name:<14}{batches * BATCH:>6}{window:>8}{seconds:>9.2f}{bounds[name]:>8.2f}{own:>8.1%}{stale:>11.0f}{allowed:>9}", flush=True
+        )
         result |= {f"{name}_s": seconds, f"{name}_share_of_bound": bounds["async"] / seconds, f"{name}_staleness": stale}
     print(json.dumps({key: round(value, 4) for key, value in result.items()}))
 

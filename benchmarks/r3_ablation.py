@@ -52,7 +52,7 @@ from verst.observe.metrics import Tally
 from verst.recipes.tiny import build_tiny_model, write_demonstrations
 from verst.runtime.batching import advantages, assemble, describe
 from verst.runtime.extensions import Extensions
-from verst.runtime.workers import RolloutWorker
+from verst.runtime.rollout_worker import RolloutWorker
 from verst.training.fsdp import FsdpBackend
 from verst.types import Batch, Group, Routes, Sample
 from verst.weights.files import publish

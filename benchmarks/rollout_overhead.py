@@ -35,7 +35,7 @@ from verst.config.load import load_config
 from verst.config.schema import Config
 from verst.journal.codec import decode_group
 from verst.runtime.extensions import Extensions
-from verst.runtime.workers import RolloutWorker
+from verst.runtime.rollout_worker import RolloutWorker
 from verst.types import Group, Message, Prompt
 
 DEADLINE_S = 600.0

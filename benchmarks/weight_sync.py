@@ -49,7 +49,7 @@ from verst.config.schema import Config
 from verst.journal.codec import encode_batch
 from verst.protocols import Engine
 from verst.rollout.engines import make_engine
-from verst.runtime.workers import GROUP, TrainerWorker
+from verst.runtime.trainer_worker import GROUP, TrainerWorker
 from verst.types import Batch, GenerateRequest, Manifest, Sampling
 from verst.weights.group import GroupAddress, GroupUpdate, Member, enter, join, open_store
 from verst.weights.layout import BUCKET_BYTES

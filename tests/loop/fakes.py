@@ -20,8 +20,8 @@ from verst.observe.limits import FidelityWatch
 from verst.observe.metrics import Tally
 from verst.runtime.lease import Lease
 from verst.runtime.pools import Replicas, Trainers
+from verst.runtime.trainer_worker import Published, Scores
 from verst.runtime.transfer import Brought
-from verst.runtime.workers import Published, Scores
 from verst.types import FinishReason, Group, Manifest, Message, Prompt, RoutedExperts, Status, Trajectory, Turn
 
 

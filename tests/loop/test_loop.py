@@ -17,8 +17,8 @@ from verst.journal.codec import encode_group
 from verst.runtime.loop import Loop
 from verst.runtime.parts import Parts
 from verst.runtime.recovery import Cursor, JournaledBatch, Restored
+from verst.runtime.trainer_worker import Published
 from verst.runtime.transfer import Brought
-from verst.runtime.workers import Published
 from verst.types import NO_VERSION, Group, Message, Prompt
 
 

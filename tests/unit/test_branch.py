@@ -19,7 +19,7 @@ from verst.journal.log import JournalReader
 from verst.runtime.branch import open_branch
 from verst.runtime.listing import summarize
 from verst.runtime.profiling import profile_step
-from verst.runtime.workers import TrainerWorker
+from verst.runtime.trainer_worker import TrainerWorker
 from verst.testing import tiny_model
 
 

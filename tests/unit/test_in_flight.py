@@ -16,7 +16,7 @@ from verst.config.schema import Config
 from verst.errors import DeadlineExceeded
 from verst.runtime.extensions import Extensions
 from verst.runtime.pools import Replicas
-from verst.runtime.workers import RolloutWorker
+from verst.runtime.rollout_worker import RolloutWorker
 from verst.types import Group, Message, PauseMode, Prompt
 from verst.weights.files import publish
 
@@ -122,7 +122,7 @@ async def test_a_group_that_never_finishes_is_told(monkeypatch: pytest.MonkeyPat
     parts, worker, replicas = replica(config("finish"))
     rolling = asyncio.create_task(replicas.roll(1, PROMPT, "policy"))
     await begun(parts, 1)
-    monkeypatch.setattr("verst.runtime.workers.drain_limit_s", lambda config: 0.05)
+    monkeypatch.setattr("verst.runtime.rollout_worker.drain_limit_s", lambda config: 0.05)
     with pytest.raises(DeadlineExceeded, match="1 groups to finish before a new version"):
         async with replicas.drained():
             pass

@@ -11,8 +11,8 @@ from verst.config.schema import Config
 from verst.errors import DeadlineExceeded, WeightMismatch
 from verst.observe.spans import Spans
 from verst.runtime.lease import Lease
+from verst.runtime.limits import rolling_deadline_s
 from verst.runtime.pools import Replicas, Trainers
-from verst.runtime.workers import rolling_deadline_s
 
 
 class Side:

@@ -20,7 +20,7 @@ from verst.routing.kinds import moe_layers, routed_experts
 from verst.routing.records import expert_dtype, narrowed, require_routes, routes_of, tokens_digest
 from verst.runtime.batching import assemble, failures, refused
 from verst.runtime.pools import Replicas, Trainers
-from verst.runtime.workers import Scores, TrainerFacts
+from verst.runtime.trainer_worker import Scores, TrainerFacts
 from verst.testing import FakeEngine, FakeEnvironment
 from verst.types import NO_VERSION, Batch, Group, RoutedExperts, Routes, RoutesWanted, Sample, Status, Trajectory
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from verst.config.schema import Config
 from verst.errors import TrainingDiverged, WeightMismatch
 from verst.runtime.placement import Placement
+from verst.runtime.rollout_worker import Pulled
+from verst.runtime.trainer_worker import GROUP, Published
 from verst.runtime.transfer import Transfer
-from verst.runtime.workers import GROUP, Published, Pulled
 from verst.types import Manifest
 
 PROBE_T = np.array([3, 1, 2], np.int32)

@@ -21,7 +21,7 @@ from verst.data.stream import distinct_prompts
 from verst.errors import ConfigError, DataError
 from verst.journal.codec import decode_group
 from verst.runtime.extensions import Extensions
-from verst.runtime.workers import RolloutWorker
+from verst.runtime.rollout_worker import RolloutWorker
 from verst.types import Group, Prompt, Status
 
 _SET_OPTIONS = {

@@ -15,9 +15,9 @@ from contextlib import asynccontextmanager
 
 from verst.config.schema import Config
 from verst.observe.spans import Spans
+from verst.runtime.limits import turn_limit_s
 from verst.runtime.pools import Replicas, Trainers
 from verst.runtime.wait import gather_named, within
-from verst.runtime.workers import turn_limit_s
 
 
 class Lease:

@@ -28,12 +28,13 @@ from verst.journal.index import BatchRecord, CommitRecord
 from verst.observe.metrics import Tally
 from verst.observe.spans import Spans
 from verst.runtime import batching
+from verst.runtime.limits import drain_limit_s
 from verst.runtime.parts import Parts
 from verst.runtime.recovery import Cursor, JournaledBatch, LoopState, Restored
 from verst.runtime.saving import Saver
 from verst.runtime.slots import GroupSlots, Ready
+from verst.runtime.trainer_worker import Published
 from verst.runtime.wait import within
-from verst.runtime.workers import Published, drain_limit_s
 from verst.types import Group, Prompt
 
 _REPLACED_BATCHES = 20

@@ -15,8 +15,10 @@ from verst.journal.codec import decode_group, encode_batch, encode_routes
 from verst.observe.metrics import Tally, merged
 from verst.runtime.actors import Worker
 from verst.runtime.batching import routes_for
+from verst.runtime.limits import drain_limit_s, rolling_deadline_s
+from verst.runtime.rollout_worker import Pulled
+from verst.runtime.trainer_worker import Published, Scores, TrainerFacts
 from verst.runtime.wait import GRACE_S, gather_named, within
-from verst.runtime.workers import Published, Pulled, Scores, TrainerFacts, drain_limit_s, rolling_deadline_s
 from verst.types import Batch, Group, Manifest, Prompt, RoutedExperts, RoutesWanted
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from verst.runtime.actors import LocalWorker
 from verst.runtime.pools import Trainers
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.stored import newest_state
-from verst.runtime.workers import TrainerWorker
+from verst.runtime.trainer_worker import TrainerWorker
 
 if TYPE_CHECKING:
     from torch.profiler import profile

@@ -28,9 +28,10 @@ from verst.runtime.parts import Parts
 from verst.runtime.placement import Placement, place
 from verst.runtime.pools import Replicas, Trainers
 from verst.runtime.recovery import recover
+from verst.runtime.rollout_worker import RolloutWorker
 from verst.runtime.rundir import RunDirectory
+from verst.runtime.trainer_worker import TrainerWorker
 from verst.runtime.transfer import Transfer
-from verst.runtime.workers import RolloutWorker, TrainerWorker
 from verst.types import Prompt
 from verst.weights.location import held, publish_directory
 

@@ -21,8 +21,9 @@ from verst.config.schema import Config
 from verst.errors import WeightMismatch
 from verst.runtime.placement import Placement
 from verst.runtime.pools import Replicas, Trainers
+from verst.runtime.rollout_worker import Pulled
+from verst.runtime.trainer_worker import GROUP, Published
 from verst.runtime.wait import gather_named, within
-from verst.runtime.workers import GROUP, Published, Pulled
 from verst.weights.push import check_probe, compare_probe
 
 ATTEMPTS = 2

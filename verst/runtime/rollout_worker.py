@@ -1,0 +1,217 @@
+"""What runs in a replica's actor: a plain class that tests drive without Ray. Groups leave it encoded (`verst.journal.codec`)."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from verst.config.hub import with_local_model
+from verst.config.schema import Config
+from verst.errors import ModelError
+from verst.runtime.imports import large_imports
+from verst.runtime.limits import drain_limit_s, rolling_deadline_s
+from verst.runtime.trainer_worker import GROUP
+from verst.runtime.wait import gather_named, within
+from verst.types import Group, Manifest, PauseMode, Prompt, RoutedExperts
+
+if TYPE_CHECKING:
+    from verst.protocols import WeightUpdate
+    from verst.rewards.scorer import Scorer
+    from verst.runtime.extensions import Extensions
+    from verst.weights.group import GroupAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What a replica reports with a new version."""
+
+    probe_T: NDArray[np.float32]  # the engine's log-probabilities of the probe
+    stats: dict[str, float]  # the engine's counters and gauges
+
+
+def _require_vocabulary(tokens: int, path: str) -> None:
+    """Raises `ModelError` if the tokenizer is of another model. Tokens added to a vocabulary may lie beyond the model's: if never used."""
+    from verst.config.plan import read_config
+
+    config = read_config(path)
+    known = config.get("text_config", config).get("vocab_size")
+    if isinstance(known, int) and tokens > known:
+        raise ModelError(
+            f"model.path {path}: its tokenizer has {tokens} tokens, its config.json a vocab_size of {known}: give the tokenizer that "
+            "belongs to the model"
+        )
+
+
+class RolloutWorker:
+    """One engine replica with its chat renderer, environments, reward processes and weight updates.
+
+    Scoring lies here, and not in one place for all replicas, because groups are here already and replicas grow in number with the run.
+    """
+
+    def __init__(
+        self, config: Config, extensions: Extensions, replica: int, device: str, logs: Path, shared: bool = False, samples: int = 1
+    ) -> None:
+        """`samples`: trajectories of each prompt in an evaluation."""
+        self._config = config
+        self._extensions = extensions
+        self._device = device
+        self._replica = replica
+        self._logs = logs
+        self._shared = shared
+        self._samples = samples
+        self.engine: Any = None
+        self._scorer: Scorer | None = None
+        self._rolling = 0
+        self._traffic = asyncio.Condition()
+        self._draining = False
+
+    async def start(self, scores: bool) -> RoutedExperts | None:
+        """Loads the model and the tokenizer and, if the run `scores`, the reward. Raises `ModelError` or `ExtensionError`.
+
+        Returns what the engine records of its routes.
+        """
+        with large_imports():
+            parts = {"the engine's modules": asyncio.to_thread(self._make)}
+            if scores:  # its processes start beside: what the engine imports takes seconds
+                parts["the reward"] = self._start_scorer()
+            await gather_named(parts)
+            await self.engine.start()
+        self._rollers = {False: self._roller(evaluate=False), True: self._roller(evaluate=True)}
+        return self.engine.routed_experts
+
+    def _make(self) -> None:
+        from verst.data.chat import ChatRenderer, load_tokenizer
+        from verst.rollout.engines import make_engine
+        from verst.rollout.environments import environment_factory
+
+        config = self._config = with_local_model(self._config)
+        rollout = config.rollout
+        tokenizer = load_tokenizer(config.model.path)
+        _require_vocabulary(tokenizer.vocab_size, config.model.path)
+        self._renderer = ChatRenderer(tokenizer)
+        self._environment = environment_factory(self._extensions.environment or rollout.environment, rollout.environment_options)
+        log = self._logs / f"replica-{self._replica}.log"
+        self.engine = make_engine(config, replica=self._replica, device=self._device, shared=self._shared, log=log)
+
+    async def _start_scorer(self) -> None:
+        from verst.rewards.scorer import Scorer
+        from verst.rewards.spec import RewardSpec
+
+        reward = self._config.reward
+        spec = RewardSpec.of(reward, self._extensions.reward)
+        self._scorer = Scorer(spec, workers=reward.workers, deadline_s=reward.deadline_s, log=self._logs / "rewards.log")
+        await self._scorer.start()
+
+    def _roller(self, *, evaluate: bool) -> Any:
+        from verst.rollout.roll import GroupRoller
+        from verst.types import Sampling
+
+        config, rollout = self._config, self._config.rollout
+        filters: dict[str, Any] = {} if evaluate else {"top_p": rollout.top_p, "top_k": rollout.top_k, "min_p": rollout.min_p}
+        sampling = Sampling(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=config.eval.temperature if evaluate else rollout.temperature,
+            stop=tuple(rollout.stop),
+            **filters,
+        )
+        return GroupRoller(
+            self.engine,
+            self._renderer,
+            self._environment,
+            sampling=sampling,
+            group_size=self._samples if evaluate else rollout.group_size,
+            max_turns=rollout.max_turns,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_model_tokens=config.max_trajectory_tokens,
+            seed=config.run.seed,
+            environment_deadline_s=rollout.deadline_s,
+        )
+
+    async def roll(self, seq: int, prompt: Prompt, how: str) -> bytes:
+        """Makes one finished group, encoded.
+
+        `how`: "policy", "evaluation" (`samples` trajectories, its own sampling) or "demonstrations" (no engine and no reward).
+        """
+        from verst.journal.codec import encode_group
+
+        if how == "demonstrations":
+            return encode_group(self._rollers[False].demonstrate(seq, prompt))
+        assert self._scorer is not None
+        limit_s = rolling_deadline_s(self._config, self._rolling + 1, shared=self._shared)
+        group = await within(self._rolled(seq, prompt, how), limit_s, f"the engine: rolling group {seq} ({prompt.id})")
+        return encode_group(await self._scorer.score(group))
+
+    async def _rolled(self, seq: int, prompt: Prompt, how: str) -> Group:
+        async with self._traffic:
+            await self._traffic.wait_for(lambda: not self._draining)
+            self._rolling += 1
+        try:
+            return await self._rollers[how == "evaluation"].roll(seq, prompt)
+        finally:
+            async with self._traffic:
+                self._rolling -= 1
+                self._traffic.notify_all()
+
+    async def drain(self) -> None:
+        """Returns once nothing is in flight. What comes after waits for `admit`."""
+        async with self._traffic:
+            self._draining = True
+            what = f"{self._rolling} groups to finish before a new version"
+            await within(self._traffic.wait_for(lambda: not self._rolling), drain_limit_s(self._config), what)
+
+    async def admit(self) -> None:
+        async with self._traffic:
+            self._draining = False
+            self._traffic.notify_all()
+
+    async def pull(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> Pulled:
+        """Loads one version, which serves if every checksum matches, and scores the probe with it."""
+        from verst.weights.push import push
+
+        weights, update = self._config.weights, self._update(manifest)
+        mode = PauseMode.RETRACT if weights.in_flight == "recompute" else PauseMode.IN_PLACE
+        logprobs_T = await push(self.engine, update, deadline_s=weights.deadline_s, probe_T=probe_T, in_flight=mode)
+        assert logprobs_T is not None
+        return Pulled(logprobs_T, dict(self.engine.stats()))
+
+    def _update(self, manifest: Manifest) -> WeightUpdate:
+        from verst.weights.files import FileUpdate
+        from verst.weights.group import GroupUpdate
+        from verst.weights.layout import BUCKET_BYTES
+
+        if manifest.location != GROUP:
+            return FileUpdate(manifest)
+        return GroupUpdate(manifest, BUCKET_BYTES, self._config.weights.deadline_s)
+
+    async def release_memory(self) -> None:
+        """Gives all of the engine's device memory to the trainer. What is in flight waits, and goes on after the next `pull`."""
+        await self.engine.pause()
+        await self.engine.release_memory()
+
+    async def resume_memory(self) -> None:
+        await self.engine.resume_memory()
+
+    async def weight_ranks(self) -> int:
+        """Members of the weight group that this replica's engine becomes."""
+        return self.engine.weight_ranks
+
+    async def join_group(self, address: GroupAddress, first_rank: int) -> None:
+        """The engine takes its places among those the trainer broadcasts to. A collective."""
+        await self.engine.join_weight_group(address, first_rank, self._config.weights.deadline_s)
+
+    async def probe_tokens(self, prompt: Prompt) -> NDArray[np.int32]:
+        """The tokens both sides score at every publish: the start of a real prompt."""
+        tokens_T = self._renderer.opening(prompt.messages)
+        self._rollers[False].check_prompt(prompt, len(tokens_T))
+        return tokens_T[:64]
+
+    async def close(self) -> None:
+        if self._scorer is not None:
+            await self._scorer.close()
+        if self.engine is not None:  # None: it could not be started
+            await self.engine.close()

@@ -1,0 +1,191 @@
+"""What runs in a trainer rank's actor: a plain class that tests drive without Ray. Batches reach it encoded (`verst.journal.codec`)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from verst.config.hub import with_local_model
+from verst.config.schema import Config
+from verst.observe.metrics import Tally
+from verst.runtime.imports import large_imports
+from verst.types import Manifest, RoutedExperts, RoutesWanted
+
+if TYPE_CHECKING:
+    from verst.weights.group import GroupAddress
+
+GROUP = "group"
+"""In place of a location: the version is broadcast, not written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A version that can be brought to the engines. `probe_T`: the trainer's log-probabilities of the probe, if they are known already."""
+
+    manifest: Manifest
+    probe_T: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerFacts:
+    """What is known of a rank once it has started."""
+
+    num_updates: int  # of each step
+    routed_experts: RoutedExperts | None
+    routes_wanted: RoutesWanted | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a rank learned from a batch before its first update (the picklable half of `BatchScores`)."""
+
+    tally: Tally
+    reference_kl: dict[int, float]
+
+
+class TrainerWorker:
+    """One trainer rank: backend, publishing and checkpoint files."""
+
+    def __init__(self, config: Config, rank: int, device: str) -> None:
+        self._config = config
+        self._rank = rank
+        self._device = device
+
+    def rendezvous(self) -> str:
+        """An address on this rank's machine where all ranks can meet."""
+        from verst.training.distributed import Rendezvous
+
+        self._rendezvous = Rendezvous()
+        return self._rendezvous.address
+
+    def start(self, rendezvous: str | None) -> TrainerFacts:
+        """Loads the model; joins the other ranks if there are any."""
+        with large_imports():
+            from verst.training.backends import make_backend
+            from verst.training.distributed import init_distributed
+
+            self._config = with_local_model(self._config)
+            world = self._config.train.ranks
+            if rendezvous is not None:
+                init_distributed(self._rank, world, rendezvous, timeout_s=self._config.train.deadline_s, device=self._device)
+            self.backend = make_backend(self._config, rank=self._rank, world=world, device=self._device)
+        return TrainerFacts(self.backend.num_updates, self.backend.routed_experts, self.backend.routes_wanted)
+
+    def load_batch(self, encoded: bytes, routes: bytes | None) -> Scores:
+        """`routes`: those that this rank wants, of the samples that it computes."""
+        from verst.journal.codec import decode_batch, decode_routes
+
+        batch = decode_batch(encoded)
+        if routes is not None:
+            known = decode_routes(routes)
+            batch = replace(batch, samples=tuple(replace(s, routes=known.get(i)) for i, s in enumerate(batch.samples)))
+        scores = self.backend.load_batch(batch)
+        return Scores(scores.tally, dict(scores.reference_kl))
+
+    def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
+        return self.backend.forward_backward(update, advantages)
+
+    def optimizer_step(self, update: int) -> Tally:
+        return self.backend.optimizer_step(update)
+
+    def publish(self, version: int, location: str | None, probe_T: NDArray[np.int32]) -> Published | None:
+        """Hashes the weights and, given a location, writes them for the engines. Rank 0 returns what the engines need.
+
+        A collective: every rank takes part in gathering the tensors. The call that reads the weights for the engines scores the probe,
+        because their memory may be given up right after it: this one, if it writes a file, else `send`.
+        """
+        from verst.weights.files import describe, publish
+        from verst.weights.location import remove_versions
+
+        writes = bool(location) and location != GROUP
+        weights = self.backend.weights()
+        manifest: Manifest | None = None
+        if self._rank:
+            for _ in weights:
+                pass
+        elif location and writes:
+            manifest = publish(version, weights, location)
+            remove_versions(location, keep={version - 1, version})  # the one before may still be on its way into an engine
+        else:
+            manifest = replace(describe(version, weights), location=location or "")
+        logprobs_T = self.backend.logprobs(probe_T) if writes else None
+        return None if manifest is None else Published(manifest, logprobs_T)
+
+    def host_group(self, name: str, world: int, shared: bool) -> GroupAddress:
+        """Opens the place where the weight group meets. Rank 0 only; `join_group` follows."""
+        from verst.training.distributed import own_address
+        from verst.weights.group import GroupAddress, open_store
+
+        host = "127.0.0.1" if shared else own_address()
+        self._store = open_store(host, timeout_s=self._config.weights.deadline_s, listen=True)
+        return GroupAddress(host, self._store.port, name, world, shared)
+
+    def join_group(self, address: GroupAddress) -> None:
+        """Becomes the sender. Rank 0 only; a collective with the replicas."""
+        from verst.weights.group import SENDER, enter
+
+        self._group = enter(self._store, address, SENDER, device=self._device, timeout_s=self._config.weights.deadline_s)
+
+    def send(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Broadcasts the weights that `publish` described, before anything changes them, and scores the probe. A collective."""
+        from verst.weights.group import send
+        from verst.weights.layout import BUCKET_BYTES
+
+        weights = self.backend.weights()
+        if self._rank:
+            for _ in weights:
+                pass
+        else:
+            send(self._group, manifest, weights, bucket_bytes=BUCKET_BYTES, deadline_s=self._config.weights.deadline_s)
+        return self.backend.logprobs(probe_T)
+
+    def release_memory(self, weights: bool) -> None:
+        self.backend.release_memory(weights=weights)
+
+    def resume_memory(self) -> None:
+        self.backend.resume_memory()
+
+    def snapshot(self, directory: str, step: int) -> dict[str, Any]:
+        """Copies this rank's state and begins to write it in the background. Returns the model's fingerprint."""
+        from verst.training.checkpoints import CheckpointWriter, fingerprint
+
+        state = self.backend.state()
+        self._writer = CheckpointWriter(Path(directory), step, rank=self._rank, world=self._config.train.ranks)
+        self._writer.begin(state)
+        return fingerprint(state)
+
+    async def written(self) -> Any:
+        """Waits for the file begun by `snapshot`, while training goes on. Returns its record for the manifest.
+
+        Raises `CheckpointError` if it could not be written.
+        """
+        return await asyncio.to_thread(self._writer.finish)
+
+    def restore(self, directory: str, step: int) -> None:
+        """Takes this rank's part of a verified checkpoint. The place in the schedule is that of this run's step."""
+        from verst.training.checkpoints import load_state
+
+        state = load_state(Path(directory), step, rank=self._rank, world=self._config.train.ranks)
+        self.backend.load_state(replace(state, values={**state.values, "update": step * self.backend.num_updates}))
+
+    def export(self, directory: str) -> None:
+        """Writes the current weights with config and tokenizer as a Hugging Face directory. A collective."""
+        from verst.training.export import export_model
+
+        weights = self.backend.weights()
+        if self._rank:
+            for _ in weights:
+                pass
+        else:
+            export_model(self._config.model.path, {n: t.cpu().clone() for n, t in weights}, Path(directory))
+
+    def close(self) -> None:
+        from verst.training.distributed import leave_distributed
+
+        leave_distributed()

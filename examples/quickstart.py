@@ -21,7 +21,8 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     root = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart").absolute()
-    shutil.rmtree(root, ignore_errors=True)
+    for made in ("model", "sft", "grpo"):  # by an earlier quickstart; what else is there is not its own
+        shutil.rmtree(root / made, ignore_errors=True)
     build_tiny_model(root / "model")
     write_demonstrations(root / "demonstrations.jsonl")
     model, demonstrations = f"model.path={root / 'model'}", f"data.path={root / 'demonstrations.jsonl'}"

@@ -84,8 +84,9 @@ def check_callable(function: Any, kind: str, parameters: Sequence[str], options:
         call = ", ".join([*parameters, *(f"{key}={value!r}" for key, value in options.items())])
         hint = _nearest_option(signature, options)
         where = f"{kind} {name}{signature} in {_defined_at(function)}"
+        remove = " (reward.options=null removes those of the file)" if kind == "reward" and options else ""
         raise ExtensionError(
-            f"{where} cannot be called as {name}({call}): {error}{hint}. Change its parameters, or the options that are given"
+            f"{where} cannot be called as {name}({call}): {error}{hint}. Change its parameters, or the options that are given{remove}"
         ) from error
 
 

@@ -35,6 +35,11 @@ def test_a_broken_reward_ends_the_run_which_goes_on_once_it_is_mended(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     Path("run.yaml").write_text(yaml.safe_dump(values))
+    Path("judge.py").write_text("def score(trajectory):\n    return 1\n")
+    assert cli.main(["train", "run.yaml", "--plain"]) == 1
+    assert "judge.py:1 cannot be called as score(trajectory, fields)" in capsys.readouterr().err
+    assert not Path("runs/run").exists()  # nothing was in it, and the mended file must not find its place taken
+
     Path("judge.py").write_text("def score(trajectory, fields):\n    return fields['points']\n")
     assert cli.main(["train", "run.yaml", "--plain"]) == 1
     said = capsys.readouterr().err

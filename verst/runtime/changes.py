@@ -55,9 +55,10 @@ def change(run: RunDirectory, config: Config, overrides: Sequence[str], echo: Ca
     with RunLock(run.root):
         new = load_config(run.config, overrides)
         changed = differences(config.model_dump(mode="json"), new.model_dump(mode="json"))
-        refused = [f"{key} cannot be changed in a run: {reason}" for key in changed if (reason := _reason(key, config))]
-        if refused:
-            allowed = ", ".join(sorted(CHANGEABLE))
+        reasons = {key: reason for key in changed if (reason := _reason(key, config))}
+        if reasons:
+            refused = [f"{key} cannot be changed in a run: {reason}" for key, reason in reasons.items()]
+            allowed = ", ".join(sorted(CHANGEABLE - reasons.keys()))
             raise ConfigError("\n".join([*refused, f"what can be: {allowed} and Megatron's parallel sizes; for others start a new run"]))
         if changed:
             from verst.runtime.preflight import check_stack

@@ -21,6 +21,7 @@ from typing import Any
 
 from verst.config.load import load_config
 from verst.config.schema import Config
+from verst.errors import ConfigError, ExtensionError, ModelError
 from verst.journal.lock import RunLock
 from verst.runtime.branch import create_run, open_branch
 from verst.runtime.extensions import Extensions
@@ -90,7 +91,11 @@ def train(  # noqa: PLR0913 - each is a choice of the caller
         run = create_run(resolved, packed, found.stream, branch)
         if branch is not None:
             echo(branch.line(found.stream))
-        return _supervise(run, resolved, address, echo, live=live)
+        try:
+            return _supervise(run, resolved, address, echo, live=live)
+        except (ConfigError, ExtensionError, ModelError):
+            run.discard_unbegun()
+            raise
 
 
 def resume(

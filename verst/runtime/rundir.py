@@ -32,7 +32,7 @@ from verst.config.load import dump_config, load_config
 from verst.config.schema import Config
 from verst.errors import ConfigError
 from verst.journal.lock import LOCK_NAME, RunLock
-from verst.journal.log import Journal
+from verst.journal.log import Journal, JournalReader
 
 FORMAT = 2
 
@@ -45,6 +45,12 @@ class RunDirectory:
     """Paths below one run's directory."""
 
     root: Path
+
+    def discard_unbegun(self) -> None:
+        """Removes a run that could not start, so that it can be started once what was wrong is mended. One with a group or a step stays."""
+        index = JournalReader(self.journal, self.run_id).index
+        if not index.groups and not index.last_commit:
+            shutil.rmtree(self.root, ignore_errors=True)
 
     @property
     def config(self) -> Path:

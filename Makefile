@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 # In place of pip, which compiles 340 MB of Python on one core. Some packages have files that are no Python of this version.
-COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
 READY := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 STACK := $(VENV)/.installed-stack

@@ -278,7 +278,7 @@ def _train(asked: Asked, read: Read) -> list[str]:
         "train:",
         f"  backend: {asked.backend}",
         "  groups_per_step: 16",
-        f"  lr: {rate!r}  # for {count:,} parameters; halve it if the reward falls",
+        f"  lr: {rate!r}  # for {count:,} parameters; halve it if the {'reward falls' if asked.algorithm == 'grpo' else 'loss rises'}",
         "  warmup_steps: 5",
     ]
     if limit > 16384:

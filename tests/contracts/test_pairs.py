@@ -36,7 +36,8 @@ from verst.weights.push import compare_probe, push
 BACKENDS: Mapping[str, Callable[[Config], TrainBackend]] = {"fsdp": make_backend, "megatron": make_megatron}
 MODELS = {"routed": 3, DENSE: 0}
 """A Mixture of Experts and a dense model, with the number of their layers that route."""
-LIMIT = 1e-5  # of a log-probability, in float32
+LIMIT = 1e-5  # of one side's log-probability, in float32, from the exact one
+MEAN_LIMIT = 1e-6  # of the difference of two, over some hundred tokens
 GROUP_SIZE, LONG_TOKENS = 3, 90
 TURNS = partial(FakeEnvironment, [Reply((Message("user", f" w{5 + n} w6 w7 "),), done=False) for n in range(3)])
 
@@ -161,7 +162,8 @@ def pair(engine: Engine, make_trainer: Callable[[Config], TrainBackend], model: 
 def assert_agreement(tally: Tally, batch: Batch, layers: int) -> None:
     """Every token's log-probability is the engine's, and every token went through the recorded experts in every layer that routes."""
     report = tally.report()
-    assert report["mismatch/abs_max"] <= LIMIT
+    assert report["mismatch/abs_max"] <= 2 * LIMIT  # both round; which token does so most depends on the processor
+    assert report["mismatch/abs_mean"] <= MEAN_LIMIT
     assert tally.weights["mismatch/abs_mean"] == sum(int(sample.loss_mask_T.sum()) for sample in batch.samples)
     routed = layers * sum(len(sample.tokens_T) - 1 for sample in batch.samples)
     assert tally.weights.get("routes/replayed", 0) == routed

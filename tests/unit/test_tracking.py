@@ -270,9 +270,7 @@ def test_mlflow_in_the_runs_own_database(info: RunInfo, monkeypatch: pytest.Monk
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
 def test_trackio_in_its_own_store(info: RunInfo, monkeypatch: pytest.MonkeyPatch):
-    """trackio needs Pillow below 13, which is not what requirements.txt pins, so it is in no list of ours: see docs/dependencies.md."""
     monkeypatch.setenv("TRACKIO_DIR", str(info.root / "store"))
-    pytest.importorskip("trackio", reason="trackio is not installed, and needs Pillow < 13: pip install trackio into another environment")
     twice("trackio", info)
     (path,) = (info.root / "store").rglob("verst-tests*.db")
     with sqlite3.connect(path) as database:

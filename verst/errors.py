@@ -67,3 +67,8 @@ class InvariantViolation(VerstError):
 
 class DeadlineExceeded(VerstError):
     """A wait ran out of time. The message names who was awaited, for what, and how long."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, as far as a message has room for it; its type if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 
 from verst.config.schema import Config
-from verst.errors import ModelError
+from verst.errors import ModelError, first_line
 
-_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _UNWANTED = ["original/*", "consolidated*", "onnx/*"]  # the same weights again, as other programs want them
 
@@ -71,7 +71,7 @@ def _explained(error: Exception, name: str) -> str:
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         return f"it cannot be stored in {constants.HF_HUB_CACHE} ({error.strerror}): make room, or set HF_HOME to another disk"
     wanted = f"{repo} --revision {revision}" if revision else repo
-    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else (str(error).splitlines() or [type(error).__name__])[0]
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else first_line(error)
     return (
         f"it is not whole in the cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} cannot be reached ({reason}). Where there is a "
         f"network: hf download {wanted} --local-dir DIR; copy DIR here, and set model.path=DIR"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from verst.data.sources import Row, SequenceSource, json_value
-from verst.errors import ConfigError, DataError
+from verst.errors import ConfigError, DataError, first_line
 
 _OURS = ("path", "streaming", "cache_dir", "token", "trust_remote_code")
 """Arguments of `load_dataset` that are not for a run file, with HF_HOME and HF_TOKEN in their places."""
@@ -56,14 +56,15 @@ def _load(name: str, options: Mapping[str, Any]) -> Any:
     if not isinstance(split, str):
         raise ConfigError(f"data.options.split is {split!r}: give one split by name, such as train or 'train[:1000]'")
     directory = Path(name).expanduser()
-    if (directory / "state.json").is_file() and options:
+    one_split = (directory / "state.json").is_file()
+    if one_split and options:
         raise ConfigError(f"data.options do not apply: {name} is one split, as save_to_disk wrote it. Remove them")
     try:
-        if (directory / "state.json").is_file():  # one split by itself, which load_dataset refuses
+        if one_split:  # which load_dataset refuses
             return datasets.load_from_disk(str(directory))
         return datasets.load_dataset(str(directory) if directory.is_dir() else name, **{**options, "split": split})
     except (OSError, ValueError, TypeError, LookupError, NotImplementedError, DatasetsError) as error:
-        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error.__cause__ or error)[:200]
         raise DataError(f"data.dataset {name} cannot be loaded: {reason}. {_remedy(error, name, directory.is_dir())}") from error
 
 

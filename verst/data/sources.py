@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from verst.config.schema import DataConfig
-from verst.errors import ConfigError, DataError
+from verst.errors import ConfigError, DataError, first_line
 
 WINDOW_BYTES = 16 * 2**20
 """Raw data that is shuffled together: the memory a stream holds, times what Python objects add."""
@@ -144,7 +144,7 @@ class ParquetSource:
             self._file = pq.ParquetFile(path)
         except self._errors as error:
             raise DataError(
-                f"{path} is not a readable Parquet file ({_first_line(error)}): truncated, or of another format; copy or write it again"
+                f"{path} is not a readable Parquet file ({first_line(error)}): truncated, or of another format; copy or write it again"
             ) from error
         groups = [self._file.metadata.row_group(i) for i in range(self._file.metadata.num_row_groups)]
         self._first_rows = [0, *np.cumsum([group.num_rows for group in groups]).tolist()]
@@ -156,7 +156,7 @@ class ParquetSource:
         try:
             table = self._file.read_row_group(block)
         except self._errors as error:
-            raise DataError(f"{self.path}, row group {block} cannot be read ({_first_line(error)}): write the file again") from error
+            raise DataError(f"{self.path}, row group {block} cannot be read ({first_line(error)}): write the file again") from error
         first = self._first_rows[block]
         return [
             Row(f"{self.name}:{first + i}", partial(self._convert, table, i, first + i), partial(self._locate, first + i))
@@ -340,7 +340,3 @@ def _finite(text: str) -> float:
 def _kind(value: Any) -> str:
     names = {list: "array", str: "text", bool: "boolean", int: "number", float: "number", type(None): "null"}
     return names[type(value)]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

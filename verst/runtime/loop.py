@@ -186,8 +186,6 @@ class Loop:
 
     async def _replace(self, group: Group) -> None:
         """Drops a group that has no gradient. That is a measure of the task, not a failure, but it must not go on for ever."""
-        self._dropped[group.seq] = group
-        self._cursors.pop(group.seq)
         self._signalless += 1
         if self._signalless > _REPLACED_BATCHES * self._config.train.groups_per_step:
             reward = group.trainable[0].reward
@@ -195,20 +193,24 @@ class Loop:
                 f"step {self.version + 1}: {self._signalless} groups were dropped because all their rewards were equal (the last: {reward})"
                 " before a batch was whole: the task is too easy or too hard for the model. Change the data, or algorithm.dynamic_sampling"
             )
-        await self._slots.free([group.seq])
+        await self._give_up(group)
 
     async def _drop(self, group: Group, reason: str) -> None:
-        """Gives up a group: recorded with the next batch, counted, and its slot goes to another prompt."""
-        self._dropped[group.seq] = group
+        """Gives up a group that cannot be trained, and tells of it. Too many in a row end the run."""
         if group.seq not in self._restored.finished:  # else it failed before the restart, and what made it fail may be mended
             self._drops_in_a_row += 1
-        self._cursors.pop(group.seq)
         self._parts.observer.note(f"group {group.seq} ({group.prompt.id}) dropped: {reason}")
         if self._drops_in_a_row > 2 * self._slots.capacity:
             raise DataError(
                 f"{self._drops_in_a_row} groups in a row could not be trained; the last one (group {group.seq}, prompt {group.prompt.id}): "
                 f"{reason}. Mend what made them fail, then go on with: verst resume {self._parts.run.root}"
             )
+        await self._give_up(group)
+
+    async def _give_up(self, group: Group) -> None:
+        """Recorded with the next batch, and its slot goes to another prompt."""
+        self._dropped[group.seq] = group
+        self._cursors.pop(group.seq)
         await self._slots.free([group.seq])
 
     async def _step(self, groups: Sequence[Group], journaled: JournaledBatch | None = None) -> None:

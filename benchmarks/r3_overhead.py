@@ -74,7 +74,7 @@ def build_model(directory: Path, size: dict[str, int]) -> Path:
         num_experts_per_tok=size["chosen"],
         norm_topk_prob=True,
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,  # SGLang's Qwen3-MoE has a head of its own, whatever the config says
         bos_token_id=None,
         eos_token_id=ends.eos_token_id,
         pad_token_id=ends.pad_token_id,

@@ -64,6 +64,7 @@ def test_a_trainer_lends_its_memory_and_trains_on_with_the_same_bits(tmp_path: P
     element = 4 if dtype == "float32" else 2
     for batch in BATCHES:
         train(lending, config, [batch])
+        return_unused(torch.device("cuda"))
         full = torch.cuda.memory_allocated()
         lending.release_memory(weights=False)
         assert full - torch.cuda.memory_allocated() >= parameters * (8 if dtype == "float32" else 12)

@@ -115,19 +115,27 @@ def test_ranks_together_hold_what_was_published_and_one_wrong_slice_is_named(upd
 
 
 class Fed:
-    """A member of a weight group that has what is broadcast at once: tensors share a buffer, which the next bucket but one overwrites."""
+    """A member of a weight group that has what is broadcast at once: tensors share a buffer, which the next bucket but one overwrites.
+
+    `kept`: buffers of the version before, used again as those of a real member are.
+    """
 
     rank, device = 1, torch.device("cpu")
 
-    def __init__(self, version: int, tensors: dict[str, torch.Tensor], bucket_bytes: int = 512) -> None:
+    def __init__(
+        self, version: int, tensors: dict[str, torch.Tensor], bucket_bytes: int = 512, kept: list[torch.Tensor] | None = None
+    ) -> None:
         manifest = describe(version, iter(tensors.items()))
+        self._kept = [] if kept is None else kept
         self.views: dict[Any, list[torch.Tensor]] = {}
         self._buckets = iter(lay_out_buckets(manifest.entries, bucket_bytes))
         self._tensors = tensors
         self.update = GroupUpdate(manifest, bucket_bytes, 5.0).at(self)
 
     def buffers(self, nbytes: int, count: int, deadline: float) -> list[torch.Tensor]:
-        return [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(count)]
+        if not self._kept:
+            self._kept += [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(count)]
+        return self._kept
 
     def broadcast(self, buffer: torch.Tensor, deadline: float) -> None:
         bucket = next(self._buckets)
@@ -176,6 +184,28 @@ def test_later_versions_are_copied_where_the_loader_put_the_first(ranks: int):
         assert {model.placed for model in models} == {len(tensors) + 3 * EXPERTS - 2}
         for model in models:
             torch.testing.assert_close(model.norm.data, tensors["model.norm.weight"])
+
+
+class Layers(torch.nn.Module):
+    """Layers of one form, so that their tensors come at the same places of the two buffers in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ParameterList(torch.nn.Parameter(torch.zeros(EXPERTS, HIDDEN), requires_grad=False) for _ in range(5))
+
+    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in tensors:
+            self.layers[int(name.split(".")[2])].data.copy_(tensor)
+
+
+def test_buckets_that_look_alike_go_to_their_own_places():
+    model, kept = Layers(), []
+    for version in (1, 2, 3):
+        tensors = {f"model.layers.{i}.mlp.weight": torch.full((EXPERTS, HIDDEN), 10.0 * version + i) for i in range(5)}
+        fed = Fed(version, tensors, bucket_bytes=EXPERTS * HIDDEN * 4, kept=kept)
+        found = merged([load(model, fed.update)], fed.update.manifest.entries)
+        assert not differing(found, fed.update.manifest)
+        assert [int(layer[0, 0]) for layer in model.layers] == [10 * version + i for i in range(5)]
 
 
 @pytest.mark.parametrize("kind", [Deriving, Scaling])

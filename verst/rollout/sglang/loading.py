@@ -38,17 +38,18 @@ class Places:
 
     layout: tuple[tuple[str, tuple[int, ...], str], ...]
     landings: dict[str, Landing]
-    pairs: dict[tuple[int, ...], Pairs] = field(default_factory=dict)
+    pairs: dict[tuple[str, tuple[int, ...]], Pairs] = field(default_factory=dict)  # by a bucket's first tensor and all addresses
 
     def copy(self, bucket: Bucket, *, same_buffers: bool) -> None:
         """`same_buffers`: the tensors lie in buffers that the next version comes in too, so that their views are worth keeping."""
-        addresses = tuple(tensor.data_ptr() for _, tensor in bucket) if same_buffers else ()
-        found = self.pairs.get(addresses)
+        # Buckets of one form, such as layers of a size, come at the same addresses; names tell them apart.
+        key = (bucket[0][0], tuple(tensor.data_ptr() for _, tensor in bucket)) if same_buffers and bucket else ("", ())
+        found = self.pairs.get(key)
         if found is None:
             pairs = [pair for name, tensor in bucket for pair in self.landings[name].pairs(tensor)]
             found = [target for target, _ in pairs], [source for _, source in pairs]
             if same_buffers:
-                self.pairs[addresses] = found
+                self.pairs[key] = found
         targets, sources = found
         if targets:
             torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage] - it has no public name

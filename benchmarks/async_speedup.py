@@ -104,6 +104,7 @@ async def measured_s(work: Work, batches: int, window: int, directory: Path) -> 
 
     cfg = configured(work, batches, window)
     parts = FakeParts(cfg, directory, roll, delay_s=0.0)
+    parts.group_deadline_s = 600.0
     parts.trainers = Trainer(parts.events)
     parts.trainers.train_s = work.train_s
     loop = Loop(cfg, cast(Parts, parts), Restored(0, Cursor(0, FakeStream().state())))

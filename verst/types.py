@@ -213,6 +213,8 @@ class Group:
     trajectories: tuple[Trajectory, ...]
     admitted_version: int
     timings: Mapping[str, float] = field(default_factory=dict)  # seconds: roll_s, score_s
+    cut: tuple[int, ...] = ()
+    """Generated tokens of each trajectory that was rolled beside these and cut (`rollout.oversample`)."""
 
     @property
     def trainable(self) -> tuple[Trajectory, ...]:

@@ -253,6 +253,69 @@ async def test_cancelling_a_stalled_group_cancels_its_requests():
     assert engine.stats()["running"] == 0
 
 
+def paced(lengths: list[int]) -> FakeEngine:
+    """Member m of a group gets so many tokens and then its end of turn, one token a tick for all."""
+    return FakeEngine(lambda request: [*ids("a") * lengths[int(request.id.split("/")[1])], END], tick_s=0.01)
+
+
+async def test_the_last_to_end_are_cut_with_the_tokens_they_had():
+    engine = paced([12, 2, 10, 3])
+    group = await roller(engine, group_size=2, oversample=2).roll(5, PROMPT)
+    assert [t.id for t in group.trajectories] == ["5/1", "5/3"]
+    assert [t.status for t in group.trajectories] == [Status.FINISHED] * 2
+    assert [t.generated_tokens for t in group.trajectories] == [3, 4]
+    assert len(group.cut) == 2
+    assert all(3 <= tokens <= 8 for tokens in group.cut)  # some ticks after the fourth token of 5/3, far from their ends at 11 and 13
+    assert [event for event in engine.events if event[0] == "abort"] == [("abort", ("5/0/0", "5/2/0"))]
+    assert engine.stats()["running"] == 0
+
+
+async def test_failed_members_are_replaced_by_spare_ones():
+    made = iter([FakeEnvironment(opening=RuntimeError("gone")), FakeEnvironment(), FakeEnvironment(), FakeEnvironment()])
+    group = await roller(paced([1, 2, 3, 20]), lambda: next(made), group_size=2, oversample=2).roll(0, PROMPT)
+    assert [(t.id, t.status) for t in group.trajectories] == [
+        ("0/0", Status.FAILED),
+        ("0/1", Status.FINISHED),
+        ("0/2", Status.FINISHED),
+    ]
+    assert len(group.cut) == 1
+
+
+async def test_a_group_with_too_few_that_end_well_ends_with_its_last():
+    made = iter([FakeEnvironment(opening=RuntimeError("gone")) for _ in range(3)] + [FakeEnvironment()])
+    group = await roller(paced([1, 1, 1, 9]), lambda: next(made), group_size=2, oversample=2).roll(0, PROMPT)
+    assert [t.status for t in group.trajectories] == [Status.FAILED] * 3 + [Status.FINISHED]
+    assert not group.cut
+
+
+async def test_more_that_end_at_once_are_chosen_by_number_not_by_length():
+    engine = FakeEngine(lambda request: [*ids("a") * (5 - int(request.id.split("/")[1])), END])  # all in one turn of the event loop
+    group = await roller(engine, group_size=2, oversample=1).roll(0, PROMPT)
+    assert len(group.trajectories) == 2
+    assert len(group.cut) == 1
+
+
+async def test_a_cut_between_turns_asks_the_engine_for_nothing_more():
+    slow = FakeEnvironment(replies=[MORE], delay_s=0.2)
+    made = iter([slow, FakeEnvironment()])
+    engine = paced([1, 3])
+    group = await roller(engine, lambda: next(made), group_size=1, oversample=1, max_turns=2).roll(0, PROMPT)
+    assert [t.id for t in group.trajectories] == ["0/1"]
+    assert group.cut == (2,)
+    assert slow.calls[-1] == "close"
+    assert [request.id for request in engine.requests] == ["0/0/0", "0/1/0"]
+
+
+async def test_an_abort_from_outside_cuts_nothing():
+    engine = paced([8, 8])
+    rolling = asyncio.create_task(roller(engine, group_size=1, oversample=1).roll(0, PROMPT))
+    await engine.generated(2)
+    await engine.abort()
+    group = await rolling
+    assert (len(group.trajectories), len(group.cut)) == (1, 1)
+    assert group.trajectories[0].status is Status.FINISHED
+
+
 GOOD = Generation("0/0/0", np.array([1, 2], np.int32), np.array([-1, -2], np.float32), np.array([0, 0], np.int32), FinishReason.STOP)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from verst.config.schema import Config, CorrectionConfig, GrpoConfig
 
-_SAMPLING = ("rollout.group_size", "rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.min_p")
+_SAMPLING = ("rollout.group_size", "rollout.oversample", "rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.min_p")
 _FIDELITY = ("fidelity.limit", "fidelity.action")
 _FILTERS = ("top_p", "top_k", "min_p")
 _SWITCHES = {
@@ -147,6 +147,11 @@ def _group_problems(config: Config) -> list[str]:
             found.append(f"rollout.temperature is 0 (greedy), {same}. Use 1.0; evaluation has its own eval.temperature")
         if rollout.top_k == 1:
             found.append(f"rollout.top_k is 1 (greedy), {same}. Use 0, which is off")
+        if rollout.oversample and config.run.deterministic:
+            found.append(
+                "rollout.oversample: which trajectories end first, and so which are cut, depends on the machine's pace, and "
+                "run.deterministic promises the same bits again. Set run.deterministic=false"
+            )
     if config.capacity_groups < config.train.groups_per_step:
         found.append(
             f"rollout.capacity_groups ({rollout.capacity_groups}) is below train.groups_per_step ({config.train.groups_per_step}): "

@@ -127,6 +127,11 @@ class RolloutConfig(Section):
     environment: Text = Field(default="single_turn", description="A shipped environment or `module:Class`.")
     environment_options: Options = Field(default_factory=dict, description="Keyword arguments of the environment.")
     group_size: Count = Field(default=8, description="Trajectories of each prompt; those of one group share its baseline.")
+    oversample: Whole = Field(
+        default=0,
+        description="Trajectories of each prompt beyond group_size: once group_size have ended, the others are cut. Favours short answers; "
+        "bias/length shows how much.",
+    )
     capacity_groups: Count | None = Field(
         default=None, description="Group slots. Default: one batch, which is synchronous training. More lets rollout run ahead."
     )
@@ -340,6 +345,11 @@ class Config(Section):
     def capacity_groups(self) -> int:
         """Group slots: as configured, or one batch (synchronous)."""
         return self.rollout.capacity_groups or self.train.groups_per_step
+
+    @property
+    def rolled_per_group(self) -> int:
+        """Trajectories that are rolled for each prompt, those that will be cut included."""
+        return self.rollout.group_size + self.rollout.oversample
 
     @property
     def worst_staleness(self) -> int:

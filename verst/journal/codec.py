@@ -74,6 +74,7 @@ def encode_group(group: Group) -> bytes:
         "seq": group.seq,
         "admitted_version": group.admitted_version,
         "timings": dict(group.timings),
+        "cut": list(group.cut),
         "prompt": {
             "id": group.prompt.id,
             "messages": _pack_messages(group.prompt.messages),
@@ -115,6 +116,7 @@ def decode_group(buffer: bytes | memoryview) -> Group:
         trajectories=trajectories,
         admitted_version=meta["admitted_version"],
         timings=meta["timings"],
+        cut=tuple(meta.get("cut", ())),  # not in groups of before there was oversampling
     )
 
 

@@ -1,7 +1,8 @@
 """Rolling one group: every trajectory of a prompt at once, turn by turn, exact to the token.
 
 Who waits for whom: each trajectory waits in turn for the engine (its generation) and for its own environment (its reply, with a deadline);
-the group waits for all of its trajectories. An environment's failure ends its trajectory, an engine's failure ends the group.
+the group waits for all of its trajectories, or for as many as it wants (`verst.rollout.race`). An environment's failure ends its
+trajectory, an engine's failure ends the group.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from verst.data.chat import ChatRenderer
 from verst.errors import DataError, EnvironmentFailure, RoutesRefused
 from verst.protocols import Engine, Environment
 from verst.rollout.boundary import GuardedEnvironment, checked_experts, checked_generation
+from verst.rollout.race import Cut, Race
 from verst.rollout.transcript import Transcript
 from verst.types import NO_VERSION, Completion, FinishReason, GenerateRequest, Group, Message, Prompt, Sampling, Status, Trajectory, Turn
 
@@ -30,6 +32,17 @@ def stable_seed(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+def _kept(members: Sequence[Trajectory | int], wanted: int) -> tuple[tuple[Trajectory, ...], tuple[int, ...]]:
+    """The trajectories of a group, those that failed included, and the generated tokens of each that was cut.
+
+    More may have ended at once than are wanted; then the last members are cut, since their number says nothing of their length.
+    """
+    ended = [member for member in members if isinstance(member, Trajectory)]
+    surplus = {trajectory.id for trajectory in [t for t in ended if t.status is not Status.FAILED][wanted:]}
+    cut = [m if isinstance(m, int) else m.generated_tokens for m in members if isinstance(m, int) or m.id in surplus]
+    return tuple(trajectory for trajectory in ended if trajectory.id not in surplus), tuple(cut)
+
+
 @dataclass(frozen=True)
 class GroupRoller:
     """Makes the groups of one engine. `dataclasses.replace` gives a variant, such as one trajectory at temperature 0 for evaluation.
@@ -38,6 +51,7 @@ class GroupRoller:
         environment: makes a fresh environment; called once for each trajectory.
         sampling: of every turn; the template's end-of-turn token is added to its stop tokens.
         group_size: trajectories of each prompt.
+        oversample: trajectories rolled beyond them; the last to end are cut.
         max_turns: completions a trajectory may have.
         max_prompt_tokens: a longer opening is an error.
         max_model_tokens: limit of a whole trajectory, environment replies included.
@@ -57,6 +71,7 @@ class GroupRoller:
     max_model_tokens: int
     seed: int
     environment_deadline_s: float
+    oversample: int = 0
 
     def __post_init__(self) -> None:
         if self.max_turns > 1:
@@ -70,13 +85,16 @@ class GroupRoller:
         """
         started = time.perf_counter()
         admitted_version = self.engine.version
+        race = Race(self.engine, self.group_size)
         try:
             async with asyncio.TaskGroup() as members:
-                tasks = [members.create_task(self._trajectory(seq, member, prompt)) for member in range(self.group_size)]
+                numbers = range(self.group_size + self.oversample)
+                tasks = [members.create_task(self._trajectory(seq, member, prompt, race)) for member in numbers]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None  # the first broke the group; the others are its echoes
         timings = {"roll_s": time.perf_counter() - started}
-        return Group(seq, prompt, tuple(task.result() for task in tasks), admitted_version, timings)
+        kept, cut = _kept([task.result() for task in tasks], self.group_size)
+        return Group(seq, prompt, kept, admitted_version, timings, cut)
 
     def demonstrate(self, seq: int, prompt: Prompt) -> Group:
         """A group of one trajectory made of the prompt's demonstration, for supervised fine-tuning. Nothing is generated.
@@ -120,29 +138,37 @@ class GroupRoller:
                 f"({self.max_prompt_tokens}), or remove the prompt"
             )
 
-    async def _trajectory(self, seq: int, member: int, prompt: Prompt) -> Trajectory:
+    async def _trajectory(self, seq: int, member: int, prompt: Prompt, race: Race) -> Trajectory | int:
+        """The trajectory, or the number of tokens it had when it was cut."""
         name, seed = f"{seq}/{member}", stable_seed(self.seed, seq, member)
         transcript = Transcript()
         environment = GuardedEnvironment(self.environment, self.environment_deadline_s)
         status, failure = Status.FAILED, None
         try:
-            status = await self._converse(name, seed, prompt, environment, transcript)
+            status = await self._converse(name, seed, prompt, environment, transcript, race)
+        except Cut:
+            return transcript.generated
         except (EnvironmentFailure, RoutesRefused) as error:
             failure = error
         finally:
             closing_failure = await environment.close()
         failure = failure or closing_failure
         trajectory = transcript.trajectory(name, status, seed)
-        return trajectory if failure is None else trajectory.failed(str(failure))
+        if failure is not None:
+            return trajectory.failed(str(failure))
+        await race.ended()
+        return trajectory
 
-    async def _converse(self, name: str, seed: int, prompt: Prompt, environment: GuardedEnvironment, transcript: Transcript) -> Status:
+    async def _converse(
+        self, name: str, seed: int, prompt: Prompt, environment: GuardedEnvironment, transcript: Transcript, race: Race
+    ) -> Status:
         """Turns until the environment ends the trajectory or a limit does."""
         opening = await environment.start(prompt)
         tokens_T = self.renderer.opening(opening)
         self.check_prompt(prompt, len(tokens_T))
         transcript.give(tokens_T, opening)
         for turn in range(self.max_turns):
-            finish = await self._generate(f"{name}/{turn}", stable_seed(seed, turn), transcript)
+            finish = await self._generate(f"{name}/{turn}", stable_seed(seed, turn), transcript, race)
             generated = tuple(transcript.turn_tokens().tolist())
             text = self.renderer.decode(generated, self.sampling.stop_token_ids)
             transcript.end_turn(text, finish)
@@ -161,7 +187,7 @@ class GroupRoller:
             transcript.give(given_T, reply.messages)
         return Status.TRUNCATED
 
-    async def _generate(self, request_id: str, seed: int, transcript: Transcript) -> FinishReason:
+    async def _generate(self, request_id: str, seed: int, transcript: Transcript, race: Race) -> FinishReason:
         """Generates the open turn. After an abort from outside it goes on from the tokens so far, with a seed of its own."""
         left = min(self.sampling.max_new_tokens, self.max_model_tokens - transcript.length)
         stop_ids = tuple(dict.fromkeys((*self.sampling.stop_token_ids, *self.renderer.stop_token_ids)))
@@ -172,8 +198,10 @@ class GroupRoller:
             routed = self.engine.routed_experts
             routes_from = None if routed is None else transcript.routed
             request = GenerateRequest(name, transcript.tokens(), sampling, stable_seed(seed, piece), routes_from)
-            generation = checked_generation(await self.engine.generate(request), request)
+            generation = checked_generation(await race.generate(request), request)
             transcript.generate(generation)
+            if race.is_cut(generation):
+                raise Cut
             if routed is not None:
                 transcript.route(checked_experts(generation, request, routed))
             if generation.finish is not FinishReason.ABORT:

@@ -51,6 +51,11 @@ class Transcript:
         self._experts.append(experts_RLK)
         self.routed += len(experts_RLK)
 
+    @property
+    def generated(self) -> int:
+        """Tokens that were sampled."""
+        return sum(int(mask.sum()) for mask in self._mask)
+
     def turn_tokens(self) -> NDArray[np.int32]:
         """`[T]` the generated tokens of the open turn."""
         return self.tokens()[self._generated_from :]

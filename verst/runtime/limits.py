@@ -16,7 +16,7 @@ def rolling_deadline_s(config: Config, groups: int, *, shared: bool) -> float:
     `shared`: the trainer uses the device in between, once for each step that rollout may be ahead.
     """
     rollout = config.rollout
-    limit_s = rollout.deadline_s * (1 + groups * rollout.group_size // rollout.max_running)
+    limit_s = rollout.deadline_s * (1 + groups * config.rolled_per_group // rollout.max_running)
     if config.weights.in_flight == "finish":  # and for others to finish before a version that it waits for
         limit_s = 2 * limit_s + config.weights.deadline_s
     return limit_s + (config.worst_staleness * turn_limit_s(config) if shared else 0.0)

@@ -28,6 +28,7 @@ from verst.journal.index import BatchRecord, CommitRecord
 from verst.observe.metrics import Tally
 from verst.observe.spans import Spans
 from verst.runtime import batching
+from verst.runtime.bias import Bias
 from verst.runtime.limits import drain_limit_s
 from verst.runtime.parts import Parts
 from verst.runtime.recovery import Cursor, JournaledBatch, LoopState, Restored
@@ -58,6 +59,7 @@ class Loop:
         self._dropped: dict[int, Group] = {}  # since the last batch
         self._drops_in_a_row = 0
         self._signalless = 0  # groups dropped for their equal rewards since the last batch
+        self._bias = Bias()
         self._pulling: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         self._saver = Saver(config, parts, saved=restored.step)
@@ -115,8 +117,9 @@ class Loop:
                 self._slots.take(cursor.seq)
                 self._cursors[cursor.seq] = cursor
                 self._ready.admit(cursor.seq)
+                self._bias.admitted(cursor.seq)
                 if cursor.seq in self._restored.finished:
-                    await self._ready.put(self._journaled(cursor.seq, prompt))
+                    await self._finished(self._journaled(cursor.seq, prompt))
                 else:
                     self._admitted.put_nowait((cursor.seq, prompt))
             self._next = after
@@ -142,7 +145,11 @@ class Loop:
             await self._pulled()  # tokens of a version are held back until its probe has been compared
             self._parts.journal.append_group(seq, encoded)
             self._parts.observer.generated(group)
-            await self._ready.put(group)
+            await self._finished(group)
+
+    async def _finished(self, group: Group) -> None:
+        self._bias.generated(group)
+        await self._ready.put(group)
 
     # ---- consumer
 
@@ -210,6 +217,7 @@ class Loop:
     async def _give_up(self, group: Group) -> None:
         """Recorded with the next batch, and its slot goes to another prompt."""
         self._dropped[group.seq] = group
+        self._bias.dropped(group.seq)
         self._cursors.pop(group.seq)
         await self._slots.free([group.seq])
 
@@ -246,6 +254,7 @@ class Loop:
                 await self._saver.after_step(self._state())
         replaced, self._signalless = self._signalless, 0
         metrics = batching.describe([*groups, *dropped], advantages, step - 1) | tally.report()
+        metrics |= self._bias.trained(groups, step - 1)
         metrics |= {"groups/dropped": float(len(dropped) - replaced), "groups/replaced": float(replaced)}
         await self._after([*groups, *dropped], metrics)
 
@@ -319,7 +328,10 @@ class Loop:
                 return
             self._spans = Spans()
             needed = self._parts.trainers.routed_experts
-            await self._step([batching.refused(self._parts.journal.group(seq), needed) for seq in batch.groups], journaled=batch)
+            groups = [batching.refused(self._parts.journal.group(seq), needed) for seq in batch.groups]
+            for group in groups:
+                self._bias.generated(group)
+            await self._step(groups, journaled=batch)
 
     def _state(self) -> LoopState:
         """What a checkpoint must hold beside the trainer's state: where the feed has to go on."""

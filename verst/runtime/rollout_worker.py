@@ -125,6 +125,7 @@ class RolloutWorker:
             self._environment,
             sampling=sampling,
             group_size=self._samples if evaluate else rollout.group_size,
+            oversample=0 if evaluate else rollout.oversample,
             max_turns=rollout.max_turns,
             max_prompt_tokens=config.data.max_prompt_tokens,
             max_model_tokens=config.max_trajectory_tokens,

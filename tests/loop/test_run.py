@@ -134,6 +134,19 @@ async def test_runs_ahead_with_a_larger_capacity(tmp_path: Path, model: Path):
     assert 1 <= max(run.metric("staleness/max")) <= 2
 
 
+async def test_what_ends_last_is_cut_and_counted(tmp_path: Path, model: Path):
+    values = {"run": {"deterministic": False}, "rollout": {"group_size": 4, "oversample": 2, "max_new_tokens": 24, "max_running": 24}}
+    run = await local_run(tmp_path, model, values, reward=vowels, prompts=ROWS).go()
+    journal = JournalReader(run.run.journal)
+    groups = [journal.group(seq) for step in (1, 2, 3) for seq in journal.batch(step).groups]
+    assert [len(group.trajectories) for group in groups] == [4] * 12
+    assert [len(group.cut) for group in groups] == [2] * 12
+    assert run.metric("rollout/cut") == pytest.approx([1 / 3] * 3)
+    trained = [t.generated_tokens for group in groups for t in group.trajectories]
+    every = [*trained, *(tokens for group in groups for tokens in group.cut)]
+    assert run.metric("bias/length")[-1] == pytest.approx((sum(trained) / len(trained)) / (sum(every) / len(every)))
+
+
 @pytest.mark.parametrize("kl_in", ["loss", "reward"])
 async def test_kl_against_the_reference_is_zero_at_first_and_then_measured(tmp_path: Path, model: Path, kl_in: str):
     values = {

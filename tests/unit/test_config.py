@@ -229,6 +229,13 @@ def test_greedy_sampling_has_nothing_to_compare(override: str):
         load_config(MINIMAL, [override])
 
 
+def test_what_is_cut_depends_on_the_pace_of_the_machine():
+    with pytest.raises(ConfigError, match=r"rollout.oversample: .* Set run.deterministic=false"):
+        load_config(MINIMAL, ["rollout.oversample=2"])
+    config = load_config(MINIMAL, ["rollout.oversample=2", "run.deterministic=false"])
+    assert config.rolled_per_group == config.rollout.group_size + 2
+
+
 def test_problems_between_options_are_told_together():
     with pytest.raises(ConfigError) as caught:
         load_config(MINIMAL, ["rollout.temperature=0", "rollout.capacity_groups=3", "eval.every_steps=3", "train.minibatches=20"])

@@ -45,6 +45,7 @@ _PACE = (
     ("tokens/s", "tokens_per_s"),
     ("s a step", "time/step_s"),
     ("tokens each", "rollout/generated_tokens"),
+    ("length bias", "bias/length"),
     ("truncated", "rollout/truncated"),
     ("failed", "rollout/failed"),
 )

@@ -1,0 +1,139 @@
+"""Who was busy, who was idle and what the trainer waited for, as shares of time; and which of them holds a run up.
+
+Time is that of the steps, without their evaluations: those are asked for, whatever they cost. Steps that a restart trains again from the
+journal wait for nothing and are left out.
+
+    role        is busy
+    trainer     unless it waits: for groups (rollout), for a version to be pulled (pull_wait), for its turn on shared devices (lease). While
+                it sends weights it does not wait
+    replica     while it generates at least one group
+    scoring     while at least one group is scored, on any replica
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from verst.observe.intervals import Interval, common, total, union, without
+from verst.observe.recorded import GroupLife, Pull, StepTime
+
+_CLOSE = 0.1
+"""Idle shares that differ by less are balanced."""
+_IN_TURNS = 0.8
+"""Sum of the idle shares from which the two sides hardly ever work at the same time."""
+_NEWEST_STEPS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Of `seconds`: the idle share of each role, and what the trainer waited for.
+
+    waits: shares of the time in which the trainer waited and
+        generation: a group was being generated;
+        scoring: none was generated, but one was scored;
+        weights: a version was on its way to the engines, or shared devices were handed over.
+      What is left of its idle share lies between these: messages, the journal, prompts.
+    replicas: of each. Empty if groups were not generated but demonstrated.
+    generating: groups being generated at a time, all replicas together, mean.
+    """
+
+    seconds: float
+    trainer: float
+    waits: Mapping[str, float]
+    replicas: tuple[float, ...]
+    scoring: float
+    generating: float
+
+    def metrics(self) -> dict[str, float]:
+        """As they stand in a step's row."""
+        found = {"idle/trainer": self.trainer}
+        if self.replicas:
+            found |= {"idle/replicas": sum(self.replicas) / len(self.replicas), "rollout/generating": self.generating}
+            found |= {f"wait/{cause}": share for cause, share in self.waits.items()}
+        return found
+
+    @property
+    def bottleneck(self) -> Bottleneck | None:
+        """None where nothing is generated: then there is only the trainer."""
+        return judged(self.trainer, sum(self.replicas) / len(self.replicas), self.waits) if self.replicas else None
+
+
+def shares(steps: Sequence[StepTime], groups: Sequence[GroupLife], pulls: Sequence[Pull], replicas: int) -> Shares | None:
+    """Over these steps; None if they took no time. `replicas`: how many there are; 0 if nothing is generated."""
+    made = [step for step in steps if not step.trained_again]
+    time = without([(s.began, s.ended) for s in made], [i for s in made for i in s.of("evaluate")])
+    seconds = total(time)
+    if not seconds:
+        return None
+    sending = [(pull.sending, pull.sent) for pull in pulls]
+    for_groups = without(common([i for s in made for i in s.of("rollout")], time), sending)
+    for_weights = without(common([i for s in made for i in s.of("pull_wait", "lease")], time), sending)
+    generation, scored = union(group.generation for group in groups), union(group.scored for group in groups)
+    unexplained = without(without(for_groups, generation), scored)
+    waits = {
+        "generation": total(common(for_groups, generation)),
+        "scoring": total(common(without(for_groups, generation), scored)),
+        "weights": total(for_weights) + total(common(unexplained, [(pull.began, pull.ended) for pull in pulls])),
+    }
+    own: list[list[Interval]] = [[] for _ in range(replicas)]
+    for group in groups:
+        if group.replica < replicas:  # a resumed run may have had more before
+            own[group.replica].append(group.generation)
+    return Shares(
+        seconds=seconds,
+        trainer=(total(for_groups) + total(for_weights)) / seconds,
+        waits={cause: s / seconds for cause, s in waits.items()},
+        replicas=tuple(1 - total(common(busy, time)) / seconds for busy in own),
+        scoring=1 - total(common(scored, time)) / seconds,
+        generating=sum(total(common([group.generation], time)) for group in groups) / seconds,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Bottleneck:
+    """What holds a run up: generation, scoring, weights or training; or "balanced". `in_turns`: the two sides hardly ever overlap."""
+
+    name: str
+    trainer: float  # idle share
+    replicas: float
+    in_turns: bool
+
+    def __str__(self) -> str:
+        turns = ": they take turns" if self.in_turns else ""
+        return f"{self.name} (trainer idle {self.trainer:.0%}, replicas idle {self.replicas:.0%}{turns})"
+
+
+def judged(trainer: float, replicas: float, waits: Mapping[str, float]) -> Bottleneck:
+    """From the idle shares of the trainer and of the replicas (mean), and from what the trainer waited for, by cause.
+
+    The side that idles more waits for the other one. If that is the trainer, what it waited for most is named.
+    """
+    name = "balanced"
+    if trainer - replicas >= _CLOSE:
+        name = max(waits, key=lambda cause: waits[cause]) if any(waits.values()) else "generation"
+    elif replicas - trainer >= _CLOSE:
+        name = "training"
+    return Bottleneck(name, trainer, replicas, in_turns=trainer + replicas >= _IN_TURNS and min(trainer, replicas) >= _CLOSE)
+
+
+def bottleneck_of(rows: Sequence[Mapping[str, Any]]) -> Bottleneck | None:
+    """Of the newest steps, from their metric rows, each by its time; None if none of them has idle shares of both sides."""
+    taken = [(row, _seconds(row)) for row in rows[-_NEWEST_STEPS:] if row.get("idle/trainer") is not None]
+    taken = [(row, seconds) for row, seconds in taken if row.get("idle/replicas") is not None and seconds > 0]
+    whole = sum(seconds for _, seconds in taken)
+    if not whole:
+        return None
+
+    def mean(name: str) -> float:
+        return sum(seconds * (row.get(name) or 0.0) for row, seconds in taken) / whole
+
+    waits = {cause: mean(f"wait/{cause}") for cause in ("generation", "scoring", "weights")}
+    return judged(mean("idle/trainer"), mean("idle/replicas"), waits)
+
+
+def _seconds(row: Mapping[str, Any]) -> float:
+    seconds = (row.get("time/step_s") or 0.0) - (row.get("time/evaluate_s") or 0.0)
+    return seconds if math.isfinite(seconds) else 0.0

@@ -20,6 +20,8 @@ from typing import Any
 from verst.observe.intervals import Interval, common, total, union, without
 from verst.observe.recorded import GroupLife, Pull, StepTime
 
+WAITS = ("generation", "scoring", "weights", "loop")
+"""What a trainer may wait for; see `Shares`."""
 _CLOSE = 0.1
 """Idle shares that differ by less are balanced."""
 _IN_TURNS = 0.8
@@ -34,8 +36,8 @@ class Shares:
     waits: shares of the time in which the trainer waited and
         generation: a group was being generated;
         scoring: none was generated, but one was scored;
-        weights: a version was on its way to the engines, or shared devices were handed over.
-      What is left of its idle share lies between these: messages, the journal, prompts.
+        weights: a version was on its way to the engines, or shared devices were handed over;
+        loop: none of these: prompts, messages between processes, the journal.
     replicas: of each. Empty if groups were not generated but demonstrated.
     generating: groups being generated at a time, all replicas together, mean.
     """
@@ -73,10 +75,12 @@ def shares(steps: Sequence[StepTime], groups: Sequence[GroupLife], pulls: Sequen
     for_weights = without(common([i for s in made for i in s.of("pull_wait", "lease")], time), sending)
     generation, scored = union(group.generation for group in groups), union(group.scored for group in groups)
     unexplained = without(without(for_groups, generation), scored)
+    pulling = [(pull.began, pull.ended) for pull in pulls]
     waits = {
         "generation": total(common(for_groups, generation)),
         "scoring": total(common(without(for_groups, generation), scored)),
-        "weights": total(for_weights) + total(common(unexplained, [(pull.began, pull.ended) for pull in pulls])),
+        "weights": total(for_weights) + total(common(unexplained, pulling)),
+        "loop": total(without(unexplained, pulling)),
     }
     own: list[list[Interval]] = [[] for _ in range(replicas)]
     for group in groups:
@@ -94,7 +98,10 @@ def shares(steps: Sequence[StepTime], groups: Sequence[GroupLife], pulls: Sequen
 
 @dataclass(frozen=True, slots=True)
 class Bottleneck:
-    """What holds a run up: generation, scoring, weights or training; or "balanced". `in_turns`: the two sides hardly ever overlap."""
+    """What holds a run up: training, or what the trainer waits for (`Shares.waits`), or "balanced".
+
+    in_turns: trainer and replicas hardly ever work at the same time.
+    """
 
     name: str
     trainer: float  # idle share
@@ -109,14 +116,17 @@ class Bottleneck:
 def judged(trainer: float, replicas: float, waits: Mapping[str, float]) -> Bottleneck:
     """From the idle shares of the trainer and of the replicas (mean), and from what the trainer waited for, by cause.
 
-    The side that idles more waits for the other one. If that is the trainer, what it waited for most is named.
+    The trainer's waiting is compared with that of the replicas while it worked. If the trainer's is longer, its longest part is named.
     """
+    neither = trainer - waits["generation"]  # all wait for something else
+    for_training = max(0.0, replicas - neither)
+    turns = min(trainer, for_training) >= _CLOSE and trainer + replicas >= _IN_TURNS
     name = "balanced"
-    if trainer - replicas >= _CLOSE:
-        name = max(waits, key=lambda cause: waits[cause]) if any(waits.values()) else "generation"
-    elif replicas - trainer >= _CLOSE:
+    if trainer - for_training >= _CLOSE:
+        name = max(waits, key=lambda cause: waits[cause])
+    elif for_training - trainer >= _CLOSE:
         name = "training"
-    return Bottleneck(name, trainer, replicas, in_turns=trainer + replicas >= _IN_TURNS and min(trainer, replicas) >= _CLOSE)
+    return Bottleneck(name, trainer, replicas, in_turns=turns)
 
 
 def bottleneck_of(rows: Sequence[Mapping[str, Any]]) -> Bottleneck | None:
@@ -130,7 +140,7 @@ def bottleneck_of(rows: Sequence[Mapping[str, Any]]) -> Bottleneck | None:
     def mean(name: str) -> float:
         return sum(seconds * (row.get(name) or 0.0) for row, seconds in taken) / whole
 
-    waits = {cause: mean(f"wait/{cause}") for cause in ("generation", "scoring", "weights")}
+    waits = {cause: mean(f"wait/{cause}") for cause in WAITS}
     return judged(mean("idle/trainer"), mean("idle/replicas"), waits)
 
 

@@ -19,7 +19,7 @@ _COLOURS = {
     "publish": "#74c476",
     "commit": "#238b45",
     "checkpoint": "#9e9ac8",
-    "evaluate": "#fdae6b",
+    "evaluate": "#fee391",
 }
 """Waiting is grey."""
 _NAMES = {
@@ -40,10 +40,10 @@ def draw_timeline(recorded: Recorded, path: Path, title: str) -> None:
     rows = _replica_rows(recorded)
     began, ended = recorded.steps[0].began, max(step.ended for step in recorded.steps)
     heights = [1.0, 0.5, *(1.0 for _ in rows)]
-    tall = 1.6 + 0.7 * sum(heights)
+    tall = 1.5 + 0.7 * sum(heights)
     figure = Figure(figsize=(12, tall))
     FigureCanvasAgg(figure)
-    margins = {"left": 0.09, "right": 0.99, "bottom": 0.55 / tall, "top": 1 - 0.95 / tall, "hspace": 0.12}
+    margins = {"left": 0.09, "right": 0.99, "bottom": 0.55 / tall, "top": 1 - 0.85 / tall, "hspace": 0.12}
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, gridspec_kw=margins)
     figure.suptitle(title, fontsize=11)
     _trainer(axes[0], recorded, began)
@@ -58,8 +58,10 @@ def draw_timeline(recorded: Recorded, path: Path, title: str) -> None:
     axes[-1].set_xlabel("seconds")
     handles, labels = axes[0].get_legend_handles_labels()
     if rows:
-        handles, labels = map(list.__add__, map(list, (handles, labels)), map(list, axes[2].get_legend_handles_labels()))
-    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.53, 1 - 0.3 / tall), ncols=12, fontsize=7, frameon=False)
+        more = axes[2].get_legend_handles_labels()
+        handles, labels = [*handles, *more[0]], [*labels, *more[1]]
+    style = {"fontsize": 7, "frameon": False, "handlelength": 1.2, "columnspacing": 1.2}
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.53, 1 - 0.3 / tall), ncols=len(labels), **style)
     figure.savefig(path, dpi=110)
 
 
@@ -95,12 +97,13 @@ def _name(axes: Any, name: str) -> None:
 
 
 def _replica(axes: Any, name: str, groups: Sequence[GroupLife], began: float, ended: float) -> None:
-    """Groups being generated, and on top of them those being scored."""
+    """Groups being generated, and in front of them those being scored. Evaluations, of many groups at once, are cut at the top."""
     axes.set_ylabel(f"{name}\n(groups)", rotation=0, ha="right", va="center")
     for counts, colour, label in ((generating(groups), "#fd8d3c", "groups generating"), (scoring(groups), "#a63603", "groups scored")):
         times, values = [0.0, *(at - began for at, _ in counts), ended - began], [0, *(n for _, n in counts), 0]
         style = {"alpha": 0.8} if label == "groups generating" else {"alpha": 0.6}
         axes.fill_between(times, values, step="post", color=colour, label=label, linewidth=0, **style)
-    axes.set_ylim(bottom=0)
+    trained = generating([life for life in groups if life.seq >= 0]) or generating(groups)
+    axes.set_ylim(0, 1.15 * max((n for _, n in trained), default=1) or 1)
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.tick_params(axis="y", labelsize=7)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.loop.fakes import FakeParts, config, group
-from tests.loop.local import LocalRun
+from tests.loop.local import LocalRun, local_run, stopped_after
 from verst import cli
 from verst.config.schema import Config
 from verst.errors import ConfigError
@@ -519,6 +519,26 @@ async def test_every_step_that_generated_has_its_speed_also_after_an_evaluation(
     assert len(speeds) == 3
     if cfg.capacity_groups == cfg.train.groups_per_step:  # four tokens in 0.1 s: not 0.05 s, which is the training alone
         assert max(speeds) < 4 / 0.1
+
+
+async def test_a_resumed_run_goes_on_with_its_timeline(tmp_path: Path, tiny: Path, prompts: Path):
+    values = {"data": {"path": str(prompts), "max_prompt_tokens": 64}, "checkpoint": {"every_steps": 100}}
+    run = local_run(tmp_path, tiny, values, reward=letters)
+    await stopped_after(run, 2)
+    await run.go()
+    read = read_timeline(run.run.timeline)
+    assert [(s.step, s.trained_again) for s in read.steps] == [(1, False), (2, False), (1, True), (2, True), (3, False)]
+    assert len(read.sessions) == 2
+    assert read.steps[1].ended <= read.sessions[1].began <= read.steps[2].began
+    events = trace_events(read)
+    require_valid(events)
+    taken = [seq for s in read.steps for seq in s.took]
+    assert sum(e["ph"] == "f" for e in events) == len(taken)  # also of those that the first process generated
+    assert all("idle/trainer" in row for row in run.rows if row["kind"] == "step")  # of the first time, if there was one
+
+
+def letters(trajectory: Any, fields: Any) -> float:
+    return float(sum(map(ord, trajectory.completion)) % 5)
 
 
 # ---- the command

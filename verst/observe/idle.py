@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verst.observe.intervals import Interval, common, total, union, without
+from verst.observe.intervals import Interval, common, passed, total, union, without
 from verst.observe.recorded import GroupLife, Pull, StepTime
 
 WAITS = ("generation", "scoring", "weights", "loop")
@@ -82,6 +82,7 @@ def shares(steps: Sequence[StepTime], groups: Sequence[GroupLife], pulls: Sequen
         "weights": total(for_weights) + total(common(unexplained, pulling)),
         "loop": total(without(unexplained, pulling)),
     }
+    counted = passed(time)
     own: list[list[Interval]] = [[] for _ in range(replicas)]
     for group in groups:
         if group.replica < replicas:  # a resumed run may have had more before
@@ -92,7 +93,7 @@ def shares(steps: Sequence[StepTime], groups: Sequence[GroupLife], pulls: Sequen
         waits={cause: s / seconds for cause, s in waits.items()},
         replicas=tuple(1 - total(common(busy, time)) / seconds for busy in own),
         scoring=1 - total(common(scored, time)) / seconds,
-        generating=sum(total(common([group.generation], time)) for group in groups) / seconds,
+        generating=sum(counted(group.scoring) - counted(group.began) for group in groups) / seconds,
     )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from itertools import accumulate
 
 Interval = tuple[float, float]
 
@@ -38,20 +41,24 @@ def common(first: Iterable[Interval], second: Iterable[Interval]) -> list[Interv
 
 def without(first: Iterable[Interval], second: Iterable[Interval]) -> list[Interval]:
     """What the first cover and the second do not."""
-    left: list[Interval] = []
     taken = union(second)
-    for begin, end in union(first):
-        for start, stop in taken:
-            if stop <= begin or start >= end:
-                continue
-            if start > begin:
-                left.append((begin, start))
-            begin = stop
-        if begin < end:
-            left.append((begin, end))
-    return left
+    begins, ends = [-math.inf, *(end for _, end in taken)], [*(begin for begin, _ in taken), math.inf]
+    return common(first, zip(begins, ends, strict=True))
 
 
 def total(intervals: Iterable[Interval]) -> float:
     """Seconds that they cover together."""
     return sum(end - begin for begin, end in union(intervals))
+
+
+def passed(intervals: Iterable[Interval]) -> Callable[[float], float]:
+    """A function of time: how many of their seconds have passed by then."""
+    merged = union(intervals)
+    begins = [begin for begin, _ in merged]
+    before = [0.0, *accumulate(end - begin for begin, end in merged)]
+
+    def at(time: float) -> float:
+        count = bisect_right(begins, time)  # of intervals that have begun
+        return before[count] - max(0.0, merged[count - 1][1] - time) if count else 0.0
+
+    return at

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from verst.errors import ConfigError
 from verst.observe.intervals import Interval
 from verst.observe.tail import LineTail
+from verst.types import NO_VERSION
 
 
 def _moved(time: float, by: float) -> float:
@@ -55,7 +56,8 @@ class StepTime(NamedTuple):
 class GroupLife(NamedTuple):
     """One group at a replica: posted, then generated from `began` until `scoring`, then scored until it `ended`.
 
-    `seq` < 0: of an evaluation.
+    `seq` < 0: of an evaluation. Of one that had not come back when the session ended nothing more is known: it counts as being generated
+    until then, and has `NO_VERSION`.
 
     The replica tells how long it generated and scored, and the loop when it posted and got the group: no two clocks are compared. What
     neither covers lies before `began`: the way there and back, and the wait for a new version, where groups do not run through one.
@@ -75,12 +77,20 @@ class GroupLife(NamedTuple):
     newest: int
 
     @property
+    def came_back(self) -> bool:
+        return self.oldest != NO_VERSION
+
+    @property
     def generation(self) -> Interval:
         return self.began, self.scoring
 
     @property
     def scored(self) -> Interval:
         return self.scoring, self.ended
+
+    def until(self, now: float) -> GroupLife:
+        """Of one that is in flight."""
+        return self._replace(scoring=now, ended=now)
 
     def shifted(self, by: float) -> GroupLife:
         times = {name: _moved(getattr(self, name), by) for name in ("posted", "began", "scoring", "ended")}
@@ -166,7 +176,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict) and ({"session", "replicas"} <= row.keys() or {"groups", "pulls"} <= row.keys()):
+        if isinstance(row, dict) and ({"session", "replicas"} <= row.keys() or {"groups", "posted", "pulls"} <= row.keys()):
             yield row
 
 
@@ -178,17 +188,27 @@ class _Session:
         self.steps: list[StepTime] = []
         self.groups: list[GroupLife] = []
         self.pulls: list[Pull] = []
+        self._in_flight: dict[tuple[int, float], GroupLife] = {}
 
     def add(self, row: Mapping[str, Any]) -> None:
         if "step" in row:
             phases = tuple(Phase(*phase) for phase in row["phases"])
             self.steps.append(StepTime(row["step"], row["began"], row["ended"], phases, tuple(row["took"])))
-        self.groups += [GroupLife(*life) for life in row["groups"]]
+        ended = [GroupLife(*life) for life in row["groups"]]
+        self.groups += ended
+        self._in_flight |= {(life.seq, life.posted): life for life in (GroupLife(*posted) for posted in row["posted"])}
+        for life in ended:
+            self._in_flight.pop((life.seq, life.posted), None)
         self.pulls += [Pull(*pull) for pull in row["pulls"]]
 
     @property
     def ended(self) -> float:
         return max((x.ended for x in (*self.steps, *self.groups, *self.pulls)), default=0.0)
+
+    @property
+    def lives(self) -> list[GroupLife]:
+        """Of all its groups."""
+        return [*self.groups, *(life.until(self.ended) for life in self._in_flight.values())]
 
 
 def _joined(sessions: Sequence[_Session]) -> Recorded:
@@ -200,7 +220,7 @@ def _joined(sessions: Sequence[_Session]) -> Recorded:
     for session in sessions:
         begun.append(Session(zero, session.at))
         steps += [step.shifted(zero) for step in session.steps]
-        groups += [group.shifted(zero) for group in session.groups]
+        groups += [group.shifted(zero) for group in session.lives]
         pulls += [pull.shifted(zero) for pull in session.pulls]
         zero += session.ended
     return Recorded(max(session.replicas for session in sessions), begun, steps, groups, pulls)

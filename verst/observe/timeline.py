@@ -36,7 +36,8 @@ class Timeline:
         self._zero, self._at = time.perf_counter(), time.time()
         self._file: JsonlSink | None = None
         self._in_flight: dict[int, GroupLife] = {}
-        self._posted = 0
+        self._posted = 0  # so many; their number is their key in `_in_flight`
+        self._told = 0  # of these a row told already
         self._groups: deque[GroupLife] = deque(maxlen=_KEPT)  # that ended since the last row
         self._pulls: deque[Pull] = deque(maxlen=_KEPT)
         self._uncounted: list[GroupLife] = []  # whose tokens no row has
@@ -50,7 +51,7 @@ class Timeline:
         """Around one group's stay at a replica. What it became is put into the list; nothing is recorded of one that became nothing."""
         posted, key, became = time.perf_counter(), self._posted, list[Group]()
         self._posted += 1
-        self._in_flight[key] = GroupLife(seq, prompt, replica, posted, posted, posted, posted, 0, 0, 0)
+        self._in_flight[key] = GroupLife(seq, prompt, replica, posted, posted, posted, posted, 0, NO_VERSION, NO_VERSION)
         try:
             yield became
         finally:
@@ -66,7 +67,7 @@ class Timeline:
         """Records a step that `spans` has ended; returns what is measured of it: idle shares, and the speed of generation."""
         made = StepTime(step, spans.began, spans.ended, tuple(Phase(*p) for p in spans.phases), tuple(g.seq for g in took))
         # what is in flight generates, as far as one can know here: where scoring is slow, some of it is being scored
-        going = [life._replace(scoring=spans.ended, ended=spans.ended) for life in self._in_flight.values()]
+        going = [life.until(spans.ended) for life in self._in_flight.values()]
         lives = [*self._groups, *going]
         self._generates |= any(life.seq >= 0 for life in lives)
         measured = None if made.trained_again else shares([made], lives, list(self._pulls), self._replicas if self._generates else 0)
@@ -100,6 +101,9 @@ class Timeline:
     def _write(self, made: StepTime | None) -> None:
         row: dict[str, Any] = {} if made is None else made.shifted(-self._zero)._asdict()
         row["groups"] = [life.shifted(-self._zero) for life in self._groups]
+        # each once, so that it is known of if it never comes back
+        row["posted"] = [life.shifted(-self._zero) for key, life in self._in_flight.items() if key >= self._told]
+        self._told = self._posted
         row["pulls"] = [pull.shifted(-self._zero) for pull in self._pulls]
         self._groups.clear()
         self._pulls.clear()

@@ -13,6 +13,7 @@ Format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsK
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,9 +48,16 @@ def trace_events(recorded: Recorded) -> list[Event]:
 def lanes(groups: Sequence[GroupLife]) -> dict[tuple[int, int], list[GroupLife]]:
     """By replica and lane, numbered from 1: the groups that were there one after another."""
     found: dict[tuple[int, int], list[GroupLife]] = {}
-    for life in sorted(groups, key=lambda life: (life.replica, life.posted, life.seq)):
-        lane = next(n for n in itertools.count(1) if (life.replica, n) not in found or found[life.replica, n][-1].ended <= life.posted)
-        found.setdefault((life.replica, lane), []).append(life)
+    for replica in sorted({life.replica for life in groups}):
+        taken: list[tuple[float, int]] = []  # heaps: until when a lane is taken; lanes that are free again
+        free: list[int] = []
+        lanes_made = itertools.count(1)
+        for life in sorted((life for life in groups if life.replica == replica), key=lambda life: (life.posted, life.seq)):
+            while taken and taken[0][0] <= life.posted:
+                heapq.heappush(free, heapq.heappop(taken)[1])
+            lane = heapq.heappop(free) if free else next(lanes_made)
+            heapq.heappush(taken, (life.ended, lane))
+            found.setdefault((replica, lane), []).append(life)
     return found
 
 
@@ -99,7 +107,8 @@ def _pulls(recorded: Recorded) -> Iterator[Event]:
 
 def _group(life: GroupLife, pid: int, lane: int) -> Iterator[Event]:
     name, category = (f"group {life.seq}", "group") if life.seq >= 0 else ("evaluation", "evaluation")
-    about = {"seq": life.seq, "prompt": life.prompt, "versions": [life.oldest, life.newest], "tokens": life.tokens}
+    about: dict[str, Any] = {"seq": life.seq, "prompt": life.prompt}
+    about |= {"versions": [life.oldest, life.newest], "tokens": life.tokens} if life.came_back else {"came_back": False}
     yield _slice(name, pid, lane, life.posted, life.ended, category, about)
     yield _slice("generate", pid, lane, *life.generation, category)
     yield _slice("score", pid, lane, *life.scored, category)

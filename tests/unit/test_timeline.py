@@ -125,15 +125,15 @@ def test_without_generation_there_is_only_the_trainer():
 @pytest.mark.parametrize(
     ("trainer", "replicas", "waits", "says"),
     [
-        (0.41, 0.02, (0.38, 0.03, 0, 0), "generation (trainer idle 41%, replicas idle 2%)"),
-        (0.95, 0.0, (0.95, 0, 0, 0), "generation (trainer idle 95%, replicas idle 0%)"),
-        (0.62, 0.40, (0.60, 0, 0.02, 0), "generation (trainer idle 62%, replicas idle 40%: they take turns)"),
-        (0.41, 0.30, (0.10, 0.28, 0.03, 0), "scoring (trainer idle 41%, replicas idle 30%)"),
-        (0.95, 0.89, (0.08, 0.87, 0, 0), "scoring (trainer idle 95%, replicas idle 89%)"),
-        (0.97, 0.91, (0.07, 0, 0.89, 0.01), "weights (trainer idle 97%, replicas idle 91%)"),
-        (0.90, 0.95, (0.05, 0, 0, 0.85), "loop (trainer idle 90%, replicas idle 95%)"),
-        (0.03, 0.38, (0.02, 0.01, 0, 0), "training (trainer idle 3%, replicas idle 38%)"),
-        (0.30, 0.72, (0.28, 0, 0.02, 0), "training (trainer idle 30%, replicas idle 72%: they take turns)"),
+        (0.41, 0.02, (0.38, 0.03, 0, 0), "bottleneck: generation (trainer idle 41%, replicas idle 2%)"),
+        (0.95, 0.0, (0.95, 0, 0, 0), "bottleneck: generation (trainer idle 95%, replicas idle 0%)"),
+        (0.62, 0.40, (0.60, 0, 0.02, 0), "bottleneck: generation (trainer idle 62%, replicas idle 40%: they take turns)"),
+        (0.41, 0.30, (0.10, 0.28, 0.03, 0), "bottleneck: scoring (trainer idle 41%, replicas idle 30%)"),
+        (0.95, 0.89, (0.08, 0.87, 0, 0), "bottleneck: scoring (trainer idle 95%, replicas idle 89%)"),
+        (0.97, 0.91, (0.07, 0, 0.89, 0.01), "bottleneck: weights (trainer idle 97%, replicas idle 91%)"),
+        (0.90, 0.95, (0.05, 0, 0, 0.85), "bottleneck: loop (trainer idle 90%, replicas idle 95%)"),
+        (0.03, 0.38, (0.02, 0.01, 0, 0), "bottleneck: training (trainer idle 3%, replicas idle 38%)"),
+        (0.30, 0.72, (0.28, 0, 0.02, 0), "bottleneck: training (trainer idle 30%, replicas idle 72%: they take turns)"),
         (0.05, 0.10, (0.05, 0, 0, 0), "balanced (trainer idle 5%, replicas idle 10%)"),
         (0.49, 0.51, (0.49, 0, 0, 0), "balanced (trainer idle 49%, replicas idle 51%: they take turns)"),
     ],
@@ -147,9 +147,9 @@ def test_the_bottleneck_of_rows_is_that_of_the_newest_steps_by_their_time():
         return {"idle/trainer": trainer, "idle/replicas": replicas, "time/step_s": step_s, "wait/generation": trainer or 0.0} | more
 
     old = [row(0.0, 0.9, 100.0)] * 5
-    assert str(bottleneck_of([*old, *[row(0.5, 0.1, 1.0)] * 20])) == "generation (trainer idle 50%, replicas idle 10%)"
+    assert str(bottleneck_of([*old, *[row(0.5, 0.1, 1.0)] * 20])) == "bottleneck: generation (trainer idle 50%, replicas idle 10%)"
     evaluated = row(0.0, 0.8, 100.0, **{"time/evaluate_s": 99.0})  # one second of it counts
-    assert str(bottleneck_of([row(0.6, 0.0, 3.0), evaluated])) == "generation (trainer idle 45%, replicas idle 20%)"
+    assert str(bottleneck_of([row(0.6, 0.0, 3.0), evaluated])) == "bottleneck: generation (trainer idle 45%, replicas idle 20%)"
     assert bottleneck_of([row(None, 0.5, 1.0), {"time/step_s": 1.0}]) is None
     assert bottleneck_of([row(0.5, 0.5, 0.0)]) is None
 
@@ -586,7 +586,7 @@ def test_the_command_on_a_real_run(done_run: LocalRun, tmp_path: Path, capsys: p
     assert cli.main(["timeline", str(done_run.run.root), "--step", "2:3", "--out", str(tmp_path / "new")]) == 0
     said = capsys.readouterr().out
     assert "steps 2 to 3, " in said
-    assert "bottleneck: " in said
+    assert "\nbottleneck: " in said or "\nbalanced (" in said
     for role in ("trainer", "replica 0", "scoring"):
         assert f"\n{role}" in said
     assert (tmp_path / "new" / "timeline.png").read_bytes()[:8] == PNG

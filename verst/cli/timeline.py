@@ -48,9 +48,9 @@ def _timeline(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     trace, picture = out / "timeline.trace.json", out / "timeline.png"
     first, last = recorded.steps[0].step, recorded.steps[-1].step
-    bottleneck = f": bottleneck {found.bottleneck}" if found and found.bottleneck else ""
+    judgement = f"; {found.bottleneck}" if found and found.bottleneck else ""
     write_trace(recorded, trace, run.root.name)
-    draw_timeline(recorded, picture, f"{run.root.name}, steps {first} to {last}{bottleneck}")
+    draw_timeline(recorded, picture, f"{run.root.name}, steps {first} to {last}{judgement}")
     if options.json:
         print_json({"first": first, "last": last, **_described(found), "trace": str(trace), "picture": str(picture)})
         return 0
@@ -75,7 +75,7 @@ def _lines(first: int, last: int, found: Shares | None) -> list[str]:
     ]
     if found.bottleneck is None:
         return [*lines, "nothing was generated: there is only the trainer"]
-    return [*lines, f"{found.generating:.1f} groups generating at a time", f"bottleneck: {found.bottleneck}"]
+    return [*lines, f"{found.generating:.1f} groups generating at a time", str(found.bottleneck)]
 
 
 def _described(found: Shares | None) -> dict[str, Any]:

@@ -110,8 +110,9 @@ class Bottleneck:
     in_turns: bool
 
     def __str__(self) -> str:
+        said = self.name if self.name == "balanced" else f"bottleneck: {self.name}"
         turns = ": they take turns" if self.in_turns else ""
-        return f"{self.name} (trainer idle {self.trainer:.0%}, replicas idle {self.replicas:.0%}{turns})"
+        return f"{said} (trainer idle {self.trainer:.0%}, replicas idle {self.replicas:.0%}{turns})"
 
 
 def judged(trainer: float, replicas: float, waits: Mapping[str, float]) -> Bottleneck:

@@ -139,7 +139,7 @@ def _header(frame: Frame, width: int) -> _Box:
     lines = [Text(" · ".join(_standing(frame)), style="dim", no_wrap=True, overflow="ellipsis")]
     bottleneck = bottleneck_of(steps)
     if bottleneck is not None:
-        lines.append(Text(f"bottleneck: {bottleneck}", no_wrap=True, overflow="ellipsis"))
+        lines.append(Text(str(bottleneck), no_wrap=True, overflow="ellipsis"))
     return _Box(Group(title, bar, *lines), 2 + len(lines))
 
 

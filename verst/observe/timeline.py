@@ -22,7 +22,7 @@ from verst.observe.spans import Spans
 from verst.types import NO_VERSION, Group
 
 _FILE_BYTES = 32 << 20
-"""A step of 16 groups takes 2 KB: so many bytes are some ten thousand steps."""
+"""A step of 16 groups takes some 3 KB: so many bytes are some ten thousand steps."""
 _KEPT = 1 << 16
 """Groups and pulls that wait for a row. Nothing has so many unless no row ever comes."""
 

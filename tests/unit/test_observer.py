@@ -65,6 +65,12 @@ def test_a_step_trained_again_keeps_the_speed_of_its_first_time(tmp_path: Path):
     assert summary([first])[-1] == "2.0 s in steps, 2.00 s each, 100 tokens/s (steps 1 to 1)"
 
 
+def test_the_speed_of_a_run_is_that_of_its_steps_without_evaluations():
+    steps = [{"kind": "step", "step": s, "tokens_per_s": 100.0, "time/step_s": 2.0} for s in (1, 2)]
+    evaluated = {"kind": "step", "step": 3, "tokens_per_s": 40.0, "time/step_s": 10.0, "time/evaluate_s": 8.0}
+    assert summary([*steps, evaluated])[-1] == "14.0 s in steps, 4.67 s each, 80 tokens/s (steps 1 to 3)"
+
+
 def test_a_step_generated_again_has_its_new_speed(tmp_path: Path):
     """Its batch was not in the journal: another one took its number."""
     first = {"kind": "step", "step": 1, "tokens_per_s": 100.0, "time/step_s": 2.0}

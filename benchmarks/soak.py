@@ -70,6 +70,7 @@ class SoakParts(FakeParts):
         self.dropped, self.stalest, self.early_mb = 0, 0.0, 0.0
         self.lost: set[int] = set()
         self.timeline = Timeline(directory / "timeline.jsonl")
+        self.timeline.replicas = range(2)
         self.timeline_s = 0.0
 
     async def roll(self, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:

@@ -71,8 +71,10 @@ def life(seq: int, replica: int, began: float, scoring: float, ended: float, pos
     return GroupLife(seq, f"p{seq}", replica, began if posted is None else posted, began, scoring, ended, 10, 0, 1)
 
 
-def step(number: int, began: float, ended: float, *phases: tuple[str, float, float], took: Sequence[int] = ()) -> StepTime:
-    return StepTime(number, began, ended, tuple(Phase(*phase) for phase in phases), tuple(took))
+def step(
+    number: int, began: float, ended: float, *phases: tuple[str, float, float], took: Sequence[int] = (), replicas: int = 1
+) -> StepTime:
+    return StepTime(number, began, ended, tuple(Phase(*phase) for phase in phases), tuple(took), tuple(range(replicas)))
 
 
 def test_idle_shares_of_hand_worked_intervals():
@@ -84,10 +86,12 @@ def test_idle_shares_of_hand_worked_intervals():
           [ g1 on 1][s ]
     [ rollout        ][ train  ][ eval]
     """
-    made = step(1, 100, 110, ("rollout", 100, 105), ("load", 105, 107), ("pull_wait", 107, 108), ("evaluate", 108, 110), took=(0, 1))
+    made = step(
+        1, 100, 110, ("rollout", 100, 105), ("load", 105, 107), ("pull_wait", 107, 108), ("evaluate", 108, 110), took=(0, 1), replicas=2
+    )
     groups = [life(0, 0, 102, 104, 104.5), life(1, 1, 101.5, 103, 104), life(-1, 0, 108, 110, 110)]
     pulls = [Pull(0, 99, 101, 101, 101)]
-    found = shares([made], groups, pulls, replicas=2)
+    found = shares([made], groups, pulls)
     assert found is not None
     assert found.seconds == 8
     assert found.trainer == pytest.approx(6 / 8)  # five seconds for groups, one for a pull
@@ -97,26 +101,35 @@ def test_idle_shares_of_hand_worked_intervals():
         "weights": pytest.approx(2 / 8),  # 100 to 101 of the rollout, and pull_wait
         "loop": pytest.approx(1 / 8),  # 101 to 101.5, 104.5 to 105
     }
-    assert found.replicas == (pytest.approx(1 - 2 / 8), pytest.approx(1 - 1.5 / 8))  # the evaluation's own groups do not count
+    assert found.replicas == {0: pytest.approx(1 - 2 / 8), 1: pytest.approx(1 - 1.5 / 8)}  # the evaluation's own groups do not count
+    assert found.replicas_mean == pytest.approx(1 - 3.5 / 16)
     assert found.scoring == pytest.approx(1 - 1.5 / 8)
     assert found.generating == pytest.approx(3.5 / 8)
 
 
+def test_a_replica_is_idle_only_while_it_is_there():
+    steps = [step(1, 0, 10, ("rollout", 0, 1)), step(2, 10, 20, ("rollout", 10, 11), replicas=2), step(3, 20, 30, ("rollout", 20, 21))]
+    found = shares(steps, [life(0, 0, 0, 15, 15), life(1, 1, 11, 16, 16)], [])
+    assert found is not None
+    assert found.replicas == {0: pytest.approx(0.5), 1: pytest.approx(0.5)}
+    assert found.replicas_mean == pytest.approx(20 / 40)
+
+
 def test_a_trainer_that_sends_weights_does_not_wait():
     made = step(1, 0, 10, ("rollout", 0, 6), ("load", 6, 10))
-    found = shares([made], [life(0, 0, 3, 6, 6)], [Pull(0, 0, 3, 1, 3)], replicas=1)
+    found = shares([made], [life(0, 0, 3, 6, 6)], [Pull(0, 0, 3, 1, 3)])
     assert found is not None
     assert found.trainer == pytest.approx(0.4)
     assert found.waits == {"generation": pytest.approx(0.3), "scoring": 0, "weights": pytest.approx(0.1), "loop": 0}
 
 
 def test_steps_trained_again_and_steps_without_time_have_no_shares():
-    assert shares([step(1, 0, 1, ("load", 0, 1))], [], [], 1) is None
-    assert shares([step(1, 0, 0, ("rollout", 0, 0))], [], [], 1) is None
+    assert shares([step(1, 0, 1, ("load", 0, 1))], [], []) is None
+    assert shares([step(1, 0, 0, ("rollout", 0, 0))], [], []) is None
 
 
 def test_without_generation_there_is_only_the_trainer():
-    found = shares([step(1, 0, 4, ("rollout", 0, 1))], [], [], replicas=0)
+    found = shares([step(1, 0, 4, ("rollout", 0, 1), replicas=0)], [], [])
     assert found is not None
     assert found.metrics() == {"idle/trainer": 0.25}
     assert found.bottleneck is None
@@ -202,12 +215,13 @@ def test_a_group_is_placed_by_what_its_replica_tells(tmp_path: Path, clock: Cloc
     read = read_timeline(tmp_path / "t.jsonl")
     assert read.groups == [GroupLife(7, "p7", 0, posted=1, began=2, scoring=8, ended=10, tokens=2, oldest=3, newest=3)]
     assert read.pulls == [Pull(3, 0.5, 0.75, 0.75, 0.75)]
-    assert read.steps == [step(4, 0, 11, ("rollout", 0, 10.5), took=[7])]
+    assert read.steps == [step(4, 0, 11, ("rollout", 0, 10.5), took=[7], replicas=0)]
     assert read.sessions == [Session(0, 1.8e9 + 1000)]
 
 
 def test_what_is_in_flight_counts_as_generating_until_it_is_known(clock: Clock):
     timeline = Timeline()
+    timeline.replicas = range(1)
     with timeline.group(0, "p0", 0):
         clock.now = 1010
         metrics = timeline.step(1, [], spans(1000, 1010, ("rollout", 1000, 1008)))
@@ -252,7 +266,8 @@ def test_a_group_that_never_came_back_is_known_of(tmp_path: Path, clock: Clock):
 
 
 def recorded_session(path: Path, clock: Clock, first: int, count: int) -> None:
-    timeline = Timeline(path, replicas=2)
+    timeline = Timeline(path)
+    timeline.replicas = range(2)
     for number in range(first, first + count):
         made = rolled(timeline, clock, number, clock.now, clock.now + 3, roll_s=2, score_s=0.5)
         timeline.step(
@@ -275,10 +290,10 @@ def test_a_resumed_run_goes_on_behind_what_it_had_without_the_time_between(tmp_p
     assert [life.seq for life in read.groups] == [1, 2, 3, 4]
     assert read.groups[2].posted == 8
     assert [s.began for s in read.sessions] == [0, 8]
-    assert read.replicas == 2
-    found = shares(read.steps, read.groups, read.pulls, read.replicas)
+    assert read.replicas == [0, 1]
+    found = shares(read.steps, read.groups, read.pulls)
     assert found is not None
-    assert (found.trainer, found.replicas) == (0.75, (0.5, 1.0))
+    assert (found.trainer, found.replicas, found.replicas_mean) == (0.75, {0: 0.5, 1: 1.0}, 0.75)
 
 
 def test_lines_that_are_none_are_skipped(tmp_path: Path, clock: Clock):
@@ -387,7 +402,7 @@ def test_any_groups_make_a_valid_trace(drawn: list[tuple[list[float], int, bool]
         for seq, ((posted, began, scoring, ended), replica, trains) in enumerate(drawn)
     ]
     made = step(1, 0, 60, ("rollout", 0, 50), ("load", 50, 55), took=[life.seq for life in groups if life.seq >= 0])
-    events = trace_events(Recorded(3, [Session(0, 1.8e9)], [made], groups, [Pull(1, 51, 53, 51.5, 52), Pull(2, 53, 54, 54, 54)]))
+    events = trace_events(Recorded([Session(0, 1.8e9)], [made], groups, [Pull(1, 51, 53, 51.5, 52), Pull(2, 53, 54, 54, 54)]))
     require_valid(events)
     assert sum(e["name"] == "generate" for e in events) == len(groups)
     assert sum(e["ph"] == "f" for e in events) == len(made.took)
@@ -400,7 +415,7 @@ def test_lanes_are_as_many_as_groups_at_a_time():
 
 def test_a_trace_says_what_a_group_was_and_which_steps_trained_it(tmp_path: Path):
     steps = [step(1, 0, 5, ("rollout", 0, 3), ("load", 3, 5), took=[0]), step(1, 5, 7, ("load", 5.5, 7), took=[0])]
-    recorded = Recorded(1, [Session(0, 1.8e9), Session(5, 1.8e9 + 60)], steps, [life(0, 0, 1, 2, 3, posted=0.5)], [])
+    recorded = Recorded([Session(0, 1.8e9), Session(5, 1.8e9 + 60)], steps, [life(0, 0, 1, 2, 3, posted=0.5)], [])
     write_trace(recorded, tmp_path / "t.json", "night")
     written = json.loads((tmp_path / "t.json").read_text())
     events = written["traceEvents"]
@@ -418,7 +433,7 @@ def test_a_trace_says_what_a_group_was_and_which_steps_trained_it(tmp_path: Path
 @pytest.mark.parametrize("replicas", [0, 1, 8, 9])
 def test_a_picture_has_a_row_for_each_replica_until_they_are_many(tmp_path: Path, replicas: int):
     groups = [life(n, n, 1, 2, 3) for n in range(replicas)]
-    recorded = Recorded(replicas, [Session(0, 1.8e9)], [step(1, 0, 5, ("rollout", 0, 3), ("load", 3, 5))], groups, [])
+    recorded = Recorded([Session(0, 1.8e9)], [step(1, 0, 5, ("rollout", 0, 3), ("load", 3, 5), replicas=replicas)], groups, [])
     draw_timeline(recorded, tmp_path / "t.png", "night")
     written = (tmp_path / "t.png").read_bytes()
     assert written[:8] == PNG
@@ -525,7 +540,7 @@ async def test_a_run_is_named_by_what_holds_it_up(tmp_path: Path, cfg: Config, s
     assert found.name == name, str(found)
     read = read_timeline(tmp_path / "timeline.jsonl")
     assert [s.step for s in read.steps] == list(range(1, cfg.run.steps + 1))
-    later = shares(read.steps, read.groups, read.pulls, read.replicas)  # of all that is known afterwards
+    later = shares(read.steps, read.groups, read.pulls)  # of all that is known afterwards
     assert later is not None
     assert later.bottleneck is not None
     assert later.bottleneck.name == name
@@ -536,7 +551,7 @@ async def test_a_run_is_named_by_what_holds_it_up(tmp_path: Path, cfg: Config, s
 async def test_scoring_of_groups_in_flight_is_known_afterwards(tmp_path: Path):
     await run_timed(asynchronous(), tmp_path, roll_s=0.02, score_s=0.25)
     read = read_timeline(tmp_path / "timeline.jsonl")
-    found = shares(read.steps, read.groups, read.pulls, read.replicas)
+    found = shares(read.steps, read.groups, read.pulls)
     assert found is not None
     assert found.bottleneck is not None
     assert found.bottleneck.name == "scoring"

@@ -42,8 +42,7 @@ def _timeline(options: argparse.Namespace) -> int:
     run, _ = RunDirectory.open(options.path)
     recorded = read_timeline(run.timeline)
     recorded = recorded.newest(_STEPS) if options.step is None else recorded.of_steps(*options.step)
-    generates = any(life.seq >= 0 for life in recorded.groups)
-    found = shares(recorded.steps, recorded.groups, recorded.pulls, recorded.replicas if generates else 0)
+    found = shares(recorded.steps, recorded.groups, recorded.pulls)
     out = options.out or run.root
     out.mkdir(parents=True, exist_ok=True)
     trace, picture = out / "timeline.trace.json", out / "timeline.png"
@@ -65,7 +64,7 @@ def _lines(first: int, last: int, found: Shares | None) -> list[str]:
         return [f"steps {first} to {last} were trained again from the journal: they waited for nothing"]
     waits = ", ".join(f"{cause} {share:.0%}" for cause, share in found.waits.items() if found.replicas)
     roles = [("trainer", found.trainer, f"waited for {waits}" if waits else "")]
-    roles += [(f"replica {n}", idle, "") for n, idle in enumerate(found.replicas)]
+    roles += [(f"replica {n}", idle, "") for n, idle in found.replicas.items()]
     if found.replicas:
         roles.append(("scoring", found.scoring, ""))
     rows = [[name, f"{1 - idle:.0%}", f"{idle:.0%}", why] for name, idle, why in roles]
@@ -81,7 +80,7 @@ def _lines(first: int, last: int, found: Shares | None) -> list[str]:
 def _described(found: Shares | None) -> dict[str, Any]:
     if found is None:
         return {"seconds": 0.0, "idle": {}, "waits": {}, "generating": None, "bottleneck": None}
-    idle = {"trainer": found.trainer} | {f"replica {n}": share for n, share in enumerate(found.replicas)}
+    idle = {"trainer": found.trainer} | {f"replica {n}": share for n, share in found.replicas.items()}
     idle |= {"scoring": found.scoring} if found.replicas else {}
     name = found.bottleneck and found.bottleneck.name
     return {"seconds": found.seconds, "idle": idle, "waits": dict(found.waits), "generating": found.generating, "bottleneck": name}

@@ -38,14 +38,16 @@ class Shares:
         scoring: none was generated, but one was scored;
         weights: a version was on its way to the engines, or shared devices were handed over;
         loop: none of these: prompts, messages between processes, the journal.
-    replicas: of each. Empty if groups were not generated but demonstrated.
+    replicas: of each, by its number, over the steps in which it was there. Empty if groups were not generated but demonstrated.
+    replicas_mean: of all of them, by their time.
     generating: groups being generated at a time, all replicas together, mean.
     """
 
     seconds: float
     trainer: float
     waits: Mapping[str, float]
-    replicas: tuple[float, ...]
+    replicas: Mapping[int, float]
+    replicas_mean: float
     scoring: float
     generating: float
 
@@ -53,20 +55,20 @@ class Shares:
         """As they stand in a step's row."""
         found = {"idle/trainer": self.trainer}
         if self.replicas:
-            found |= {"idle/replicas": sum(self.replicas) / len(self.replicas), "rollout/generating": self.generating}
+            found |= {"idle/replicas": self.replicas_mean, "rollout/generating": self.generating}
             found |= {f"wait/{cause}": share for cause, share in self.waits.items()}
         return found
 
     @property
     def bottleneck(self) -> Bottleneck | None:
         """None where nothing is generated: then there is only the trainer."""
-        return judged(self.trainer, sum(self.replicas) / len(self.replicas), self.waits) if self.replicas else None
+        return judged(self.trainer, self.replicas_mean, self.waits) if self.replicas else None
 
 
-def shares(steps: Sequence[StepTime], groups: Sequence[GroupLife], pulls: Sequence[Pull], replicas: int) -> Shares | None:
-    """Over these steps; None if they took no time. `replicas`: how many there are; 0 if nothing is generated."""
+def shares(steps: Sequence[StepTime], groups: Sequence[GroupLife], pulls: Sequence[Pull]) -> Shares | None:
+    """Over these steps; None if they took no time, or were all trained again."""
     made = [step for step in steps if not step.trained_again]
-    time = without([(s.began, s.ended) for s in made], [i for s in made for i in s.of("evaluate")])
+    time = _time(made)
     seconds = total(time)
     if not seconds:
         return None
@@ -82,19 +84,23 @@ def shares(steps: Sequence[StepTime], groups: Sequence[GroupLife], pulls: Sequen
         "weights": total(for_weights) + total(common(unexplained, pulling)),
         "loop": total(without(unexplained, pulling)),
     }
+    there = {number: _time([s for s in made if number in s.replicas]) for number in sorted({n for s in made for n in s.replicas})}
+    idle = {number: total(without(own, (g.generation for g in groups if g.replica == number))) for number, own in there.items()}
     counted = passed(time)
-    own: list[list[Interval]] = [[] for _ in range(replicas)]
-    for group in groups:
-        if group.replica < replicas:  # a resumed run may have had more before
-            own[group.replica].append(group.generation)
     return Shares(
         seconds=seconds,
         trainer=(total(for_groups) + total(for_weights)) / seconds,
         waits={cause: s / seconds for cause, s in waits.items()},
-        replicas=tuple(1 - total(common(busy, time)) / seconds for busy in own),
+        replicas={number: idle[number] / total(own) for number, own in there.items()},
+        replicas_mean=sum(idle.values()) / (sum(map(total, there.values())) or 1.0),
         scoring=1 - total(common(scored, time)) / seconds,
         generating=sum(counted(group.scoring) - counted(group.began) for group in groups) / seconds,
     )
+
+
+def _time(steps: Sequence[StepTime]) -> list[Interval]:
+    """Of steps without their evaluations."""
+    return without([(step.began, step.ended) for step in steps], [evaluated for step in steps for evaluated in step.of("evaluate")])
 
 
 @dataclass(frozen=True, slots=True)

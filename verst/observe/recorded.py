@@ -31,13 +31,18 @@ class Phase(NamedTuple):
 
 
 class StepTime(NamedTuple):
-    """One step. `took`: the admission numbers of the groups that it consumed, the dropped ones included."""
+    """One step.
+
+    took: the admission numbers of the groups that it consumed, the dropped ones included.
+    replicas: the numbers of those that there were. None if groups are not generated but demonstrated.
+    """
 
     step: int
     began: float
     ended: float
     phases: tuple[Phase, ...]
     took: tuple[int, ...]
+    replicas: tuple[int, ...]
 
     def of(self, *names: str) -> list[Interval]:
         """The intervals of these phases."""
@@ -121,11 +126,15 @@ class Session(NamedTuple):
 class Recorded:
     """A timeline on one axis: seconds in which the run lived."""
 
-    replicas: int
     sessions: Sequence[Session]
     steps: Sequence[StepTime]
     groups: Sequence[GroupLife]
     pulls: Sequence[Pull]
+
+    @property
+    def replicas(self) -> list[int]:
+        """The numbers of all that there were."""
+        return sorted({number for step in self.steps for number in step.replicas} | {life.replica for life in self.groups})
 
     def of_steps(self, first: int | None, last: int | None) -> Recorded:
         """These steps (None: no limit), and what happened at the same time. Raises `ConfigError` if there are none."""
@@ -136,7 +145,6 @@ class Recorded:
             raise ConfigError(f"no step of that range is in the timeline, which has {has}")
         began, ended = steps[0].began, max(s.ended for s in steps)
         return Recorded(
-            self.replicas,
             [s for s in self.sessions if began <= s.began <= ended],
             steps,
             [g for g in self.groups if g.posted < ended and g.ended > began],
@@ -162,7 +170,7 @@ def read_timeline(path: Path) -> Recorded:
     current: _Session | None = None
     for row in (row for file in (older(path), path) for row in _rows(file)):
         if "session" in row:
-            current = parts.setdefault(row["session"], _Session(row["session"], row["replicas"]))
+            current = parts.setdefault(row["session"], _Session(row["session"]))
         elif current is not None:
             current.add(row)
     if not parts:
@@ -176,15 +184,15 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict) and ({"session", "replicas"} <= row.keys() or {"groups", "posted", "pulls"} <= row.keys()):
+        if isinstance(row, dict) and ("session" in row or {"groups", "posted", "pulls"} <= row.keys()):
             yield row
 
 
 class _Session:
     """What one process wrote, in its own time."""
 
-    def __init__(self, at: float, replicas: int) -> None:
-        self.at, self.replicas = at, replicas
+    def __init__(self, at: float) -> None:
+        self.at = at
         self.steps: list[StepTime] = []
         self.groups: list[GroupLife] = []
         self.pulls: list[Pull] = []
@@ -193,7 +201,7 @@ class _Session:
     def add(self, row: Mapping[str, Any]) -> None:
         if "step" in row:
             phases = tuple(Phase(*phase) for phase in row["phases"])
-            self.steps.append(StepTime(row["step"], row["began"], row["ended"], phases, tuple(row["took"])))
+            self.steps.append(StepTime(row["step"], row["began"], row["ended"], phases, tuple(row["took"]), tuple(row["replicas"])))
         ended = [GroupLife(*life) for life in row["groups"]]
         self.groups += ended
         self._in_flight |= {(life.seq, life.posted): life for life in (GroupLife(*posted) for posted in row["posted"])}
@@ -223,4 +231,4 @@ def _joined(sessions: Sequence[_Session]) -> Recorded:
         groups += [group.shifted(zero) for group in session.lives]
         pulls += [pull.shifted(zero) for pull in session.pulls]
         zero += session.ended
-    return Recorded(max(session.replicas for session in sessions), begun, steps, groups, pulls)
+    return Recorded(begun, steps, groups, pulls)

@@ -30,9 +30,11 @@ _KEPT = 1 << 16
 class Timeline:
     """All times are of `time.perf_counter`; in the file they count from the beginning of the session."""
 
-    def __init__(self, path: Path | None = None, *, replicas: int = 1) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         """`path`: where to write; nothing is, before the first row. None: nowhere."""
-        self._path, self._replicas = path, replicas
+        self._path = path
+        self.replicas: Sequence[int] = ()
+        """The numbers of those that there are now."""
         self._zero, self._at = time.perf_counter(), time.time()
         self._file: JsonlSink | None = None
         self._in_flight: dict[int, GroupLife] = {}
@@ -65,12 +67,13 @@ class Timeline:
 
     def step(self, step: int, took: Sequence[Group], spans: Spans) -> dict[str, float]:
         """Records a step that `spans` has ended; returns what is measured of it: idle shares, and the speed of generation."""
-        made = StepTime(step, spans.began, spans.ended, tuple(Phase(*p) for p in spans.phases), tuple(g.seq for g in took))
         # what is in flight generates, as far as one can know here: where scoring is slow, some of it is being scored
         going = [life.until(spans.ended) for life in self._in_flight.values()]
         lives = [*self._groups, *going]
         self._generates |= any(life.seq >= 0 for life in lives)
-        measured = None if made.trained_again else shares([made], lives, list(self._pulls), self._replicas if self._generates else 0)
+        phases, seqs = tuple(Phase(*p) for p in spans.phases), tuple(group.seq for group in took)
+        made = StepTime(step, spans.began, spans.ended, phases, seqs, tuple(self.replicas) if self._generates else ())
+        measured = shares([made], lives, list(self._pulls))
         metrics = (measured.metrics() if measured else {}) | self._speed(made, going)
         self._write(made)
         return metrics
@@ -119,7 +122,7 @@ class Timeline:
     def _append(self, path: Path, row: dict[str, Any]) -> None:
         if self._file is None:
             self._file = JsonlSink(path)
-            self._file.write({"session": self._at, "replicas": self._replicas})
+            self._file.write({"session": self._at})
         self._file.write(row)
         if path.stat().st_size > _FILE_BYTES:
             self._file.close()

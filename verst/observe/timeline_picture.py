@@ -67,12 +67,10 @@ def draw_timeline(recorded: Recorded, path: Path, title: str) -> None:
 
 def _replica_rows(recorded: Recorded) -> list[tuple[str, list[GroupLife]]]:
     """One row for each replica, or one for all where there are too many."""
-    if not recorded.groups:
-        return []
-    count = max(recorded.replicas, 1 + max(life.replica for life in recorded.groups))
-    if count > _SHOWN_REPLICAS:
-        return [(f"{count} replicas", list(recorded.groups))]
-    return [(f"replica {n}", [life for life in recorded.groups if life.replica == n]) for n in range(count)]
+    numbers = recorded.replicas
+    if len(numbers) > _SHOWN_REPLICAS:
+        return [(f"{len(numbers)} replicas", list(recorded.groups))]
+    return [(f"replica {n}", [life for life in recorded.groups if life.replica == n]) for n in numbers]
 
 
 def _trainer(axes: Any, recorded: Recorded, began: float) -> None:

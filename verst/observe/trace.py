@@ -39,7 +39,7 @@ def write_trace(recorded: Recorded, path: Path, run: str) -> None:
 def trace_events(recorded: Recorded) -> list[Event]:
     """All events; those that name processes and threads come first."""
     placed = lanes(recorded.groups)
-    events = [*_names(placed, recorded.replicas), *_sessions(recorded), *_steps(recorded.steps), *_pulls(recorded)]
+    events = [*_names(list(placed), recorded.replicas), *_sessions(recorded), *_steps(recorded.steps), *_pulls(recorded)]
     for (replica, lane), lives in placed.items():
         events += itertools.chain.from_iterable(_group(life, _FIRST_REPLICA + replica, lane) for life in lives)
     return [*events, *_arrows(recorded.steps, placed), *_counters(recorded.groups)]
@@ -70,9 +70,8 @@ def _slice(name: str, pid: int, tid: int, began: float, ended: float, category: 
     return event | ({"args": dict(args)} if args else {})
 
 
-def _names(placed: Mapping[tuple[int, int], Any], replicas: int) -> Iterator[Event]:
-    processes = {_TRAINER: "trainer", _WEIGHTS: "weights"}
-    processes |= {_FIRST_REPLICA + n: f"replica {n}" for n in sorted({*range(replicas), *(replica for replica, _ in placed)})}
+def _names(placed: Sequence[tuple[int, int]], replicas: Sequence[int]) -> Iterator[Event]:
+    processes = {_TRAINER: "trainer", _WEIGHTS: "weights"} | {_FIRST_REPLICA + n: f"replica {n}" for n in replicas}
     for pid, name in processes.items():
         yield {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": name}}
         yield {"ph": "M", "name": "process_sort_index", "pid": pid, "tid": 0, "args": {"sort_index": pid}}

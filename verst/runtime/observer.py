@@ -39,12 +39,12 @@ def fidelity_watch(config: Config) -> FidelityWatch:
 class Observer:
     """One run's eyes. Lines are numbered, so that a watcher that comes late or twice repeats nothing, and knows what it missed."""
 
-    def __init__(self, run: RunDirectory, steps: int, fidelity: FidelityWatch, *, replicas: int = 1) -> None:
+    def __init__(self, run: RunDirectory, steps: int, fidelity: FidelityWatch) -> None:
         self._run = run
         self._steps = steps
         self._fidelity = fidelity
         self._sink = JsonlSink(run.metrics)
-        self.timeline = Timeline(run.timeline, replicas=replicas)
+        self.timeline = Timeline(run.timeline)
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._told = 0  # lines so far
         self._more = asyncio.Event()

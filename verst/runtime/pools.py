@@ -147,6 +147,7 @@ class Replicas:
     def __init__(self, workers: Sequence[Worker], config: Config, *, shared: bool = False, timeline: Timeline | None = None) -> None:
         self._workers = workers
         self._timeline = timeline or Timeline()
+        self._timeline.replicas = range(len(workers))
         self._config = config
         self._shared = shared
         self._in_flight = [0] * len(workers)

@@ -45,7 +45,7 @@ class RunService:
         self._run, self._config = RunDirectory.open(root)
         self._spawn = spawn_worker
         self._placement = placement
-        self._observer = Observer(self._run, self._config.run.steps, fidelity_watch(self._config), replicas=self._config.rollout.replicas)
+        self._observer = Observer(self._run, self._config.run.steps, fidelity_watch(self._config))
         self._weights_location = publish_directory(self._run.run_id, self._config.weights.location)
         self._stop = False
         self._loop: Loop | None = None

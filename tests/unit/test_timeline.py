@@ -144,6 +144,7 @@ def test_without_generation_there_is_only_the_trainer():
         (0.41, 0.30, (0.10, 0.28, 0.03, 0), "bottleneck: scoring (trainer idle 41%, replicas idle 30%)"),
         (0.95, 0.89, (0.08, 0.87, 0, 0), "bottleneck: scoring (trainer idle 95%, replicas idle 89%)"),
         (0.97, 0.91, (0.07, 0, 0.89, 0.01), "bottleneck: weights (trainer idle 97%, replicas idle 91%)"),
+        (0.40, 0.46, (0.08, 0, 0.31, 0.01), "bottleneck: weights (trainer idle 40%, replicas idle 46%)"),
         (0.90, 0.95, (0.05, 0, 0, 0.85), "bottleneck: loop (trainer idle 90%, replicas idle 95%)"),
         (0.03, 0.38, (0.02, 0.01, 0, 0), "bottleneck: training (trainer idle 3%, replicas idle 38%)"),
         (0.30, 0.72, (0.28, 0, 0.02, 0), "bottleneck: training (trainer idle 30%, replicas idle 72%: they take turns)"),

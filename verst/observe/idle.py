@@ -128,12 +128,12 @@ def judged(trainer: float, replicas: float, waits: Mapping[str, float]) -> Bottl
     """
     neither = trainer - waits["generation"]  # all wait for something else
     for_training = max(0.0, replicas - neither)
-    turns = min(trainer, for_training) >= _CLOSE and trainer + replicas >= _IN_TURNS
     name = "balanced"
     if trainer - for_training >= _CLOSE:
         name = max(waits, key=lambda cause: waits[cause])
     elif for_training - trainer >= _CLOSE:
         name = "training"
+    turns = min(waits["generation"], for_training) >= _CLOSE and trainer + replicas >= _IN_TURNS
     return Bottleneck(name, trainer, replicas, in_turns=turns)
 
 

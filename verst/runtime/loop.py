@@ -144,7 +144,6 @@ class Loop:
             encoded, group = await self._parts.replicas.roll(seq, prompt, self._algorithm.learns_from)
             await self._pulled()  # tokens of a version are held back until its probe has been compared
             self._parts.journal.append_group(seq, encoded)
-            self._parts.observer.generated(group)
             await self._finished(group)
 
     async def _finished(self, group: Group) -> None:
@@ -275,7 +274,8 @@ class Loop:
         """What follows a step: evaluation and report."""
         metrics |= {"slots/held": float(self._slots.held), "version": float(self.version)}
         if self._evaluates_at(self.version):
-            await self._pulled()
+            with self._spans("pull_wait"):
+                await self._pulled()
             with self._spans("evaluate"):
                 metrics |= await self._parts.evaluate()
         self._parts.observer.step(self.version, groups, metrics, self._spans)

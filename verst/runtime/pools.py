@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from verst.config.schema import Config
 from verst.errors import CheckpointError, ConfigError
 from verst.journal.codec import decode_group, encode_batch, encode_routes
 from verst.observe.metrics import Tally, merged
+from verst.observe.timeline import Timeline
 from verst.runtime.actors import Worker
 from verst.runtime.batching import routes_for
 from verst.runtime.limits import drain_limit_s, rolling_deadline_s
@@ -143,8 +144,10 @@ class Trainers:
 class Replicas:
     """Every rollout replica. Groups go to the one with the fewest in flight; new weights go to all."""
 
-    def __init__(self, workers: Sequence[Worker], config: Config, *, shared: bool = False) -> None:
+    def __init__(self, workers: Sequence[Worker], config: Config, *, shared: bool = False, timeline: Timeline | None = None) -> None:
         self._workers = workers
+        self._timeline = timeline or Timeline()
+        self._timeline.replicas = range(len(workers))
         self._config = config
         self._shared = shared
         self._in_flight = [0] * len(workers)
@@ -178,10 +181,14 @@ class Replicas:
         self._in_flight[index] += 1
         who = f"{worker.name}: rolling and scoring group {seq} ({prompt.id})"
         try:
-            encoded = await within(worker.post("roll", seq, prompt, how), self.deadline_s(self._in_flight[index]), who)
+            demonstrated = how == "demonstrations"  # which keeps no replica busy
+            with nullcontext([]) if demonstrated else self._timeline.group(seq, prompt.id, index) as became:
+                encoded = await within(worker.post("roll", seq, prompt, how), self.deadline_s(self._in_flight[index]), who)
+                group = decode_group(encoded)
+                became.append(group)
         finally:
             self._in_flight[index] -= 1
-        return encoded, decode_group(encoded)
+        return encoded, group
 
     async def pull(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> list[Pulled]:
         """Every replica loads and verifies one version, serves it and scores the probe."""

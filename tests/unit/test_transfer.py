@@ -133,9 +133,9 @@ async def test_after_two_failures_it_is_told():
 
 @pytest.mark.parametrize(("transport", "published"), [("file", BY_FILE), ("group", BY_GROUP)])
 async def test_a_replica_that_computes_something_else_is_told(transport: str, published: Published):
+    brings = transfer(Side(off=1.0), transport, probe_limit=0.1)
+    await brings.open("run")
     with pytest.raises(TrainingDiverged, match=r"version 1: .* disagree by 0.5 on average .* the limit is 0.1"):
-        brings = transfer(Side(off=1.0), transport, probe_limit=0.1)
-        await brings.open("run")
         await brings.bring(published, PROBE_T)
 
 

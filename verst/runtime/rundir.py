@@ -278,8 +278,8 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file that is there in its old or its new form, whole, at every moment, also if several write it."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    """Writes a file that is there in its old or its new form, whole, at every moment."""
+    partial = path.with_name(f"{path.name}.partial")
     _write(partial, content)
     partial.rename(path)
 

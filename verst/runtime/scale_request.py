@@ -50,7 +50,10 @@ class ScaleRequest:
         return cls(uuid.uuid4().hex, replicas)
 
     def write(self, run: RunDirectory) -> None:
-        replace_file(run.scale_request, json.dumps(asdict(self)).encode())
+        """Puts it in the place of the one before. Several may do so at the same time: each writes a file of its own first."""
+        mine = run.scale_request.with_name(f"{run.scale_request.name}.{self.id}")
+        replace_file(mine, json.dumps(asdict(self)).encode())
+        mine.rename(run.scale_request)
 
     @classmethod
     def read(cls, run: RunDirectory) -> ScaleRequest | None:

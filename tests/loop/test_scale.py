@@ -12,11 +12,12 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from tests.loop.fakes import FakeParts, config, group
+from tests.loop.fakes import FakeParts, FakeTrainers, config, group
 from verst.config.load import load_config
 from verst.config.schema import Config
-from verst.errors import ConfigError, EngineFailure, ModelError
+from verst.errors import ConfigError, DeadlineExceeded, EngineFailure, ModelError
 from verst.journal.codec import encode_group
 from verst.runtime import pools, scaler
 from verst.runtime.actors import LocalWorker
@@ -25,12 +26,14 @@ from verst.runtime.parts import Parts
 from verst.runtime.placement import Placement
 from verst.runtime.pools import Replicas, Trainers
 from verst.runtime.recovery import Cursor, Restored
-from verst.runtime.rollout_worker import Pulled
+from verst.runtime.rollout_worker import Pulled, Seat
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.scale_request import ScaleAnswer, ScaleRequest, State
 from verst.runtime.scaler import Means, Scaler
+from verst.runtime.trainer_worker import Published
 from verst.runtime.transfer import Transfer
 from verst.types import Manifest, Prompt
+from verst.weights.group import GroupAddress
 
 LIMIT_S = 20.0
 STEPS = 10_000
@@ -51,6 +54,7 @@ class World:
     probe: Callable[[int], float] = lambda number: 0.0
     events: list[str] = field(default_factory=list)
     rolled: list[tuple[int, int, int]] = field(default_factory=list)  # (replica, group, version)
+    seats: dict[int, Seat | None] = field(default_factory=dict)  # of each replica's newest pull
 
     async def seen(self, event: str) -> None:
         async with asyncio.timeout(LIMIT_S):
@@ -78,8 +82,9 @@ class Recorder:
         await self._world.roll(self._number)
         return encode_group(group(seq, version))
 
-    async def pull(self, manifest: Manifest, probe_T: Any, seat: Any) -> Pulled:
+    async def pull(self, manifest: Manifest, probe_T: Any, seat: Seat | None) -> Pulled:
         self._world.events.append(f"pull {manifest.version} {self._number}")
+        self._world.seats[self._number] = seat
         await self._world.pull(self._number, manifest.version)
         self._version = manifest.version
         self._world.events.append(f"serve {manifest.version} {self._number}")
@@ -98,18 +103,40 @@ class Killable(LocalWorker):
         self._note()
 
 
+class Broadcasters(FakeTrainers):
+    """Trainers whose weights come by a group. `sent`: the versions, each with the group that was formed for it."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__(events)
+        self.sent: list[tuple[int, str | None]] = []
+
+    async def host_group(self, name: str, world: int, *, shared: bool) -> GroupAddress:
+        return GroupAddress("host", 1, name, world, shared)
+
+    async def publish(self, version: int, location: str | None, probe_T: Any) -> Published:
+        return Published((await super().publish(version, location, probe_T)).manifest)
+
+    async def send(self, manifest: Manifest, probe_T: Any, address: GroupAddress | None) -> NDArray[np.float32]:
+        self.sent.append((manifest.version, address and f"{address.name} of {address.world}"))
+        return np.zeros(3, np.float32)
+
+
 class Scaled:
     """A run of so many replicas, and the files by which it is asked for others."""
 
-    def __init__(self, root: Path, world: World, replicas: int = 1, **sections: dict[str, Any]) -> None:
+    def __init__(self, root: Path, world: World, replicas: int = 1, by_group: bool = False, **sections: dict[str, Any]) -> None:
         rollout = AHEAD | sections.pop("rollout", {}) | {"replicas": replicas}
+        if by_group:
+            sections["weights"] = {"transport": "group"}
         self.config: Config = config(run={"steps": STEPS}, rollout=rollout, **sections)
         self.world = world
         self.parts = FakeParts(self.config, root)
         self.replicas = Replicas([Killable(n, world) for n in range(replicas)], self.config)
         self.parts.replicas = self.replicas  # pyright: ignore[reportAttributeAccessIssue]
+        if by_group:
+            self.parts.trainers = Broadcasters(self.parts.events)
         trainers = cast(Trainers, self.parts.trainers)
-        self.parts.transfer = Transfer(self.config, Placement(0, 0), trainers, self.replicas, "somewhere")  # pyright: ignore[reportAttributeAccessIssue]
+        self.transfer = self.parts.transfer = Transfer(self.config, Placement(0, 0), trainers, self.replicas, "somewhere")  # pyright: ignore[reportAttributeAccessIssue]
         values = {"run": {"name": "r", "dir": str(root), "steps": STEPS}, "model": {"path": "m"}, "rollout": {"replicas": replicas}}
         self.run = RunDirectory.create(load_config(values), None, {})
         self.loop = Loop(self.config, cast(Parts, self.parts), Restored(0, Cursor(0, self.parts.stream.state())))
@@ -128,6 +155,7 @@ class Scaled:
         async def run() -> None:
             try:
                 await self.replicas.start(True)
+                await self.transfer.open("run")
                 async with Scaler(self.run, read, self.replicas, means).following():
                     await self.loop.run()
             finally:
@@ -381,6 +409,31 @@ async def test_a_new_replica_that_cannot_take_a_version_is_refused_and_nobody_el
     assert {n for n, _, _ in run.world.rolled} == {0}
     assert sorted(run.ended()[:2]) == [1, 2]
     assert run.recorded() == []
+
+
+async def test_a_group_that_a_new_replica_broke_is_formed_again_without_it(tmp_path: Path):
+    """It dies as the group meets, so that all others wait in vain."""
+
+    async def pull(number: int, version: int) -> None:
+        seat = world.seats[number]
+        if number == 2:
+            raise EngineFailure("the server is gone")
+        if seat is not None and seat.address.world == 4:
+            raise DeadlineExceeded("not all of 4 members met")
+
+    world = World(pull=pull)
+    run = Scaled(tmp_path, world, by_group=True, replicas=2)
+    async with run.running():
+        await run.reported(1)
+        answer = await run.scaled(3)
+        assert (await run.scaled(1)).state is State.DONE
+        await run.reported(2)
+    run.require_sound()
+    assert "replica 2 could not join: the server is gone" in answer.lines
+    formed = [(version, address) for version, address in cast(Broadcasters, run.parts.trainers).sent if address]
+    (tried, _), (again, _), (last, _) = formed[1:]
+    assert [address for _, address in formed] == ["run/1 of 3", "run/2 of 4", "run/3 of 3", "run/4 of 2"]
+    assert tried == again < last
 
 
 async def test_a_replica_that_serves_still_ends_the_run_if_it_fails(tmp_path: Path):

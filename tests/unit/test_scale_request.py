@@ -99,7 +99,7 @@ def test_what_comes_of_it_is_told_line_by_line_until_it_is_done(run: RunDirector
 @pytest.mark.parametrize(
     ("state", "error", "message"),
     [
-        (State.REFUSED, ConfigError, r"/r refuses: too many"),
+        (State.REFUSED, ConfigError, r"/r refuses 2 replica\(s\): too many"),
         (State.FAILED, ScaleFailed, r"/r has not 2 replica\(s\): too many"),
     ],
 )

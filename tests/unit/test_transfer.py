@@ -61,7 +61,8 @@ class Side:
         if self._wrong:
             self._wrong -= 1
             raise WeightMismatch("1 different: scale")
-        stats = [{"generated_tokens": 3.0, "weights_load_s": 0.5}, {"generated_tokens": 4.0, "weights_load_s": 0.25}]
+        # what SGLang's server counts is known a second after its start
+        stats = [{"generated_tokens": 3.0, "weights_load_s": 0.5, "server_running": 2.0}, {"generated_tokens": 4.0, "weights_load_s": 0.25}]
         found = [Pulled(TRAINER_T, stats[0]), Pulled(TRAINER_T + np.array([0, self._off, 0], np.float32), stats[1])]
         return dict(zip(self.replicas, found, strict=False))
 
@@ -92,7 +93,7 @@ async def test_a_file_is_pulled_and_nothing_else_happens():
     await by_file.open("run")
     brought = await by_file.bring(BY_FILE, PROBE_T)
     assert brought.difference == 0.0625 / 2  # the mean over two tokens, of the replica that is further off
-    assert brought.stats == {"generated_tokens": 7.0, "weights_load_s": 0.5}
+    assert brought.stats == {"generated_tokens": 7.0, "weights_load_s": 0.5, "server_running": 2.0}
     assert (side.events, by_file.location) == (["pull", ("welcome", 0, 1), ("welcome", 1, 1)], "somewhere")
 
 

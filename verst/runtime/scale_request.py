@@ -126,7 +126,7 @@ def _follow(run: RunDirectory, request: ScaleRequest, wait_s: float, echo: Calla
         answer = ScaleAnswer.read(run)
         if answer is not None and answer.id == request.id:
             if answer.state is State.REFUSED:
-                raise ConfigError(f"{run.root} refuses: {answer.lines[-1]}")
+                raise ConfigError(f"{run.root} refuses {request.replicas} replica(s): {answer.lines[-1]}")
             for line in answer.lines[told:]:
                 echo(line)
             told = len(answer.lines)

@@ -82,7 +82,8 @@ class Scaler:
         try:
             self._means.check(request.replicas)
         except ConfigError as error:
-            self._tell(f"{request.replicas} replica(s) refused: {error}")
+            self._means.note(f"scale: {request.replicas} replica(s) refused: {error}")
+            self._lines = [str(error)]
             await self._answer(State.REFUSED)
             return
         self._tell(f"{len(self._replicas.active)} replica(s) serve, {request.replicas} are wanted")

@@ -13,7 +13,7 @@ that neither side can be held up between the meeting and the transfer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -80,9 +80,7 @@ class Transfer:
         async with self._replicas.drained():
             pulled, trainer_T = await self._pull(published, probe_T)
             differences = [self._compared(replica, found, trainer_T, published.manifest.version) for replica, found in pulled.items()]
-        found = list(pulled.values())
-        stats = {name: (max if name.startswith("weights_") else sum)(p.stats[name] for p in found) for name in found[0].stats}
-        return Brought(max(differences), stats)
+        return Brought(max(differences), _together([found.stats for found in pulled.values()]))
 
     def _compared(self, replica: Replica, found: Pulled, trainer_T: NDArray[np.float32], version: int) -> float:
         """How far a replica is from the trainer; one that is new serves if that is near enough."""
@@ -134,6 +132,14 @@ class Transfer:
         self._groups += 1
         address = replace(self._place, name=f"{run_id}/{self._groups}", world=world)
         return address, {replica: Seat(address, first) for replica, first in zip(members, firsts, strict=True)}
+
+
+def _together(stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Sums, of times the largest. A replica that is new may not know all of its figures yet."""
+    values: dict[str, list[float]] = {}
+    for name, value in (item for found in stats for item in found.items()):
+        values.setdefault(name, []).append(value)
+    return {name: max(found) if name.startswith("weights_") else sum(found) for name, found in values.items()}
 
 
 def _default(placement: Placement, ranks: int) -> str:

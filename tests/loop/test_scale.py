@@ -54,6 +54,7 @@ class World:
     probe: Callable[[int], float] = lambda number: 0.0
     events: list[str] = field(default_factory=list)
     rolled: list[tuple[int, int, int]] = field(default_factory=list)  # (replica, group, version)
+    drained: list[tuple[str, int, int]] = field(default_factory=list)  # ("drain" or "admit", replica, version)
     seats: dict[int, Seat | None] = field(default_factory=dict)  # of each replica's newest pull
 
     async def seen(self, event: str) -> None:
@@ -89,6 +90,12 @@ class Recorder:
         self._version = manifest.version
         self._world.events.append(f"serve {manifest.version} {self._number}")
         return Pulled(np.array([0, self._world.probe(self._number), 0], np.float32), {"generated_tokens": 1.0})
+
+    async def drain(self) -> None:
+        self._world.drained.append(("drain", self._number, self._version))
+
+    async def admit(self) -> None:
+        self._world.drained.append(("admit", self._number, self._version))
 
     async def close(self) -> None:
         self._world.events.append(f"close {self._number}")
@@ -521,3 +528,20 @@ async def test_what_the_run_cannot_do_is_refused_in_its_words(tmp_path: Path):
     assert answer == ScaleAnswer(answer.id, (run.refused,), State.REFUSED)
     assert f"scale: 9 replica(s) refused: {run.refused}" in run.parts.notes
     assert "start 1" not in run.world.events
+
+
+async def test_one_that_is_new_holds_up_no_publish_that_waits_for_groups(tmp_path: Path):
+    """Groups in flight finish before a version; a new replica has none, and what it cannot answer is not asked."""
+    run = Scaled(tmp_path, World(roll=takes_a_while), replicas=2, weights={"in_flight": "finish", "deadline_s": 5.0})
+    async with run.running():
+        await run.reported(1)
+        assert (await run.scaled(3)).state is State.DONE
+        await run.reported(2)
+        assert (await run.scaled(1)).state is State.DONE
+        await run.reported(1)
+    run.require_sound()
+    assert min(version for n, _, version in run.world.rolled if n == 2) > 0
+    assert ("drain", 2, -1) not in run.world.drained
+    assert {n for event, n, _ in run.world.drained if event == "drain"} >= {0, 1}
+    drains, admits = (Counter(n for event, n, _ in run.world.drained if event == e) for e in ("drain", "admit"))
+    assert drains == admits, "a replica was left waiting"

@@ -256,15 +256,15 @@ class Replicas:
         limit_s = drain_limit_s(self._config)
         async with self._publishing:
             self._members = [r for r in self._replicas if r.stage in (Stage.READY, Stage.SERVING)]
-            drained = self.members
+            busy = self.active  # one that is new has nothing to finish
             try:
                 if limit_s:
-                    await self._all("drain", limit_s + 5, of=drained)
+                    await self._all("drain", limit_s + 5, of=busy)
                 try:
                     yield
                 finally:
                     if limit_s:
-                        await self._all("admit", _CLOSE_S, of=self.members)
+                        await self._all("admit", _CLOSE_S, of=[r for r in busy if r in self._members])
             finally:
                 self._members = []
 

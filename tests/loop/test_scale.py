@@ -271,6 +271,7 @@ async def test_three_and_one_again_while_rollout_runs_ahead(tmp_path: Path):
     async with run.running():
         await run.reported(3)
         grown = await run.scaled(3)
+        await until(lambda: {0, 1, 2} == {n for n, _, _ in world.rolled})
         await run.reported(4)
         shrunk = await run.scaled(1)
         before = len(world.rolled)
@@ -299,7 +300,7 @@ ROOMY = {"capacity_groups": 12, "window_groups": 10}
 
 
 async def test_what_a_removed_replica_has_in_flight_is_finished_by_it(tmp_path: Path):
-    """All 12 groups are held as it is told to leave; then those of the other go on, and a version comes which does not reach it."""
+    """Groups are held as it is told to leave; then those of the other go on, and a version comes which does not reach it."""
     gates = Gates()
     world = World(roll=gates.roll)
     run = Scaled(tmp_path, world, replicas=2, rollout=ROOMY)
@@ -307,12 +308,13 @@ async def test_what_a_removed_replica_has_in_flight_is_finished_by_it(tmp_path: 
         await run.reported(1)
         gates.shut(0)
         gates.shut(1)
-        await until(lambda: sum(gates.held) == 12)
+        await until(lambda: min(gates.held) > 3)
         request = run.ask(1)
         await until(lambda: any("replica 1 is given no more groups" in note for note in run.parts.notes))
-        had, events = gates.held[1], len(world.events)
+        events = len(world.events)
         gates.open(0)
         await run.reported(1)
+        had = gates.held[1]
         assert "close 1" not in world.events
         gates.open(1)
         answer = await run.answered(request)
@@ -502,7 +504,7 @@ async def test_nothing_is_left_running_when_a_run_ends_in_the_middle(tmp_path: P
             await run.reported(1)
             gates.shut(0)
             gates.shut(1)
-            await until(lambda: sum(gates.held) == 12)
+            await until(lambda: min(gates.held) > 3)
             run.ask(1)
             await until(lambda: any("replica 1 is given no more groups" in note for note in run.parts.notes))
             request = run.ask(2)

@@ -409,6 +409,8 @@ async def test_a_start_that_fails_leaves_the_run_as_it_was(tmp_path: Path, error
     assert "replica 3 starts" in again.lines, "a number was used again"
     assert run.ended()[0] == 1
     assert [after for _, after in run.recorded()] == [2, 3]
+    _, read = RunDirectory.open(run.run.root)
+    assert read.rollout.replicas == 3, "a resumed run would begin with another number"
 
 
 async def test_a_new_replica_that_cannot_take_a_version_is_refused_and_nobody_else_notices(tmp_path: Path):

@@ -56,7 +56,7 @@ class RunService:
     async def run(self) -> None:
         """Trains to the end, or to the next consistent point after `stop`."""
         with RunLock(self._run.root):
-            self._run.scale_request.unlink(missing_ok=True)  # a wish of before, that was not done: it was answered so
+            self._run.scale_request.unlink(missing_ok=True)  # not got to before: a start has its own number
             try:
                 await self._train()
             except Exception as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verst.config.schema import Config
-from verst.errors import CheckpointError, ConfigError
+from verst.errors import CheckpointError, ConfigError, VerstError
 from verst.journal.codec import decode_group, encode_batch, encode_routes
 from verst.observe.metrics import Tally, merged
 from verst.observe.timeline import Timeline
 from verst.runtime.actors import Worker
 from verst.runtime.batching import routes_for
 from verst.runtime.limits import drain_limit_s, rolling_deadline_s
-from verst.runtime.rollout_worker import Pulled
+from verst.runtime.replica import Replica, Stage
+from verst.runtime.rollout_worker import Pulled, Seat
 from verst.runtime.trainer_worker import Published, Scores, TrainerFacts
 from verst.runtime.wait import GRACE_S, gather_named, within
 from verst.types import Batch, Group, Manifest, Prompt, RoutedExperts, RoutesWanted
@@ -100,12 +103,9 @@ class Trainers:
     async def host_group(self, name: str, world: int, *, shared: bool) -> GroupAddress:
         return await self._first("host_group", name, world, shared)
 
-    async def join_group(self, address: GroupAddress) -> None:
-        await self._first("join_group", address)
-
-    async def send(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Sends a version; returns the trainer's log-probabilities of the probe."""
-        return (await self._all("send", manifest, probe_T))[0]
+    async def send(self, manifest: Manifest, probe_T: NDArray[np.int32], address: GroupAddress | None = None) -> NDArray[np.float32]:
+        """Sends a version, by a group that is formed first if an address is given; returns the trainer's log-probabilities of the probe."""
+        return (await self._all("send", manifest, probe_T, address))[0]
 
     async def release_memory(self, *, weights: bool) -> None:
         await self._all("release_memory", weights)
@@ -142,29 +142,62 @@ class Trainers:
 
 
 class Replicas:
-    """Every rollout replica. Groups go to the one with the fewest in flight; new weights go to all."""
+    """Every rollout replica. Groups go to the one with the fewest in flight; new weights go to all.
+
+    Their number may change while the run goes on (`verst.runtime.scaler`). A publish has the members that were there as it began; one that
+    is new among them is given groups once it holds that version, and one that fails until then is refused and ends nothing.
+    """
 
     def __init__(self, workers: Sequence[Worker], config: Config, *, shared: bool = False, timeline: Timeline | None = None) -> None:
-        self._workers = workers
+        self._replicas = [Replica(number, worker) for number, worker in enumerate(workers)]
+        self._numbers = itertools.count(len(workers))
+        self._members: list[Replica] = []
+        self._publishing = asyncio.Lock()
         self._timeline = timeline or Timeline()
-        self._timeline.replicas = range(len(workers))
+        self._timeline.replicas = lambda: [replica.number for replica in self.active]
         self._config = config
         self._shared = shared
-        self._in_flight = [0] * len(workers)
+        self._scores = True
         self._routed_experts: RoutedExperts | None = None
+        self._needed: RoutedExperts | None = None
 
-    async def _all(self, method: str, deadline_s: float, *args: Any) -> list[Any]:
-        return await gather_named({(who := f"{w.name}: {method}"): within(w.call(method, *args), deadline_s, who) for w in self._workers})
+    @property
+    def active(self) -> list[Replica]:
+        """Those that are given groups."""
+        return [replica for replica in self._replicas if replica.stage is Stage.SERVING]
+
+    @property
+    def members(self) -> Sequence[Replica]:
+        """Those that take part in the publish in progress."""
+        return tuple(self._members)
+
+    async def _all(self, method: str, deadline_s: float, *args: Any, of: Sequence[Replica] | None = None) -> list[Any]:
+        """By default: of those that serve."""
+        chosen = self.active if of is None else of
+        return await gather_named({(who := f"{r.name}: {method}"): within(r.worker.call(method, *args), deadline_s, who) for r in chosen})
 
     async def start(self, scores: bool) -> None:
-        self._routed_experts = (await self._all("start", self._config.train.deadline_s, scores))[0]
+        """Starts those that the run begins with."""
+        self._scores = scores
+        self._routed_experts = (await gather_named({f"{replica.name}: start": self._start(replica) for replica in self._replicas}))[0]
+
+    async def _start(self, replica: Replica) -> RoutedExperts | None:
+        """Returns what its engine records of its routes."""
+        (recorded,) = await self._all("start", self._config.train.deadline_s, self._scores, of=[replica])
+        (replica.weight_ranks,) = await self._all("weight_ranks", self._config.weights.deadline_s, of=[replica])
+        return recorded
 
     def require_routes(self, needed: RoutedExperts | None) -> None:
         """Raises `ConfigError` unless the engines record the routes that the trainer needs."""
-        if needed is not None and self._routed_experts != needed:
+        self._needed = needed
+        self._require_routes(self._routed_experts)
+
+    def _require_routes(self, recorded: RoutedExperts | None) -> None:
+        needed = self._needed
+        if needed is not None and recorded != needed:
             raise ConfigError(
                 f"train.routes: the trainer needs the routes of {needed.layers} layers, {needed.chosen} of {needed.experts} experts for "
-                f"each token, but the {self._config.rollout.engine} engine records {self._routed_experts or 'none'}: "
+                f"each token, but the {self._config.rollout.engine} engine records {recorded or 'none'}: "
                 "use an engine that records them, or set train.routes=ignore"
             )
 
@@ -175,37 +208,72 @@ class Replicas:
         return rolling_deadline_s(self._config, groups, shared=self._shared) + scoring_s
 
     async def roll(self, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:
-        """One group, rolled and scored by the least busy replica: encoded, for the journal, and decoded."""
-        index = min(range(len(self._workers)), key=lambda i: self._in_flight[i])
-        worker = self._workers[index]
-        self._in_flight[index] += 1
-        who = f"{worker.name}: rolling and scoring group {seq} ({prompt.id})"
-        try:
-            demonstrated = how == "demonstrations"  # which keeps no replica busy
-            with nullcontext([]) if demonstrated else self._timeline.group(seq, prompt.id, index) as became:
-                encoded = await within(worker.post("roll", seq, prompt, how), self.deadline_s(self._in_flight[index]), who)
-                group = decode_group(encoded)
-                became.append(group)
-        finally:
-            self._in_flight[index] -= 1
-        return encoded, group
+        """One group, rolled and scored by the least busy replica: encoded, for the journal, and decoded.
 
-    async def pull(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> list[Pulled]:
-        """Every replica loads and verifies one version, serves it and scores the probe."""
-        return await self._all("pull", self._config.weights.deadline_s + 5, manifest, probe_T)
+        One that its replica does not finish after it was told to leave is rolled again by another, with the same number and seeds.
+        """
+        while True:
+            replica = min(self.active, key=lambda r: r.in_flight)
+            replica.in_flight += 1
+            who = f"{replica.name}: rolling and scoring group {seq} ({prompt.id})"
+            demonstrated = how == "demonstrations"  # which keeps no replica busy
+            try:
+                with nullcontext([]) if demonstrated else self._timeline.group(seq, prompt.id, replica.number) as became:
+                    encoded = await within(replica.worker.post("roll", seq, prompt, how), self.deadline_s(replica.in_flight), who)
+                    group = decode_group(encoded)
+                    became.append(group)
+            except VerstError:
+                if replica.stage is not Stage.LEAVING:
+                    raise
+                replica.rolled_again.append(seq)
+            else:
+                return encoded, group
+            finally:
+                replica.ended_one()
+
+    async def pull(
+        self, manifest: Manifest, probe_T: NDArray[np.int32], seats: Mapping[Replica, Seat] | None = None
+    ) -> dict[Replica, Pulled]:
+        """Every member loads and verifies one version, serves it and scores the probe. Without those that were refused over it.
+
+        `seats`: their places in a weight group that is formed first.
+        """
+        seats = seats or {}
+        members = self.members
+        pulled = await gather_named({f"{r.name}: pull": self._pull(r, manifest, probe_T, seats.get(r)) for r in members})
+        return {replica: found for replica, found in zip(members, pulled, strict=True) if found is not None}
+
+    async def _pull(self, replica: Replica, manifest: Manifest, probe_T: NDArray[np.int32], seat: Seat | None) -> Pulled | None:
+        limit_s = self._config.weights.deadline_s + 5
+        if seat is not None:
+            limit_s += self._config.weights.deadline_s + 15  # a rank that waited in vain says so itself
+        try:
+            return (await self._all("pull", limit_s, manifest, probe_T, seat, of=[replica]))[0]
+        except VerstError as error:
+            if not self.refuse(replica, error):
+                raise
+            return None
 
     @asynccontextmanager
     async def drained(self) -> AsyncIterator[None]:
-        """Nothing is in flight within, if it has to finish before a version (`weights.in_flight`). What comes meanwhile waits."""
+        """A publish: its members are settled, and nothing is in flight within, if it has to finish before a version (`weights.in_flight`).
+
+        What comes meanwhile waits.
+        """
         limit_s = drain_limit_s(self._config)
-        if not limit_s:
-            yield
-            return
-        await self._all("drain", limit_s + 5)
-        try:
-            yield
-        finally:
-            await self._all("admit", _CLOSE_S)
+        async with self._publishing:
+            self._members = [r for r in self._replicas if r.stage in (Stage.READY, Stage.SERVING)]
+            busy = self.active  # one that is new has nothing to finish
+            try:
+                if limit_s:
+                    await self._all("drain", limit_s + 5, of=busy)
+                try:
+                    yield
+                finally:
+                    if limit_s:
+                        await self._all("admit", _CLOSE_S, of=[r for r in busy if r in self._members])
+            finally:
+                self._members = []
 
     async def release_memory(self) -> None:
         await self._all("release_memory", self._config.weights.deadline_s)
@@ -213,17 +281,61 @@ class Replicas:
     async def resume_memory(self) -> None:
         await self._all("resume_memory", self._config.weights.deadline_s)
 
-    async def weight_ranks(self) -> list[int]:
-        """Members of the weight group that each replica becomes."""
-        return await self._all("weight_ranks", self._config.weights.deadline_s)
-
-    async def join_group(self, address: GroupAddress, first_ranks: Sequence[int]) -> None:
-        limit_s = self._config.weights.deadline_s + 15  # a rank that waited in vain says so itself
-        calls = {w.name: w.call("join_group", address, first) for w, first in zip(self._workers, first_ranks, strict=True)}
-        await gather_named({name: within(call, limit_s, f"{name}: join_group") for name, call in calls.items()})
-
     async def probe_tokens(self, prompt: Prompt) -> NDArray[np.int32]:
-        return await within(self._workers[0].call("probe_tokens", prompt), self._config.weights.deadline_s, "replica 0: probe tokens")
+        first = self.active[0]
+        return await within(first.worker.call("probe_tokens", prompt), self._config.weights.deadline_s, f"{first.name}: probe tokens")
+
+    # ---- a number that changes
+
+    def begin(self, spawn: Callable[[int], Worker]) -> Replica:
+        """A new replica, whose process `spawn` starts; `make_ready` is what follows."""
+        number = next(self._numbers)
+        replica = Replica(number, spawn(number), Stage.STARTING)
+        self._replicas.append(replica)
+        return replica
+
+    async def make_ready(self, replica: Replica) -> None:
+        """Starts a new replica's engine. From then on it waits for the next publish. Raises what the start raised."""
+        self._require_routes(await self._start(replica))
+        replica.stage = Stage.READY
+
+    def welcome(self, replica: Replica, version: int) -> None:
+        """It holds the version that is published: a new one is given groups from here on."""
+        if replica.stage is Stage.READY:
+            replica.stage, replica.first_version = Stage.SERVING, version
+            replica.changed.set()
+
+    def refuse(self, replica: Replica, error: VerstError) -> bool:
+        """Takes a replica out of the publish in progress. False for one that serves: its failures are the run's."""
+        if replica.stage is Stage.SERVING:
+            return False
+        if replica.stage is Stage.READY:
+            replica.stage, replica.error = Stage.REFUSED, error
+            replica.changed.set()
+        self._members = [member for member in self._members if member is not replica]
+        return True
+
+    def refuse_new(self, error: VerstError) -> None:
+        """The same for all that do not serve: where it cannot be known who failed, those who were there before go on without them."""
+        for replica in self.members:
+            self.refuse(replica, error)
+
+    async def end(self, replica: Replica) -> None:
+        """Ends a replica that has nothing in flight, with its process, which gives its GPU back. Waits for the publish that it is part of.
+
+        Raises what its end raised; it is gone all the same.
+        """
+        async with self._publishing:  # which has deadlines of its own
+            self._replicas.remove(replica)
+        try:
+            await self._all("close", _CLOSE_S, of=[replica])
+        finally:
+            replica.worker.kill()
 
     async def close(self) -> None:
-        await self._all("close", _CLOSE_S)
+        """Ends every replica in order, also one that is starting or leaving, then its process."""
+        try:
+            await self._all("close", _CLOSE_S, of=self._replicas)
+        finally:
+            for replica in self._replicas:
+                replica.worker.kill()

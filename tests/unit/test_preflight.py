@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check(model: Path, *overrides: str, rows: Any = ROWS, **extensions: Any) -> Findings:
     values = {"run": {"steps": 3}, "model": {"path": str(model)}, "data": {"max_prompt_tokens": 64}, "rollout": {"max_new_tokens": 8}}
     return preflight(load_config(values, overrides), Extensions(prompts=rows, **extensions))
+
+
+def test_a_model_whose_experts_cannot_be_read_is_refused_unless_routes_are_ignored(tmp_path: Path, model: Path):
+    strange = tmp_path / "model"
+    shutil.copytree(model, strange)
+    about = json.loads((strange / "config.json").read_text())
+    (strange / "config.json").write_text(json.dumps(about | {"moe_num_experts": 8, "moe_k": 2}))
+    with pytest.raises(ConfigError, match=r"train.routes: .* has experts \(moe_num_experts in its config.json\), .*train.routes=ignore"):
+        check(strange)
+    check(strange, "train.routes=ignore")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from verst.data.packing import plan_step, samples_of_rank
 from verst.errors import ConfigError, RoutesRefused
 from verst.journal.codec import decode_routes, encode_routes
 from verst.observe.metrics import Tally
-from verst.routing.kinds import moe_layers, routed_experts
+from verst.routing.kinds import moe_layers, routed_experts, unread_experts
 from verst.routing.records import expert_dtype, narrowed, require_routes, routes_of, tokens_digest
 from verst.runtime.batching import assemble, failures, refused
 from verst.runtime.pools import Replicas, Trainers
@@ -274,5 +274,20 @@ def test_an_engine_that_records_otherwise_is_refused_before_the_first_step():
 def test_a_config_says_which_layers_route(config: Any, layers: tuple[int, ...], kind: RoutedExperts | None):
     about = config.to_dict()
     assert routed_experts(about) == kind
+    assert unread_experts(about) is None
     if kind is not None:
         assert moe_layers(about) == layers
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (transformers.Ernie4_5_MoeConfig(), "moe_k"),
+        (transformers.LongcatFlashConfig(), "moe_topk"),
+        (transformers.HunYuanMoEV1Config(num_experts=8), "num_experts"),
+    ],
+    ids=["ernie4_5", "longcat", "hunyuan"],
+)
+def test_experts_under_other_names_do_not_pass_for_none(config: Any, key: str):
+    assert routed_experts(config.to_dict()) is None
+    assert unread_experts(config.to_dict()) == key

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from verst.types import RoutedExperts
 
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
+_NAMES_EXPERTS = re.compile(r"^(moe_)?(num|n)_(?!shared).*experts$|^num_experts_per|^moe_(topk|k)$")
 
 
 def routed_experts(about: Mapping[str, Any]) -> RoutedExperts | None:
@@ -17,6 +19,15 @@ def routed_experts(about: Mapping[str, Any]) -> RoutedExperts | None:
     chosen = int(text.get("num_experts_per_tok") or 0)
     layers = len(moe_layers(about)) if experts > 1 and chosen else 0
     return RoutedExperts(layers, experts, chosen) if layers else None
+
+
+def unread_experts(about: Mapping[str, Any]) -> str | None:
+    """The key under which a config names several experts that `routed_experts` cannot read; such a model would pass for a dense one."""
+    if routed_experts(about) is not None:
+        return None
+    text = about.get("text_config", about)
+    named = (key for key, value in text.items() if _NAMES_EXPERTS.search(key) and isinstance(value, int) and value > 1)
+    return next(named, None)
 
 
 def moe_layers(about: Mapping[str, Any]) -> tuple[int, ...]:

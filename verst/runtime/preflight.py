@@ -24,7 +24,7 @@ from verst.rewards import shipped as rewards
 from verst.rewards.spec import RewardSpec
 from verst.rollout import environments
 from verst.rollout.environments import environment_factory
-from verst.routing.kinds import routed_experts
+from verst.routing.kinds import routed_experts, unread_experts
 from verst.runtime.extensions import Extensions
 from verst.runtime.outlets import check_trackers
 
@@ -66,6 +66,12 @@ def _check_model(config: Config) -> None:
         raise ModelError(
             f"a trajectory may have {config.max_trajectory_tokens} tokens (data.max_prompt_tokens + rollout.max_turns x "
             f"rollout.max_new_tokens), but {config.model.path} is made for {limit} (max_position_embeddings): lower one of the three"
+        )
+    key = unread_experts(read_config(config.model.path)) if records_routes(config) else None
+    if key is not None:
+        raise ConfigError(
+            f"train.routes: {config.model.path} has experts ({key} in its config.json), but it is not known how that family says which "
+            "layers route and how many experts a token gets, so routes could not be replayed: set train.routes=ignore"
         )
 
 

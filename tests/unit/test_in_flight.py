@@ -46,7 +46,7 @@ class Parts:
         self.events: list[str] = []
         self.let = asyncio.Event()
 
-    async def roll(self, seq: int, prompt: Prompt) -> Group:
+    async def roll(self, seq: int, prompt: Prompt, deadline_s: float) -> Group:
         self.events.append(f"begin {seq}")
         await self.let.wait()
         self.events.append(f"end {seq}")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from verst.config.schema import Config
-from verst.errors import CheckpointError, ConfigError
-from verst.journal.codec import decode_group, encode_batch, encode_routes
+from verst.errors import CheckpointError, ConfigError, DeadlineExceeded, VerstError
+from verst.journal.codec import decode_group, encode_batch, encode_group, encode_routes
 from verst.observe.metrics import Tally, merged
+from verst.observe.waits import Waits
 from verst.runtime.actors import Worker
-from verst.runtime.batching import routes_for
-from verst.runtime.limits import drain_limit_s, rolling_deadline_s
+from verst.runtime.batching import given_up, routes_for
+from verst.runtime.limits import drain_limit_s, group_deadline_s
 from verst.runtime.rollout_worker import Pulled
 from verst.runtime.trainer_worker import Published, Scores, TrainerFacts
 from verst.runtime.wait import GRACE_S, gather_named, within
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 _CLOSE_S = 30.0
 """Limit of ending a part, whose processes have nothing left to do."""
 
-_RESTART_S = 10.0
-"""What a reward worker may take to be replaced."""
+_ASK_S = 2.0
+"""How long a replica may take to say what its groups wait for, when a run tells why it ends."""
 
 
 class Trainers:
@@ -148,6 +150,8 @@ class Replicas:
         self._config = config
         self._shared = shared
         self._in_flight = [0] * len(workers)
+        self._finished = 0  # groups that came back
+        self._rolling = Waits()  # of each group in flight: the replica that it is on
         self._routed_experts: RoutedExperts | None = None
 
     async def _all(self, method: str, deadline_s: float, *args: Any) -> list[Any]:
@@ -167,21 +171,58 @@ class Replicas:
 
     def deadline_s(self, groups: int) -> float:
         """Limit of one group among so many on one replica: each brings its own time along for engine places and reward workers."""
-        rollout = self._config.rollout
-        scoring_s = groups * rollout.group_size * (self._config.reward.deadline_s + _RESTART_S)
-        return rolling_deadline_s(self._config, groups, shared=self._shared) + scoring_s
+        return group_deadline_s(self._config, groups, shared=self._shared)
 
     async def roll(self, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:
-        """One group, rolled and scored by the least busy replica: encoded, for the journal, and decoded."""
+        """One group, rolled and scored by the least busy replica: encoded, for the journal, and decoded.
+
+        One that does not come back in time has failed, and is taken back from its replica. That is the last resort: rolling and scoring
+        have limits of their own. Raises `DeadlineExceeded` if no other group came back meanwhile either.
+        """
         index = min(range(len(self._workers)), key=lambda i: self._in_flight[i])
         worker = self._workers[index]
         self._in_flight[index] += 1
-        who = f"{worker.name}: rolling and scoring group {seq} ({prompt.id})"
+        self._rolling.begin(seq, worker.name)
+        finished, limit_s = self._finished, self.deadline_s(self._in_flight[index])
+        limit = asyncio.timeout(limit_s)
         try:
-            encoded = await within(worker.post("roll", seq, prompt, how), self.deadline_s(self._in_flight[index]), who)
+            async with limit:
+                encoded = await worker.post("roll", seq, prompt, how)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            reason = f"waited {limit_s:g} s for {worker.name} to roll and score a group"
+            if self._finished == finished:
+                raise DeadlineExceeded(f"{reason} (group {seq}, prompt {prompt.id}), and no other came back meanwhile") from None
+            size = self._config.rollout.group_size if how == "policy" else 1
+            group = given_up(seq, prompt, size, reason)
+            return encode_group(group), group
         finally:
             self._in_flight[index] -= 1
+            self._rolling.end(seq)
+        self._finished += 1
         return encoded, decode_group(encoded)
+
+    async def standing(self) -> dict[int, tuple[str, float]]:
+        """What each group in flight waits for, and for how many seconds, as its replica says if it answers."""
+
+        async def ask(worker: Worker) -> dict[int, tuple[str, float]] | None:
+            try:
+                return await within(worker.call("standing"), _ASK_S, f"{worker.name} to say what it waits for", idle=True)
+            except VerstError:
+                return None
+
+        said = {w.name: known for w, known in zip(self._workers, await asyncio.gather(*map(ask, self._workers)), strict=True)}
+        found: dict[int, tuple[str, float]] = {}
+        for wait in self._rolling.now():
+            seq, name = cast(int, wait.key), wait.awaited
+            known = said[name]
+            if known is None:
+                found[seq] = f"{name}, which does not answer", wait.seconds
+            else:
+                awaited, seconds = known.get(seq, (name, wait.seconds))
+                found[seq] = awaited if name in awaited else f"{awaited} on {name}", seconds
+        return found
 
     async def pull(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> list[Pulled]:
         """Every replica loads and verifies one version, serves it and scores the probe."""

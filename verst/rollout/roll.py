@@ -145,10 +145,12 @@ class GroupRoller:
             if not limit.expired():
                 raise
             failure = self._unfinished(name, prompt, deadline_s, processed)
-        finally:
-            self.waits.begin(name, f"environment {environment.name} to close")
-            closing_failure = await environment.close()
+        except asyncio.CancelledError:
             self.waits.end(name)
+            raise
+        finally:
+            closing_failure = await environment.close()
+        self.waits.end(name)  # not after an error, which ends the run: then it tells what was waited for
         failure = failure or closing_failure
         trajectory = transcript.trajectory(name, status, seed)
         return trajectory if failure is None else trajectory.failed(str(failure))

@@ -229,11 +229,11 @@ class Loop:
     async def _step(self, groups: Sequence[Group], journaled: JournaledBatch | None = None) -> None:
         """One step: batch, updates, commit, and the pull that frees the slots. `journaled`: the step is trained again after a restart."""
         step, spans, trainers = self.version + 1, self._spans, self._parts.trainers
-        for group in groups:
-            self._standing.group(group.seq, f"the end of step {step}")
         batch = batching.assemble(step, groups)
         batching.require_fresh(batch, self.version, self._config.worst_staleness)
         if journaled is None:
+            for seq in batch.groups:
+                self._standing.group(seq, f"the end of step {step}")
             await asyncio.to_thread(self._parts.journal.append_batch, BatchRecord(step, batch.groups, tuple(self._dropped)))
         dropped, self._dropped = list(self._dropped.values()), {}
         async with self._parts.lease.training(spans, then=self._pulled):

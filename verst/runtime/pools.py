@@ -194,12 +194,13 @@ class Replicas:
             reason = f"waited {limit_s:g} s for {worker.name} to roll and score a group"
             if self._finished == finished:
                 raise DeadlineExceeded(f"{reason} (group {seq}, prompt {prompt.id}), and no other came back meanwhile") from None
+            self._rolling.end(seq)
             size = self._config.rollout.group_size if how == "policy" else 1
             group = given_up(seq, prompt, size, reason)
             return encode_group(group), group
         finally:
             self._in_flight[index] -= 1
-            self._rolling.end(seq)
+        self._rolling.end(seq)  # not after an error, which ends the run: then it tells where the group was
         self._finished += 1
         return encoded, decode_group(encoded)
 

@@ -29,16 +29,15 @@ def spread(trajectory: Any, fields: Any) -> float:
     return float(sum(map(ord, trajectory.completion)) % 7)
 
 
-def run_of(directory: Path, model: Path, reward: Any = spread, **values: dict[str, Any]) -> LocalRun:
+def run_of(directory: Path, model: Path, reward: Any = spread, environment: Any = None, **values: dict[str, Any]) -> LocalRun:
     """Three steps of four groups that may run ahead; a group has a second, and any of the first eight may be passed."""
     base = {
         "data": {"max_prompt_tokens": 64, "shuffle": False},
         "rollout": {"group_size": 4, "max_new_tokens": 6, "max_running": 64, "deadline_s": 1.0, "capacity_groups": 8, "window_groups": 8},
         "algorithm": {"name": "grpo", "old_logprobs": "behaviour"},
     }
-    environment = values.pop("environment", None)
-    given = {"reward": reward, "prompts": ROWS} | ({"environment": environment} if environment else {})
-    return local_run(directory, model, {k: base.get(k, {}) | values.get(k, {}) for k in base | values}, **given)
+    merged = {k: base.get(k, {}) | values.get(k, {}) for k in base | values}
+    return local_run(directory, model, merged, reward=reward, prompts=ROWS, environment=environment)
 
 
 @pytest.fixture

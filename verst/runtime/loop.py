@@ -60,6 +60,7 @@ class Loop:
         self._drops_in_a_row = 0
         self._signalless = 0  # groups dropped for their equal rewards since the last batch
         self._pulling: asyncio.Task[None] | None = None
+        self._pulled_version = restored.step  # of the newest pull, in progress or done
         self._stop = asyncio.Event()
         self._standing = Standing(self._slots, parts.replicas)
         self._saver = Saver(config, parts, saved=restored.step)
@@ -144,7 +145,7 @@ class Loop:
         while True:
             seq, prompt = await self._admitted.get()
             encoded, group = await self._parts.replicas.roll(seq, prompt, self._algorithm.learns_from)
-            self._standing.group(seq, f"the engines to have version {self.version}")
+            self._standing.group(seq, f"the engines to have version {self._pulled_version}")
             await self._pulled()  # tokens of a version are held back until its probe has been compared
             self._parts.journal.append_group(seq, encoded)
             self._parts.observer.generated(group)
@@ -256,6 +257,7 @@ class Loop:
             with spans("pull_wait"):
                 await self._pulled()
             held = [] if journaled else batch.groups
+            self._pulled_version = step
             self._pulling = self._tasks.create_task(self._standing.explained(lambda: self._pull(published, held)))
             with spans("checkpoint"):
                 await self._saver.after_step(self._state())
@@ -324,7 +326,7 @@ class Loop:
         if pulling is None:
             return
         limit_s = 2 * self._config.weights.deadline_s + 10 + self._parts.lease.hand_over_s + drain_limit_s(self._config)
-        await within(asyncio.shield(pulling), limit_s, f"engines to pull version {self.version}")
+        await within(asyncio.shield(pulling), limit_s, f"engines to pull version {self._pulled_version}")
         if self._pulling is pulling:  # several wait for it, and the next one may have begun
             self._pulling = None
 

@@ -16,6 +16,7 @@ from verst.algorithms.table import algorithm_for
 from verst.data.sources import open_source
 from verst.data.stream import PromptStream, eval_prompts
 from verst.errors import VerstError
+from verst.extend import origin
 from verst.journal.lock import RunLock
 from verst.journal.log import Journal
 from verst.runtime.actors import Worker, spawn
@@ -56,7 +57,8 @@ class RunService:
             try:
                 await self._train()
             except Exception as error:
-                self._observer.record(f"ended by {type(error).__name__}: {error}")
+                diagnosis = f"{type(error).__name__}: {error}" if isinstance(error, VerstError) else origin(error)
+                self._observer.record(f"ended by {diagnosis}")
                 raise
 
     async def _train(self) -> None:

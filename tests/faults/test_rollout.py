@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ from verst.journal.log import JournalReader
 from verst.rollout.hf.engine import HFEngine
 from verst.types import Completion, GenerateRequest, Generation, Message, Prompt, Reply, Status
 
-pytestmark = pytest.mark.usefixtures("_one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_one_thread")]
 
 ROWS = [{"prompt": f"count {i}", "answer": str(i % 5)} for i in range(64)]
-STALLED = "not finished after 1 s, waiting for the engine of replica 0: if that is too little time, raise rollout.deadline_s"
+LIMIT_S = 4.0  # much longer than anything takes here on a busy machine
+STALLED = f"not finished after {LIMIT_S:g} s, waiting for the engine of replica 0: if that is too little time, raise rollout.deadline_s"
 
 
 def spread(trajectory: Any, fields: Any) -> float:
@@ -29,15 +29,22 @@ def spread(trajectory: Any, fields: Any) -> float:
     return float(sum(map(ord, trajectory.completion)) % 7)
 
 
-def run_of(directory: Path, model: Path, reward: Any = spread, environment: Any = None, **values: dict[str, Any]) -> LocalRun:
-    """Three steps of four groups that may run ahead; a group has a second, and any of the first eight may be passed."""
+def run_of(directory: Path, model: Path, scored_by: Any = spread, environment: Any = None, **values: dict[str, Any]) -> LocalRun:
+    """Three steps of four groups that may run ahead; a group has `LIMIT_S`, and any of the first eight may be passed."""
     base = {
         "data": {"max_prompt_tokens": 64, "shuffle": False},
-        "rollout": {"group_size": 4, "max_new_tokens": 6, "max_running": 64, "deadline_s": 1.0, "capacity_groups": 8, "window_groups": 8},
+        "rollout": {
+            "group_size": 4,
+            "max_new_tokens": 6,
+            "max_running": 64,
+            "deadline_s": LIMIT_S,
+            "capacity_groups": 8,
+            "window_groups": 8,
+        },
         "algorithm": {"name": "grpo", "old_logprobs": "behaviour"},
     }
     merged = {k: base.get(k, {}) | values.get(k, {}) for k in base | values}
-    return local_run(directory, model, merged, reward=reward, prompts=ROWS, environment=environment)
+    return local_run(directory, model, merged, reward=scored_by, prompts=ROWS, environment=environment)
 
 
 @pytest.fixture
@@ -88,18 +95,17 @@ async def test_a_group_that_never_ends_is_dropped_and_replaced(tmp_path: Path, m
     assert len(set(trained)) == 12
     assert [seq for step in (1, 2, 3) for seq in reader.batch(step).dropped] == [1]
     assert sum(run.metric("groups/dropped")) == 1
-    assert any("group 1 (rows:1) dropped: 4 of 4 trajectories failed: not finished after 1 s" in line for line in run.lines)
+    assert any(f"group 1 (rows:1) dropped: 4 of 4 trajectories failed: not finished after {LIMIT_S:g} s" in line for line in run.lines)
 
 
 async def test_an_engine_that_does_nothing_ends_the_run_at_once_and_says_who_waits(tmp_path: Path, model: Path, stall: Any):
     stall(lambda request: group_of(request) >= 4)
     run = run_of(tmp_path, model, rollout={"capacity_groups": 6})
-    begun = time.monotonic()
     with pytest.raises(DeadlineExceeded) as ended:
         await run.go()
-    assert time.monotonic() - begun < 15  # two deadlines of 1 s at most, not one for each of the groups
+    assert sum("dropped" in line for line in run.lines) <= 2  # those that it had begun with; not too many in a row
     first, *standing = str(ended.value).splitlines()
-    assert re.match(r"the engine of replica 0 processed no token for 1 s, while trajectory \d+/\d \(rows:\d+\) waited for it$", first)
+    assert re.match(r"the engine of replica 0 processed no token for 4 s, while trajectory \d+/\d \(rows:\d+\) waited for it$", first)
     assert standing[0] == "who waits for whom:"
     assert any(line.startswith("  the loop waits for the next of 4 groups (0 are ready)") for line in standing)
     assert any("  the feed waits for a free slot" in line for line in standing)
@@ -153,10 +159,10 @@ class Deaf:
 async def test_a_group_that_outlasts_all_limits_is_taken_back_from_its_replica(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("verst.runtime.pools.group_deadline_s", lambda *args, **kwargs: 2.0)
+    monkeypatch.setattr("verst.runtime.pools.group_deadline_s", lambda *args, **kwargs: 2 * LIMIT_S)
     run = await run_of(tmp_path, model, environment=Deaf, run={"name": "run", "dir": str(tmp_path), "steps": 4, "seed": 1}).go()
     reader = JournalReader(run.run.journal)
-    assert [t.error for t in reader.group(1).trajectories] == ["waited 2 s for replica 0 to roll and score a group"] * 4
+    assert [t.error for t in reader.group(1).trajectories] == [f"waited 8 s for environment {Deaf.__name__} to reply on replica 0"] * 4
     assert [seq for step in (1, 2, 3, 4) for seq in reader.batch(step).dropped] == [1]
 
 
@@ -166,11 +172,13 @@ async def test_if_no_group_comes_back_at_all_the_run_ends(tmp_path: Path, model:
             self._deaf = True
             return prompt.messages
 
-    monkeypatch.setattr("verst.runtime.pools.group_deadline_s", lambda *args, **kwargs: 2.0)
+    monkeypatch.setattr("verst.runtime.pools.group_deadline_s", lambda *args, **kwargs: 2 * LIMIT_S)
     run = run_of(tmp_path, model, environment=AllDeaf)
-    with pytest.raises(DeadlineExceeded, match=r"waited 2 s for replica 0 to roll and score a group .*, and no other came back") as e:
-        await asyncio.wait_for(run.go(), 20)
-    assert re.search(r"groups? waits? for environment .*AllDeaf to reply on replica 0 \(", str(e.value))
+    with pytest.raises(
+        DeadlineExceeded, match=r"waited 8 s for environment .*AllDeaf to reply on replica 0: group \d .*, and no other came back"
+    ) as e:
+        await asyncio.wait_for(run.go(), 60)
+    assert re.search(r"groups? waits? for ", str(e.value))
     assert "8 of 8 group slots are held" in str(e.value)
 
 
@@ -192,5 +200,5 @@ async def test_a_slow_tool_delays_only_its_trajectory(tmp_path: Path, model: Pat
     run = await run_of(tmp_path, model, environment=Tool).go()
     groups = [JournalReader(run.run.journal).group(seq) for seq in range(4)]
     (failed,) = [t for g in groups for t in g.trajectories if t.status is Status.FAILED]
-    assert re.search(r"not finished after 1 s, waiting for environment .*Tool to reply", str(failed.error))
+    assert re.search(r"not finished after 4 s, waiting for environment .*Tool to reply", str(failed.error))
     assert sum(run.metric("groups/dropped")) == 0

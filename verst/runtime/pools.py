@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,6 @@ from verst.config.schema import Config
 from verst.errors import CheckpointError, ConfigError, DeadlineExceeded, VerstError
 from verst.journal.codec import decode_group, encode_batch, encode_group, encode_routes
 from verst.observe.metrics import Tally, merged
-from verst.observe.waits import Waits
 from verst.runtime.actors import Worker
 from verst.runtime.batching import given_up, routes_for
 from verst.runtime.limits import drain_limit_s, group_deadline_s
@@ -151,7 +151,7 @@ class Replicas:
         self._shared = shared
         self._in_flight = [0] * len(workers)
         self._finished = 0  # groups that came back
-        self._rolling = Waits()  # of each group in flight: the replica that it is on
+        self._rolling: dict[int, tuple[Worker, float]] = {}  # of each group in flight: the replica that it is on, and since when
         self._routed_experts: RoutedExperts | None = None
 
     async def _all(self, method: str, deadline_s: float, *args: Any) -> list[Any]:
@@ -182,47 +182,44 @@ class Replicas:
         index = min(range(len(self._workers)), key=lambda i: self._in_flight[i])
         worker = self._workers[index]
         self._in_flight[index] += 1
-        self._rolling.begin(seq, worker.name)
+        self._rolling[seq] = worker, time.monotonic()
         finished, limit_s = self._finished, self.deadline_s(self._in_flight[index])
-        limit = asyncio.timeout(limit_s)
+        rolling = asyncio.ensure_future(worker.post("roll", seq, prompt, how))
         try:
-            async with limit:
-                encoded = await worker.post("roll", seq, prompt, how)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            reason = f"waited {limit_s:g} s for {worker.name} to roll and score a group"
-            if self._finished == finished:
-                raise DeadlineExceeded(f"{reason} (group {seq}, prompt {prompt.id}), and no other came back meanwhile") from None
-            self._rolling.end(seq)
-            size = self._config.rollout.group_size if how == "policy" else 1
-            group = given_up(seq, prompt, size, reason)
-            return encode_group(group), group
+            await asyncio.wait({rolling}, timeout=limit_s)
+            awaited = "" if rolling.done() else (await self._standing(worker))[seq][0]  # asked before it is taken back
+            if not rolling.done():
+                reason = f"waited {limit_s:g} s for {awaited}"
+                if self._finished == finished:
+                    raise DeadlineExceeded(f"{reason}: group {seq} ({prompt.id}), and no other came back meanwhile")
+                group = given_up(seq, prompt, self._config.rollout.group_size if how == "policy" else 1, reason)
+                del self._rolling[seq]
+                return encode_group(group), group
+            encoded = await rolling
         finally:
+            rolling.cancel()
             self._in_flight[index] -= 1
-        self._rolling.end(seq)  # not after an error, which ends the run: then it tells where the group was
+        del self._rolling[seq]  # not after an error, which ends the run: then it tells where the group was
         self._finished += 1
         return encoded, decode_group(encoded)
 
     async def standing(self) -> dict[int, tuple[str, float]]:
         """What each group in flight waits for, and for how many seconds, as its replica says if it answers."""
+        said = await asyncio.gather(*map(self._standing, self._workers))
+        return {seq: wait for found in said for seq, wait in found.items()}
 
-        async def ask(worker: Worker) -> dict[int, tuple[str, float]] | None:
-            try:
-                return await within(worker.call("standing"), _ASK_S, f"{worker.name} to say what it waits for", idle=True)
-            except VerstError:
-                return None
-
-        said = {w.name: known for w, known in zip(self._workers, await asyncio.gather(*map(ask, self._workers)), strict=True)}
+    async def _standing(self, worker: Worker) -> dict[int, tuple[str, float]]:
+        """Of the groups on one replica."""
+        try:
+            known = await within(worker.call("standing"), _ASK_S, f"{worker.name} to say what it waits for", idle=True)
+            here = worker.name
+        except VerstError:
+            known, here = {}, f"{worker.name}, which does not answer"
         found: dict[int, tuple[str, float]] = {}
-        for wait in self._rolling.now():
-            seq, name = cast(int, wait.key), wait.awaited
-            known = said[name]
-            if known is None:
-                found[seq] = f"{name}, which does not answer", wait.seconds
-            else:
-                awaited, seconds = known.get(seq, (name, wait.seconds))
-                found[seq] = awaited if name in awaited else f"{awaited} on {name}", seconds
+        for seq, (on, begun) in self._rolling.items():
+            if on is worker:
+                awaited, seconds = known.get(seq, (here, time.monotonic() - begun))
+                found[seq] = awaited if worker.name in awaited else f"{awaited} on {worker.name}", seconds
         return found
 
     async def pull(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> list[Pulled]:

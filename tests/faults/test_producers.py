@@ -119,6 +119,28 @@ async def test_the_last_of_all_limits_names_every_group(tmp_path: Path):
     assert "group 1 waits for its turn" in text
 
 
+async def test_a_run_says_when_asked_who_waits_for_whom(tmp_path: Path):
+    late = asyncio.Event()
+
+    async def wait(seq: int, version: int) -> Any:
+        await late.wait()
+        return group(seq, version)
+
+    parts = FakeParts(config(), tmp_path, roll=lambda seq, v: wait(seq, v) if seq == 3 else group(seq, v))
+    loop = loop_of(parts)
+    running = asyncio.create_task(loop.run())
+    await parts.reported(1)
+    async with asyncio.timeout(5):
+        while "group 2 waits for the rest of its batch" not in "".join(lines := await loop.standing()):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    text = "\n".join(lines)
+    assert "the loop waits for the next of 2 groups (1 are ready) (" in text
+    assert "the feed waits for a free slot (" in text
+    late.set()
+    await asyncio.wait_for(running, 10)
+    assert "0 of 2 group slots are held" in "\n".join(await loop.standing())
+
+
 async def test_a_step_that_waits_unusually_long_says_for_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("verst.runtime.standing._LONG_WAIT_S", 0.2)
 

@@ -70,6 +70,10 @@ class Loop:
         """Asks the loop to end at the next consistent point: after the step in progress, or at once while it waits for groups."""
         self._stop.set()
 
+    async def standing(self) -> list[str]:
+        """Who waits for whom now, in a few lines."""
+        return await self._standing.lines()
+
     async def run(self) -> None:
         """Trains until `run.steps` are committed or `stop` is called. Raises the first error of any part."""
         self._standing.keep_waits()

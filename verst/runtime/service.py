@@ -76,6 +76,12 @@ class RunService:
         """Lines for the watcher, beyond the first `after` of them, and the number of the last."""
         return await self._observer.lines(after, wait_s)
 
+    async def tell_standing(self) -> None:
+        """Tells who waits for whom now."""
+        lines = ["starting, or restoring: nothing is rolled or trained yet"] if self._loop is None else await self._loop.standing()
+        for line in lines:
+            self._observer.note(line)
+
     async def stop(self) -> None:
         """Ends the run at the next consistent point."""
         self._stop = True

@@ -114,6 +114,12 @@ async def test_an_engine_that_does_nothing_ends_the_run_at_once_and_says_who_wai
     assert JournalReader(run.run.journal).index.last_commit == 1
 
 
+async def test_of_two_replicas_the_one_that_stands_still_is_named(tmp_path: Path, model: Path, stall: Any):
+    stall(lambda request: group_of(request) in (1, 3, 5, 7))  # of the first eight, which go to one and the other in turn
+    with pytest.raises(DeadlineExceeded, match=r"^the engine of replica 1 processed no token for 4 s, while trajectory [1357]/"):
+        await run_of(tmp_path, model, rollout={"replicas": 2}, run={"name": "run", "dir": str(tmp_path), "steps": 90, "seed": 1}).go()
+
+
 async def test_a_failed_group_is_not_rolled_again_by_a_resumed_run(tmp_path: Path, model: Path, stall: Any):
     asked: list[str] = []
 

@@ -32,7 +32,8 @@ def rolling_deadline_s(config: Config, groups: int, *, shared: bool) -> float:
 def group_deadline_s(config: Config, groups: int, *, shared: bool) -> float:
     """Limit of one group among so many on one replica, from there and back: a version that it waits for, rolling, scoring."""
     scoring_s = groups * config.rollout.group_size * (config.reward.deadline_s + _RESTART_S)  # by one worker after the other
-    version_s = drain_limit_s(config) + config.weights.deadline_s if config.weights.in_flight == "finish" else 0.0
+    waits = config.weights.in_flight == "finish" and not shared
+    version_s = drain_limit_s(config) + config.weights.deadline_s if waits else 0.0
     return version_s + rolling_deadline_s(config, groups, shared=shared) + _CLOSE_S + scoring_s
 
 

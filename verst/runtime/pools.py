@@ -228,8 +228,11 @@ class Replicas:
 
     @asynccontextmanager
     async def drained(self) -> AsyncIterator[None]:
-        """Nothing is in flight within, if it has to finish before a version (`weights.in_flight`). What comes meanwhile waits."""
-        limit_s = drain_limit_s(self._config)
+        """Nothing is in flight within, if it has to finish before a version (`weights.in_flight`). What comes meanwhile waits.
+
+        On shared devices the engines are paused by then, and could finish nothing: their groups go on with the new version.
+        """
+        limit_s = 0.0 if self._shared else drain_limit_s(self._config)
         if not limit_s:
             yield
             return

@@ -14,6 +14,11 @@ class Spans:
         self._began = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since construction."""
+        return time.perf_counter() - self._began
+
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         began = time.perf_counter()
@@ -24,6 +29,6 @@ class Spans:
 
     def report(self) -> dict[str, float]:
         """`time/PHASE_s` for each phase, `time/step_s` for all, and `time/other_s` for what no phase covers."""
-        total = time.perf_counter() - self._began
+        total = self.elapsed_s
         phases = {f"time/{phase}_s": s for phase, s in self.seconds.items()}
         return phases | {"time/step_s": total, "time/other_s": total - sum(self.seconds.values())}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verst.config.schema import Config
-from verst.errors import CheckpointError, ConfigError
-from verst.journal.codec import decode_group, encode_batch, encode_routes
+from verst.errors import CheckpointError, ConfigError, DeadlineExceeded, VerstError
+from verst.journal.codec import decode_group, encode_batch, encode_group, encode_routes
 from verst.observe.metrics import Tally, merged
 from verst.runtime.actors import Worker
-from verst.runtime.batching import routes_for
-from verst.runtime.limits import drain_limit_s, rolling_deadline_s
+from verst.runtime.batching import given_up, routes_for
+from verst.runtime.limits import drain_limit_s, group_deadline_s
 from verst.runtime.rollout_worker import Pulled
 from verst.runtime.trainer_worker import Published, Scores, TrainerFacts
 from verst.runtime.wait import GRACE_S, gather_named, within
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 _CLOSE_S = 30.0
 """Limit of ending a part, whose processes have nothing left to do."""
 
-_RESTART_S = 10.0
-"""What a reward worker may take to be replaced."""
+_ASK_S = 2.0
+"""How long a replica may take to say what its groups wait for, when a run tells why it ends."""
 
 
 class Trainers:
@@ -148,6 +150,8 @@ class Replicas:
         self._config = config
         self._shared = shared
         self._in_flight = [0] * len(workers)
+        self._finished = 0  # groups that came back
+        self._rolling: dict[int, tuple[Worker, float]] = {}  # of each group in flight: the replica that it is on, and since when
         self._routed_experts: RoutedExperts | None = None
 
     async def _all(self, method: str, deadline_s: float, *args: Any) -> list[Any]:
@@ -167,21 +171,56 @@ class Replicas:
 
     def deadline_s(self, groups: int) -> float:
         """Limit of one group among so many on one replica: each brings its own time along for engine places and reward workers."""
-        rollout = self._config.rollout
-        scoring_s = groups * rollout.group_size * (self._config.reward.deadline_s + _RESTART_S)
-        return rolling_deadline_s(self._config, groups, shared=self._shared) + scoring_s
+        return group_deadline_s(self._config, groups, shared=self._shared)
 
     async def roll(self, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:
-        """One group, rolled and scored by the least busy replica: encoded, for the journal, and decoded."""
+        """One group, rolled and scored by the least busy replica: encoded, for the journal, and decoded.
+
+        One that does not come back in time has failed, and is taken back from its replica. That is the last resort: rolling and scoring
+        have limits of their own. Raises `DeadlineExceeded` if no other group came back meanwhile either.
+        """
         index = min(range(len(self._workers)), key=lambda i: self._in_flight[i])
         worker = self._workers[index]
         self._in_flight[index] += 1
-        who = f"{worker.name}: rolling and scoring group {seq} ({prompt.id})"
+        self._rolling[seq] = worker, time.monotonic()
+        finished, limit_s = self._finished, self.deadline_s(self._in_flight[index])
+        rolling = asyncio.ensure_future(worker.post("roll", seq, prompt, how))
         try:
-            encoded = await within(worker.post("roll", seq, prompt, how), self.deadline_s(self._in_flight[index]), who)
+            await asyncio.wait({rolling}, timeout=limit_s)
+            awaited = "" if rolling.done() else (await self._standing(worker))[seq][0]  # asked before it is taken back
+            if not rolling.done():
+                reason = f"waited {limit_s:g} s for {awaited}"
+                if self._finished == finished:
+                    raise DeadlineExceeded(f"{reason}: group {seq} ({prompt.id}), and no other came back meanwhile")
+                group = given_up(seq, prompt, self._config.rollout.group_size if how == "policy" else 1, reason)
+                del self._rolling[seq]
+                return encode_group(group), group
+            encoded = await rolling
         finally:
+            rolling.cancel()
             self._in_flight[index] -= 1
+        del self._rolling[seq]  # not after an error, which ends the run: then it tells where the group was
+        self._finished += 1
         return encoded, decode_group(encoded)
+
+    async def standing(self) -> dict[int, tuple[str, float]]:
+        """What each group in flight waits for, and for how many seconds, as its replica says if it answers."""
+        said = await asyncio.gather(*map(self._standing, self._workers))
+        return {seq: wait for found in said for seq, wait in found.items()}
+
+    async def _standing(self, worker: Worker) -> dict[int, tuple[str, float]]:
+        """Of the groups on one replica."""
+        try:
+            known = await within(worker.call("standing"), _ASK_S, f"{worker.name} to say what it waits for", idle=True)
+            here = worker.name
+        except VerstError:
+            known, here = {}, f"{worker.name}, which does not answer"
+        found: dict[int, tuple[str, float]] = {}
+        for seq, (on, begun) in self._rolling.items():
+            if on is worker:
+                awaited, seconds = known.get(seq, (here, time.monotonic() - begun))
+                found[seq] = awaited if worker.name in awaited else f"{awaited} on {worker.name}", seconds
+        return found
 
     async def pull(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> list[Pulled]:
         """Every replica loads and verifies one version, serves it and scores the probe."""
@@ -189,8 +228,11 @@ class Replicas:
 
     @asynccontextmanager
     async def drained(self) -> AsyncIterator[None]:
-        """Nothing is in flight within, if it has to finish before a version (`weights.in_flight`). What comes meanwhile waits."""
-        limit_s = drain_limit_s(self._config)
+        """Nothing is in flight within, if it has to finish before a version (`weights.in_flight`). What comes meanwhile waits.
+
+        On shared devices the engines are paused by then, and could finish nothing: their groups go on with the new version.
+        """
+        limit_s = 0.0 if self._shared else drain_limit_s(self._config)
         if not limit_s:
             yield
             return

@@ -2,11 +2,12 @@
 
     python benchmarks/soak.py [--groups 10000]
 
-Engine and trainer are fakes that take no time; loop, slots, window, journal (with its fsyncs) and commits are the real ones, 48 slots and a
-window of 16 for batches of 16. Groups finish out of order, and one in twenty fails and is dropped.
+Engine and trainer are fakes that take no time; loop, slots, window, journal (with its fsyncs), commits and timeline are the real ones, with
+48 slots and a window of 16 for batches of 16. Groups finish out of order, and one in twenty fails and is dropped.
 
-    core_ms_per_group   processor time of this process over all groups, that of the fakes included
-    growth_mb           resident memory at the end less that at a fifth of the groups; the journal's index of what is where is part of it
+    core_ms_per_group     processor time of this process over all groups, that of the fakes included
+    timeline_ms_per_step  of that: recording who worked when, and writing it
+    growth_mb             resident memory at the end less that at a fifth of the groups; the journal's index of what is where is part of it
 
 The benchmark stops if a group is trained twice or lost, a slot is left, or a token is older than the bound. The last line is one JSON
 object.
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.loop.fakes import FakeParts, FakeStream, FakeTrainers, config, group
 from verst.config.schema import Config
+from verst.observe.timeline import Timeline
 from verst.runtime.loop import Loop
 from verst.runtime.parts import Parts
 from verst.runtime.recovery import Cursor, Restored
@@ -67,17 +69,27 @@ class SoakParts(FakeParts):
         self.trainers = Trainer(self.events)
         self.dropped, self.stalest, self.early_mb = 0, 0.0, 0.0
         self.lost: set[int] = set()
+        self.timeline = Timeline(directory / "timeline.jsonl")
+        self.timeline.replicas = range(2)
+        self.timeline_s = 0.0
 
     async def roll(self, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:
-        for _ in range(self.random.randrange(6)):
-            await asyncio.sleep(0)
-        self.rolled.clear()
-        return await super().roll(seq, prompt, how)
+        with self.timeline.group(seq, prompt.id, 0) as became:
+            for _ in range(self.random.randrange(6)):
+                await asyncio.sleep(0)
+            self.rolled.clear()
+            encoded, made = await super().roll(seq, prompt, how)
+            became.append(made)
+        return encoded, made
 
     def _made(self, seq: int, version: int) -> Group:
         return group(seq, version, (None, None) if self.random.random() < FAILS else (0.0, 1.0))
 
     def step(self, step: int, groups: Sequence[Group], metrics: dict[str, float], spans: Any) -> None:
+        began = time.process_time()
+        spans.report()
+        assert self.timeline.step(step, groups, spans)["idle/trainer"] <= 1
+        self.timeline_s += time.process_time() - began
         self.dropped += int(metrics["groups/dropped"])
         self.stalest = max(self.stalest, metrics["staleness/max"])
         if step == self.config.run.steps // 5:
@@ -109,6 +121,7 @@ def soaked(groups: int, directory: Path) -> dict[str, float]:
         "groups": trainer.count,
         "dropped": parts.dropped,
         "core_ms_per_group": 1000 * processor / trainer.count,
+        "timeline_ms_per_step": 1000 * parts.timeline_s / cfg.run.steps,
         "wall_s": clock,
         "growth_mb": resident_mb() - parts.early_mb,
         "staleness": parts.stalest,

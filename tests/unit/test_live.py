@@ -89,6 +89,15 @@ def test_a_run_of_which_little_is_known_can_be_shown(rows: list[dict[str, Any]])
     assert any("no step yet" in line for line in lines)
 
 
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_the_bottleneck_is_named_at_the_top(width: int):
+    idle = {"idle/trainer": 0.41, "idle/replicas": 0.02, "wait/generation": 0.38, "wait/loop": 0.03}
+    lines = text(Frame("r", 9, [row(1, **idle), row(2, **idle)], ["a note"]), width, 24)
+    said = "bottleneck: generation (trainer idle 41%, replicas idle 2%)"
+    assert lines[3].rstrip() == (said if width >= len(said) else said[: width - 1] + "…")
+    assert "bottleneck" not in "\n".join(text(Frame("r", 9, [row(1)]), width))  # of a run that has no idle shares
+
+
 def test_failures_are_counted_by_reason_over_the_steps():
     rows = [row(1, failures={"a [bold]b": 2, "c": 1}), row(2), row(3, failures={"a [bold]b": 3}, **{"groups/dropped": 1.0})]
     shown = "\n".join(text(Frame("r", 9, rows), 80))

@@ -19,12 +19,13 @@ from verst.observe.spans import Spans
 from verst.runtime import observer as module
 from verst.runtime.observer import Observer
 from verst.runtime.transfer import Brought
-from verst.types import NO_VERSION
+from verst.types import NO_VERSION, Group
 
 
 @pytest.fixture
 def observer(tmp_path: Path) -> Iterator[Observer]:
-    run = SimpleNamespace(metrics=tmp_path / "metrics.jsonl", report=tmp_path / "report.png", log=tmp_path / "run.log", root=tmp_path)
+    paths = {"metrics": "metrics.jsonl", "timeline": "timeline.jsonl", "report": "report.png", "log": "run.log"}
+    run = SimpleNamespace(root=tmp_path, **{name: tmp_path / file for name, file in paths.items()})
     observer = Observer(cast(Any, run), 5, FidelityWatch(0.01, "warn"))
     yield observer
     observer.close()
@@ -34,9 +35,14 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+def generate(observer: Observer, group: Group) -> None:
+    with observer.timeline.group(group.seq, group.prompt.id, 0) as became:
+        became.append(group)
+
+
 def test_tokens_per_second_are_of_what_was_generated_since_the_row_before(observer: Observer, tmp_path: Path):
     journaled, fresh = group(0, 0), group(1, 0)
-    observer.generated(fresh)  # two trajectories of one token each; the other group was generated before a restart
+    generate(observer, fresh)  # two trajectories of one token each; the other group was generated before a restart
     observer.step(1, [journaled, fresh], {}, Spans())
     observer.step(2, [journaled], {}, Spans())  # trained again from the journal
     first, second = rows_of(tmp_path)
@@ -45,7 +51,7 @@ def test_tokens_per_second_are_of_what_was_generated_since_the_row_before(observ
 
 
 def test_demonstrations_are_not_generated(observer: Observer, tmp_path: Path):
-    observer.generated(group(0, NO_VERSION))
+    generate(observer, group(0, NO_VERSION))
     observer.step(1, [group(0, NO_VERSION)], {"loss/total": 1.0}, Spans())
     assert "tokens_per_s" not in rows_of(tmp_path)[0]
     assert "tokens/s" not in " ".join(summary(rows_of(tmp_path)))
@@ -57,6 +63,12 @@ def test_a_step_trained_again_keeps_the_speed_of_its_first_time(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(again)}\n")
     assert read_rows(tmp_path / "metrics.jsonl") == [first | {"reward": 0.25}]
     assert summary([first])[-1] == "2.0 s in steps, 2.00 s each, 100 tokens/s (steps 1 to 1)"
+
+
+def test_the_speed_of_a_run_is_that_of_its_steps_without_evaluations():
+    steps = [{"kind": "step", "step": s, "tokens_per_s": 100.0, "time/step_s": 2.0} for s in (1, 2)]
+    evaluated = {"kind": "step", "step": 3, "tokens_per_s": 40.0, "time/step_s": 10.0, "time/evaluate_s": 8.0}
+    assert summary([*steps, evaluated])[-1] == "14.0 s in steps, 4.67 s each, 80 tokens/s (steps 1 to 3)"
 
 
 def test_a_step_generated_again_has_its_new_speed(tmp_path: Path):

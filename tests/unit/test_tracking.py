@@ -305,7 +305,12 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 async def test_an_observer_reports_goes_on_without_a_tracker_and_knows_what_it_had(tmp_path: Path, tracker: Recorder):
     run = SimpleNamespace(
-        metrics=tmp_path / "metrics.jsonl", log=tmp_path / "run.log", report=tmp_path / "report.png", root=tmp_path, run_id="id"
+        metrics=tmp_path / "metrics.jsonl",
+        log=tmp_path / "run.log",
+        report=tmp_path / "report.png",
+        root=tmp_path,
+        run_id="id",
+        timeline=tmp_path / "timeline.jsonl",
     )
     config = load_config(MINIMAL, ["tracking.trackers=[tensorboard]"])
     for steps in ((1, 2), (2, 3)):  # step 2 is trained again after a restart

@@ -81,6 +81,8 @@ async def test_a_file_is_pulled_and_nothing_else_happens():
     assert brought.difference == 0.0625 / 2  # the mean over two tokens, of the replica that is further off
     assert brought.stats == {"generated_tokens": 7.0, "weights_load_s": 0.5}
     assert (side.events, by_file.location) == (["pull"], "somewhere")
+    assert brought.sending is None
+    assert brought.during[0] < brought.during[1]
 
 
 @pytest.mark.parametrize("transport", ["group", "shared"])
@@ -88,7 +90,10 @@ async def test_a_version_that_did_not_arrive_whole_is_brought_again_whole(transp
     side = Side(wrong=1)
     by_group = transfer(side, transport)
     await by_group.open("run")
-    assert (await by_group.bring(BY_GROUP, PROBE_T)).difference == 0.0625 / 2
+    brought = await by_group.bring(BY_GROUP, PROBE_T)
+    assert brought.difference == 0.0625 / 2
+    assert brought.sending is not None
+    assert brought.during[0] < brought.sending[0] < brought.sending[1] < brought.during[1]
     met = [("run/0", 5, transport == "shared"), ("the address",), ("the address", [1, 2, 4])]
     assert side.events == [*met, "pull", "send", "pull", "send"]
 

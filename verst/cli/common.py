@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,22 @@ def takes_run(parser: argparse.ArgumentParser) -> None:
 
 def takes_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def number_range(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, Any]]:
+    """A parser of `N` or `LOW:HIGH`, both ends included; either may be left out (None)."""
+
+    def parse(text: str) -> tuple[Any, Any]:
+        low, colon, high = text.partition(":")
+        if not colon:
+            return kind(text), kind(text)
+        ends = (kind(low) if low else None, kind(high) if high else None)
+        if ends[0] is not None and ends[1] is not None and not ends[0] <= ends[1]:
+            raise argparse.ArgumentTypeError(f"{text!r} is empty: the lower end comes first")
+        return ends
+
+    parse.__name__ = f"{kind.__name__} range"  # what argparse calls it in its message
+    return parse
 
 
 def echo(line: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verst.cli.common import clipped, command, echo, number, one_line, print_json, table, takes_json, takes_run, width
+from verst.cli.common import clipped, command, echo, number, number_range, one_line, print_json, table, takes_json, takes_run, width
 
 if TYPE_CHECKING:
     from verst.journal.log import JournalReader
@@ -61,10 +61,13 @@ def _add_inspect(commands: Any) -> None:
     )
     takes_run(inspect)
     inspect.add_argument(
-        "--reward", metavar="LOW:HIGH", type=_range(float), help="only these rewards; either end may be left out (below 0: --reward=-1:0)"
+        "--reward",
+        metavar="LOW:HIGH",
+        type=number_range(float),
+        help="only these rewards; either end may be left out (below 0: --reward=-1:0)",
     )
     inspect.add_argument("--status", choices=_STATUSES, action="append", help="only these; may be repeated")
-    inspect.add_argument("--step", metavar="N or FROM:TO", type=_range(int), help="only trajectories that these steps consumed")
+    inspect.add_argument("--step", metavar="N or FROM:TO", type=number_range(int), help="only trajectories that these steps consumed")
     inspect.add_argument("--prompt", metavar="TEXT", help="only prompts with this text, or with an id that has it")
     inspect.add_argument("--sort", choices=_ORDERS, default="group", help="ascending by this (default: group, the order of admission)")
     inspect.add_argument("--reverse", action="store_true", help="descending")
@@ -76,20 +79,6 @@ def _add_inspect(commands: Any) -> None:
     )
     takes_json(inspect)
     inspect.set_defaults(run=_inspect)
-
-
-def _range(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, Any]]:
-    def parse(text: str) -> tuple[Any, Any]:
-        low, colon, high = text.partition(":")
-        if not colon:
-            return kind(text), kind(text)
-        ends = (kind(low) if low else None, kind(high) if high else None)
-        if ends[0] is not None and ends[1] is not None and not ends[0] <= ends[1]:
-            raise argparse.ArgumentTypeError(f"{text!r} is empty: the lower end comes first")
-        return ends
-
-    parse.__name__ = f"{kind.__name__} range"  # what argparse calls it in its message
-    return parse
 
 
 def _count(text: str) -> int:

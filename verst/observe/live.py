@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from verst.observe.idle import bottleneck_of
 from verst.observe.terminal import FORMS, phases
 
 Row = Mapping[str, Any]
@@ -136,7 +137,11 @@ def _header(frame: Frame, width: int) -> _Box:
     title.add_row(Text.assemble(("verst ", "bold cyan"), (frame.name, "bold")), Text(" · ".join(facts)))
     bar = Table.grid()  # a bar by itself does not end its line
     bar.add_row(ProgressBar(total=frame.steps, completed=step, width=width, complete_style="cyan", finished_style="green"))
-    return _Box(Group(title, bar, Text(" · ".join(_standing(frame)), style="dim", no_wrap=True, overflow="ellipsis")), 3)
+    lines = [Text(" · ".join(_standing(frame)), style="dim", no_wrap=True, overflow="ellipsis")]
+    bottleneck = bottleneck_of(steps)
+    if bottleneck is not None:
+        lines.append(Text(str(bottleneck), no_wrap=True, overflow="ellipsis"))
+    return _Box(Group(title, bar, *lines), 2 + len(lines))
 
 
 def _standing(frame: Frame) -> list[str]:

@@ -28,8 +28,9 @@ def summary(rows: Rows) -> list[str]:
     failed = sum(_column(steps, "rollout/failed")) / len(steps)
     lines.append(f"{fidelity}, staleness at most {stale:.0f}, {failed:.2%} of trajectories failed")
     seconds = sum(_column(steps, "time/step_s"))
-    tokens = sum(r["tokens_per_s"] * r["time/step_s"] for r in steps if r.get("tokens_per_s") is not None)
-    speed = f", {tokens / seconds:,.0f} tokens/s" if tokens else ""  # none if nothing was generated, as in supervised fine-tuning
+    training_s = [r["time/step_s"] - (r.get("time/evaluate_s") or 0.0) for r in steps]  # which speeds are of
+    tokens = sum((r.get("tokens_per_s") or 0.0) * s for r, s in zip(steps, training_s, strict=True))
+    speed = f", {tokens / sum(training_s):,.0f} tokens/s" if tokens else ""  # none if nothing was generated, as in supervised fine-tuning
     which = f"steps {steps[0]['step']} to {steps[-1]['step']}"
     lines.append(f"{seconds:.1f} s in steps, {seconds / len(steps):.2f} s each{speed} ({which})")
     return lines

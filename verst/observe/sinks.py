@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,8 @@ class JsonlSink:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self._file = path.open("a", encoding="utf-8")
-        if torn:  # a crash cut the last line short; the next one must not be appended to it
+        if _torn(path):  # a crash cut the last line short; the next one must not be appended to it
             self._file.write("\n")
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -39,6 +39,14 @@ class JsonlSink:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _torn(path: Path) -> bool:
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -84,4 +92,4 @@ def _with_speed_of(first: dict[str, Any], again: dict[str, Any]) -> dict[str, An
 
 
 def _is_speed(name: str) -> bool:
-    return name == _GENERATED or name.startswith("time/")
+    return name in (_GENERATED, "rollout/generating") or name.startswith(("time/", "idle/", "wait/"))

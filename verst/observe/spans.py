@@ -8,16 +8,18 @@ from contextlib import contextmanager
 
 
 class Spans:
-    """Wall-clock seconds by phase, since construction. Phases may repeat and then add up; they must not nest."""
+    """The phases of a step, on `time.perf_counter`, since construction. Phases may repeat and then add up; they must not nest."""
 
     def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self.seconds: dict[str, float] = {}
+        self.began = time.perf_counter()
+        self.ended = self.began
+        self.phases: list[tuple[str, float, float]] = []
+        """`(phase, begin, end)`, in the order of their ends."""
 
     @property
     def elapsed_s(self) -> float:
         """Seconds since construction."""
-        return time.perf_counter() - self._began
+        return time.perf_counter() - self.began
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -25,10 +27,19 @@ class Spans:
         try:
             yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+            self.phases.append((phase, began, time.perf_counter()))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By phase."""
+        found: dict[str, float] = {}
+        for phase, began, ended in self.phases:
+            found[phase] = found.get(phase, 0.0) + ended - began
+        return found
 
     def report(self) -> dict[str, float]:
-        """`time/PHASE_s` for each phase, `time/step_s` for all, and `time/other_s` for what no phase covers."""
-        total = self.elapsed_s
-        phases = {f"time/{phase}_s": s for phase, s in self.seconds.items()}
-        return phases | {"time/step_s": total, "time/other_s": total - sum(self.seconds.values())}
+        """Ends the step. `time/PHASE_s` for each phase, `time/step_s` for all, and `time/other_s` for what no phase covers."""
+        self.ended = time.perf_counter()
+        total, seconds = self.ended - self.began, self.seconds
+        phases = {f"time/{phase}_s": s for phase, s in seconds.items()}
+        return phases | {"time/step_s": total, "time/other_s": total - sum(seconds.values())}

@@ -155,7 +155,6 @@ class Loop:
             self._standing.group(seq, f"the engines to have version {self._pulled_version}")
             await self._pulled()  # tokens of a version are held back until its probe has been compared
             self._parts.journal.append_group(seq, encoded)
-            self._parts.observer.generated(group)
             await self._finished(group)
 
     async def _finished(self, group: Group) -> None:
@@ -293,7 +292,8 @@ class Loop:
         """What follows a step: evaluation and report."""
         metrics |= {"slots/held": float(self._slots.held), "version": float(self.version)}
         if self._evaluates_at(self.version):
-            await self._pulled()
+            with self._spans("pull_wait"):
+                await self._pulled()
             with self._spans("evaluate"):
                 metrics |= await self._parts.evaluate()
         self._parts.observer.step(self.version, groups, metrics, self._spans)

@@ -16,6 +16,7 @@ from verst.observe.limits import FidelityWatch
 from verst.observe.sinks import JsonlSink, read_rows
 from verst.observe.spans import Spans
 from verst.observe.terminal import step_line
+from verst.observe.timeline import Timeline
 from verst.observe.tracking import Tracking
 from verst.routing.kinds import routed_experts
 from verst.runtime import batching
@@ -43,11 +44,11 @@ class Observer:
         self._steps = steps
         self._fidelity = fidelity
         self._sink = JsonlSink(run.metrics)
+        self.timeline = Timeline(run.timeline)
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._told = 0  # lines so far
         self._more = asyncio.Event()
         self._pulled: dict[str, float] = {}
-        self._generated = 0  # tokens since the last row
         self._failed_checkpoints = 0
         self._checkpoint = 0  # the step of the newest one; 0: none
         self._outlets = Outlets(Tracking())
@@ -92,14 +93,11 @@ class Observer:
         lost = [f"({-begin} lines are no longer kept)"] if begin < 0 else []
         return self._told, [*lost, *islice(self._lines, max(0, begin), None)]
 
-    def generated(self, group: Group) -> None:
-        """A group was made by this process, not found in the journal."""
-        self._generated += sum(t.generated_tokens for t in group.trajectories)
-
     def published(self, version: int, brought: Brought) -> None:
         """A version serves. Its pull may end after the row of its step is written, so rows name the version."""
         self._pulled = {"mismatch/probe": brought.difference, "mismatch/probe_version": float(version)}
         self._pulled |= {f"engine/{name}": value for name, value in brought.stats.items()}
+        self.timeline.pulled(version, brought.during, brought.sending)
 
     def checkpoint_written(self, step: int) -> None:
         """A checkpoint is complete on disk."""
@@ -127,15 +125,16 @@ class Observer:
         times = spans.report()
         row: dict[str, float] = dict(metrics) | times | self._pulled | self._outlets.counts()
         row |= {"checkpoint/step": float(self._checkpoint), "checkpoint/failed": float(self._failed_checkpoints)}
-        if self._generated:
-            row["tokens_per_s"] = self._generated / times["time/step_s"]
-            self._generated = 0
+        row |= self.timeline.step(step, groups, spans)
         reasons = batching.failures(groups)
         self._sink.write({"kind": "step", "step": step, **row, **({"failures": dict(reasons)} if reasons else {})})
         self._outlets.step(step, row, groups, reasons.total())
         self.note(step_line(step, self._steps, row))
         for reason, count in reasons.most_common(3):
             self.note(f"  {count} failed: {reason}")
+        if self.timeline.trouble:
+            self.note(self.timeline.trouble)
+            self.timeline.trouble = None
         self._tell_of_outlets()
 
     def finish(self) -> None:
@@ -149,4 +148,5 @@ class Observer:
         self.note(f"{self._run.report}")
 
     def close(self) -> None:
+        self.timeline.close()
         self._sink.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from verst.config.schema import Config
 from verst.errors import CheckpointError, ConfigError, DeadlineExceeded, VerstError
 from verst.journal.codec import decode_group, encode_batch, encode_group, encode_routes
 from verst.observe.metrics import Tally, merged
+from verst.observe.timeline import Timeline
 from verst.runtime.actors import Worker
 from verst.runtime.batching import given_up, routes_for
 from verst.runtime.limits import drain_limit_s, group_deadline_s
@@ -145,8 +146,10 @@ class Trainers:
 class Replicas:
     """Every rollout replica. Groups go to the one with the fewest in flight; new weights go to all."""
 
-    def __init__(self, workers: Sequence[Worker], config: Config, *, shared: bool = False) -> None:
+    def __init__(self, workers: Sequence[Worker], config: Config, *, shared: bool = False, timeline: Timeline | None = None) -> None:
         self._workers = workers
+        self._timeline = timeline or Timeline()
+        self._timeline.replicas = range(len(workers))
         self._config = config
         self._shared = shared
         self._in_flight = [0] * len(workers)
@@ -186,22 +189,26 @@ class Replicas:
         finished, limit_s = self._finished, self.deadline_s(self._in_flight[index])
         rolling = asyncio.ensure_future(worker.post("roll", seq, prompt, how))
         try:
-            await asyncio.wait({rolling}, timeout=limit_s)
-            awaited = "" if rolling.done() else (await self._standing(worker))[seq][0]  # asked before it is taken back
-            if not rolling.done():
-                reason = f"waited {limit_s:g} s for {awaited}"
-                if self._finished == finished:
-                    raise DeadlineExceeded(f"{reason}: group {seq} ({prompt.id}), and no other came back meanwhile")
-                group = given_up(seq, prompt, self._config.rollout.group_size if how == "policy" else 1, reason)
-                del self._rolling[seq]
-                return encode_group(group), group
-            encoded = await rolling
+            demonstrated = how == "demonstrations"  # which keeps no replica busy
+            with nullcontext([]) if demonstrated else self._timeline.group(seq, prompt.id, index) as became:
+                await asyncio.wait({rolling}, timeout=limit_s)
+                awaited = "" if rolling.done() else (await self._standing(worker))[seq][0]  # asked before it is taken back
+                if rolling.done():
+                    encoded = await rolling
+                    group = decode_group(encoded)
+                    self._finished += 1
+                else:
+                    reason = f"waited {limit_s:g} s for {awaited}"
+                    if self._finished == finished:
+                        raise DeadlineExceeded(f"{reason}: group {seq} ({prompt.id}), and no other came back meanwhile")
+                    group = given_up(seq, prompt, self._config.rollout.group_size if how == "policy" else 1, reason)
+                    encoded = encode_group(group)
+                became.append(group)
         finally:
             rolling.cancel()
             self._in_flight[index] -= 1
         del self._rolling[seq]  # not after an error, which ends the run: then it tells where the group was
-        self._finished += 1
-        return encoded, decode_group(encoded)
+        return encoded, group
 
     async def standing(self) -> dict[int, tuple[str, float]]:
         """What each group in flight waits for, and for how many seconds, as its replica says if it answers."""

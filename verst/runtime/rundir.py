@@ -8,6 +8,7 @@ RUN/checkpoints/     the last ones
 RUN/origin/          the checkpoint of another run that this one began from (only then)
 RUN/logs/            what rewards and engine servers print; run.log: the run's own lines
 RUN/metrics.jsonl    one row a step and one an evaluation
+RUN/timeline.jsonl   who worked when; timeline.1.jsonl: the former part of a long one
 RUN/report.png       the picture at the end
 RUN/tensorboard/     event files; with those trackers also wandb/, mlflow.db and mlflow/
 RUN/final/           the trained model, a Hugging Face directory
@@ -76,6 +77,10 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def timeline(self) -> Path:
+        return self.root / "timeline.jsonl"
 
     @property
     def logs(self) -> Path:

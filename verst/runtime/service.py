@@ -100,7 +100,8 @@ class RunService:
         placement = self._placement or place(config, int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0)
         on = await reserve(placement, config.train.ranks, opened, config.train.deadline_s)
         trainers = Trainers(self._spawn_trainers(placement, on), config, ray.put if ray.is_initialized() else _same)
-        replicas = Replicas(self._spawn_replicas(placement, on, extensions), config, shared=placement.shared)
+        spawned = self._spawn_replicas(placement, on, extensions)
+        replicas = Replicas(spawned, config, shared=placement.shared, timeline=self._observer.timeline)
         for part in (trainers, replicas):
             opened.push_async_callback(self._close, part)
         source = open_source(config.data, extensions.rows)

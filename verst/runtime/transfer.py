@@ -10,6 +10,7 @@ Right after, trainer and engines score the probe; what engines generate before i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -19,11 +20,13 @@ from numpy.typing import NDArray
 
 from verst.config.schema import Config
 from verst.errors import WeightMismatch
+from verst.observe.intervals import Interval
 from verst.runtime.placement import Placement
 from verst.runtime.pools import Replicas, Trainers
 from verst.runtime.rollout_worker import Pulled
 from verst.runtime.trainer_worker import GROUP, Published
 from verst.runtime.wait import gather_named, within
+from verst.types import Manifest
 from verst.weights.push import check_probe, compare_probe
 
 ATTEMPTS = 2
@@ -35,6 +38,10 @@ class Brought:
 
     difference: float  # largest mean |trainer - engine| of the probe's log-probabilities
     stats: dict[str, float]  # what the engines count, in sum
+    during: Interval = (0.0, 0.0)
+    """When it was brought, by `time.perf_counter`."""
+    sending: Interval | None = None
+    """When the trainers sent it. None: they had written it before."""
 
 
 class Transfer:
@@ -67,28 +74,36 @@ class Transfer:
 
         Raises `WeightMismatch` after `ATTEMPTS`, the engines are left paused then, and `TrainingDiverged` if they do not agree.
         """
+        began = time.perf_counter()
         async with self._replicas.drained():
-            pulled, trainer_T = await self._pull(published, probe_T)
+            pulled, trainer_T, sending = await self._pull(published, probe_T)
+        during = began, time.perf_counter()
         stats = {name: (max if name.startswith("weights_") else sum)(p.stats[name] for p in pulled) for name in pulled[0].stats}
         differences = [compare_probe(trainer_T, p.probe_T) for p in pulled]
         for difference in differences:
             check_probe(difference, self._probe_limit, published.manifest.version)
-        return Brought(max(differences), stats)
+        return Brought(max(differences), stats, during, sending)
 
-    async def _pull(self, published: Published, probe_T: NDArray[np.int32]) -> tuple[Sequence[Pulled], NDArray[np.float32]]:
-        """What the replicas report, and the trainer's log-probabilities of the probe."""
+    async def _pull(
+        self, published: Published, probe_T: NDArray[np.int32]
+    ) -> tuple[Sequence[Pulled], NDArray[np.float32], Interval | None]:
+        """What the replicas report, the trainer's log-probabilities of the probe, and when it sent if it did."""
         manifest = published.manifest
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 if published.probe_T is not None:
-                    return await self._replicas.pull(manifest, probe_T), published.probe_T
-                calls = {"the replicas": self._replicas.pull(manifest, probe_T), "the trainers": self._trainers.send(manifest, probe_T)}
-                pulled, trainer_T = await gather_named(calls)
-                return pulled, trainer_T
+                    return await self._replicas.pull(manifest, probe_T), published.probe_T, None
+                calls = {"the replicas": self._replicas.pull(manifest, probe_T), "the trainers": self._send(manifest, probe_T)}
+                pulled, (trainer_T, sending) = await gather_named(calls)
+                return pulled, trainer_T, sending
             except WeightMismatch as error:
                 if attempt == ATTEMPTS:
                     raise WeightMismatch(f"after {ATTEMPTS} whole pushes the engines are left paused: {error}") from error
         raise AssertionError("unreachable")
+
+    async def _send(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> tuple[NDArray[np.float32], Interval]:
+        began = time.perf_counter()
+        return await self._trainers.send(manifest, probe_T), (began, time.perf_counter())
 
 
 def _default(placement: Placement, ranks: int) -> str:

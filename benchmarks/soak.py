@@ -70,7 +70,7 @@ class SoakParts(FakeParts):
         self.dropped, self.stalest, self.early_mb = 0, 0.0, 0.0
         self.lost: set[int] = set()
         self.timeline = Timeline(directory / "timeline.jsonl")
-        self.timeline.replicas = range(2)
+        self.timeline.replicas = lambda: range(2)
         self.timeline_s = 0.0
 
     async def roll(self, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:
@@ -110,6 +110,7 @@ def soaked(groups: int, directory: Path) -> dict[str, float]:
     loop = Loop(cfg, cast(Parts, parts), Restored(0, Cursor(0, FakeStream().state())))
     processor, clock = time.process_time(), time.perf_counter()
     asyncio.run(loop._train())  # without the checkpoint at the end
+    parts.timeline.close()
     processor, clock = time.process_time() - processor, time.perf_counter() - clock
     trainer = cast(Trainer, parts.trainers)
     assert trainer.count == cfg.run.steps * BATCH

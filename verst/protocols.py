@@ -107,6 +107,8 @@ class Engine(Protocol):
     async def join_weight_group(self, address: GroupAddress, first_rank: int, timeout_s: float) -> None:
         """Becomes members `first_rank` and following of a weight group; a `GroupUpdate` comes by it. A collective of all members.
 
+        Only while paused, once it generates. A group that it was in before is left.
+
         Raises `DeadlineExceeded` or `EngineFailure` if not all members came within `timeout_s`.
         """
         ...

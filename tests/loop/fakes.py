@@ -170,6 +170,7 @@ class FakeParts:
         self.group_deadline_s = 5.0
         self.watch = FidelityWatch(config.fidelity.limit, config.fidelity.action)
         self.serving = -1
+        self.active = [self]
         self.pull_s = 0.0
         self._roll = roll or group
         self._random = random.Random(seed)

@@ -501,3 +501,13 @@ async def test_what_the_hand_overs_take_is_a_phase_of_the_step(tmp_path: Path):
     assert len(seconds) == 3
     assert all(times["time/lease_s"] > 0.05 for times in seconds)
     assert all(abs(times["time/other_s"]) < 0.04 for times in seconds)  # nothing is counted twice
+
+
+async def test_weights_that_are_read_from_the_trainers_have_left_before_the_next_update(tmp_path: Path):
+    """Also if the pull begins late, as it does where groups in flight have to finish before a version."""
+    cfg = config(rollout={"group_size": 2, "capacity_groups": 6})
+    parts = FakeParts(cfg, tmp_path)
+    parts.reads_trainers, parts.pull_s = True, 0.05
+    await run(cfg, parts)
+    for step in (2, 3):
+        assert parts.events.index(f"serve {step - 1}") < parts.events.index(f"optimizer {step}.0")

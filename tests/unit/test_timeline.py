@@ -222,7 +222,7 @@ def test_a_group_is_placed_by_what_its_replica_tells(tmp_path: Path, clock: Cloc
 
 def test_what_is_in_flight_counts_as_generating_until_it_is_known(clock: Clock):
     timeline = Timeline()
-    timeline.replicas = range(1)
+    timeline.replicas = lambda: range(1)
     with timeline.group(0, "p0", 0):
         clock.now = 1010
         metrics = timeline.step(1, [], spans(1000, 1010, ("rollout", 1000, 1008)))
@@ -268,7 +268,7 @@ def test_a_group_that_never_came_back_is_known_of(tmp_path: Path, clock: Clock):
 
 def recorded_session(path: Path, clock: Clock, first: int, count: int) -> None:
     timeline = Timeline(path)
-    timeline.replicas = range(2)
+    timeline.replicas = lambda: range(2)
     for number in range(first, first + count):
         made = rolled(timeline, clock, number, clock.now, clock.now + 3, roll_s=2, score_s=0.5)
         timeline.step(

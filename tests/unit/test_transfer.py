@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ import pytest
 from numpy.typing import NDArray
 
 from verst.config.schema import Config
-from verst.errors import TrainingDiverged, WeightMismatch
+from verst.errors import TrainingDiverged, VerstError, WeightMismatch
+from verst.runtime.actors import LocalWorker
 from verst.runtime.placement import Placement
-from verst.runtime.rollout_worker import Pulled
+from verst.runtime.replica import Replica
+from verst.runtime.rollout_worker import Pulled, Seat
 from verst.runtime.trainer_worker import GROUP, Published
 from verst.runtime.transfer import Transfer
 from verst.types import Manifest
+from verst.weights.group import GroupAddress
 
 PROBE_T = np.array([3, 1, 2], np.int32)
 TRAINER_T = np.array([0.0, -1.0, -2.0], np.float32)
@@ -35,19 +38,37 @@ class Side:
         self.events: list[Any] = []
         self._wrong = wrong
         self._off = off
+        self.replicas = [Replica(number, LocalWorker(f"replica {number}", None), weight_ranks=ranks) for number, ranks in enumerate((1, 2))]
 
-    async def pull(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> list[Pulled]:
+    @property
+    def members(self) -> tuple[Replica, ...]:
+        return tuple(self.replicas)
+
+    def welcome(self, replica: Replica, version: int) -> None:
+        self.events.append(("welcome", replica.number, version))
+
+    def refuse(self, replica: Replica, error: VerstError) -> bool:
+        return False
+
+    def refuse_new(self, error: VerstError) -> None:
+        raise AssertionError("none is new")
+
+    async def pull(
+        self, manifest: Manifest, probe_T: NDArray[np.int32], seats: Mapping[Replica, Seat] | None = None
+    ) -> dict[Replica, Pulled]:
         assert probe_T is PROBE_T
-        self.events.append("pull")
+        self.events.append(("pull", *(seat.first_rank for seat in seats.values())) if seats else "pull")
         if self._wrong:
             self._wrong -= 1
             raise WeightMismatch("1 different: scale")
-        stats = [{"generated_tokens": 3.0, "weights_load_s": 0.5}, {"generated_tokens": 4.0, "weights_load_s": 0.25}]
-        return [Pulled(TRAINER_T, stats[0]), Pulled(TRAINER_T + np.array([0, self._off, 0], np.float32), stats[1])]
+        # what SGLang's server counts is known a second after its start
+        stats = [{"generated_tokens": 3.0, "weights_load_s": 0.5, "server_running": 2.0}, {"generated_tokens": 4.0, "weights_load_s": 0.25}]
+        found = [Pulled(TRAINER_T, stats[0]), Pulled(TRAINER_T + np.array([0, self._off, 0], np.float32), stats[1])]
+        return dict(zip(self.replicas, found, strict=False))
 
-    async def send(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> NDArray[np.float32]:
+    async def send(self, manifest: Manifest, probe_T: NDArray[np.int32], address: GroupAddress | None = None) -> NDArray[np.float32]:
         assert probe_T is PROBE_T
-        self.events.append("send")
+        self.events.append(("send", address.name, address.world, address.shared) if address else "send")
         return TRAINER_T
 
     @asynccontextmanager
@@ -56,15 +77,8 @@ class Side:
         yield
         assert len(self.events) > before  # what is brought is brought within
 
-    async def weight_ranks(self) -> list[int]:
-        return [1, 2, 1]
-
-    async def host_group(self, name: str, world: int, *, shared: bool) -> str:
-        self.events.append((name, world, shared))
-        return "the address"
-
-    async def join_group(self, *address_and_ranks: Any) -> None:
-        self.events.append(address_and_ranks)
+    async def host_group(self, name: str, world: int, *, shared: bool) -> GroupAddress:
+        return GroupAddress("host", 1, name, world, shared)
 
 
 def transfer(side: Any, transport: str | None = None, gpus: float = 0.0, dtype: str = "bfloat16", **weights: Any) -> Transfer:
@@ -79,8 +93,8 @@ async def test_a_file_is_pulled_and_nothing_else_happens():
     await by_file.open("run")
     brought = await by_file.bring(BY_FILE, PROBE_T)
     assert brought.difference == 0.0625 / 2  # the mean over two tokens, of the replica that is further off
-    assert brought.stats == {"generated_tokens": 7.0, "weights_load_s": 0.5}
-    assert (side.events, by_file.location) == (["pull"], "somewhere")
+    assert brought.stats == {"generated_tokens": 7.0, "weights_load_s": 0.5, "server_running": 2.0}
+    assert (side.events, by_file.location) == (["pull", ("welcome", 0, 1), ("welcome", 1, 1)], "somewhere")
     assert brought.sending is None
     assert brought.during[0] < brought.during[1]
 
@@ -94,8 +108,26 @@ async def test_a_version_that_did_not_arrive_whole_is_brought_again_whole(transp
     assert brought.difference == 0.0625 / 2
     assert brought.sending is not None
     assert brought.during[0] < brought.sending[0] < brought.sending[1] < brought.during[1]
-    met = [("run/0", 5, transport == "shared"), ("the address",), ("the address", [1, 2, 4])]
-    assert side.events == [*met, "pull", "send", "pull", "send"]
+    formed = [[("pull", 1, 2), ("send", f"run/{group}", 4, transport == "shared")] for group in (1, 2)]
+    assert side.events[:-2] == [*formed[0], *formed[1]], "a group that a version did not come by may be broken"
+    assert (await by_group.bring(BY_GROUP, PROBE_T)).difference == 0.0625 / 2
+    assert side.events[6:8] == ["pull", "send"], "a group that works is used again"
+
+
+async def test_the_group_is_formed_anew_when_replicas_came_or_went():
+    side = Side()
+    by_group = transfer(side, "group")
+    await by_group.open("run")
+    await by_group.bring(BY_GROUP, PROBE_T)
+    third = Replica(2, LocalWorker("replica 2", None))
+    for members, expected in (
+        ([*side.replicas, third], [("pull", 1, 2, 4), ("send", "run/2", 5, False)]),
+        ([*side.replicas, third], ["pull", "send"]),
+        (side.replicas[1:], [("pull", 1), ("send", "run/3", 3, False)]),
+    ):
+        side.events, side.replicas = [], members
+        await by_group.bring(BY_GROUP, PROBE_T)
+        assert side.events[:2] == expected
 
 
 async def test_after_two_failures_it_is_told():
@@ -107,8 +139,10 @@ async def test_after_two_failures_it_is_told():
 
 @pytest.mark.parametrize(("transport", "published"), [("file", BY_FILE), ("group", BY_GROUP)])
 async def test_a_replica_that_computes_something_else_is_told(transport: str, published: Published):
+    brings = transfer(Side(off=1.0), transport, probe_limit=0.1)
+    await brings.open("run")
     with pytest.raises(TrainingDiverged, match=r"version 1: .* disagree by 0.5 on average .* the limit is 0.1"):
-        await transfer(Side(off=1.0), transport, probe_limit=0.1).bring(published, PROBE_T)
+        await brings.bring(published, PROBE_T)
 
 
 @pytest.mark.parametrize(("dtype", "passes", "fails"), [("float32", 0.009, 0.011), ("bfloat16", 0.49, 0.51)])
@@ -124,5 +158,6 @@ async def test_rounding_alone_is_within_the_default_limit_of_the_dtype(dtype: st
 async def test_the_default_depends_on_the_devices(gpus: float, location: str, met: list[bool]):
     by_default = transfer(side := Side(), gpus=gpus)
     await by_default.open("run")
+    await by_default.bring(BY_FILE if location == "somewhere" else BY_GROUP, PROBE_T)
     assert by_default.location == location
-    assert [event[2] for event in side.events[:1]] == met
+    assert [event[3] for event in side.events if event[0] == "send"] == met

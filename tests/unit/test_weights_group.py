@@ -1,5 +1,6 @@
 """Weights by process group, in processes of their own over gloo."""
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -176,3 +177,11 @@ def test_members_that_do_not_come_are_waited_for_only_so_long():
     with pytest.raises(DeadlineExceeded, match=r"weight group alone/0, rank 0: not all of 2 members met at 127\.0\.0\.1:\d+ within 1 s"):
         WeightGroup(store, address, 0, device="cpu", timeout_s=1)
     assert time.monotonic() - start < 10
+
+
+def test_a_place_where_nobody_listens_is_told():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = GroupAddress("127.0.0.1", taken.getsockname()[1], "nobody/0", 2)
+        with pytest.raises(DeadlineExceeded, match=r"weight group nobody/0, rank 1: nobody answered at 127\.0\.0\.1:\d+ within 1 s"):
+            join(address, 1, device="cpu", timeout_s=1)

@@ -16,7 +16,10 @@ from verst.cli.common import command, echo
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """One command: its options with their help, choices where there are some, which of them are flags, and whether it takes KEY=VALUE."""
+    """One command: its options with their help, choices where there are some, which of them are flags, and whether it takes KEY=VALUE.
+
+    `keys`: those of its own, such as `rollout=`.
+    """
 
     name: str
     about: str
@@ -26,6 +29,7 @@ class Completed:
     takes_overrides: bool
     words: list[str]
     """Choices of its positional argument."""
+    keys: list[str]
 
 
 def add(commands: Any, build: Callable[[], argparse.ArgumentParser]) -> None:
@@ -58,19 +62,21 @@ def commands_of(parser: argparse.ArgumentParser) -> list[Completed]:
 
 
 def _completed(name: str, about: str, parser: argparse.ArgumentParser) -> Completed:
-    options, choices, flags, words, overrides = {}, {}, set(), [], False
+    options, choices, flags, words, overrides, keys = {}, {}, set(), [], False, []
     for action in parser._actions:
         longest = max(action.option_strings, key=len, default=None)
         if longest is None:
             overrides |= action.dest == "overrides"
             words += map(str, action.choices or ())
+            key, equals, _ = str(action.metavar or "").partition("=")
+            keys += [f"{key}="] if equals and action.dest != "overrides" else []
         else:
             options[longest] = " ".join((action.help or "").replace("%%", "%").split())
             if action.nargs == 0:
                 flags.add(longest)
             if action.choices:
                 choices[longest] = list(map(str, action.choices))
-    return Completed(name, about, options, choices, flags, overrides, words)
+    return Completed(name, about, options, choices, flags, overrides, words, keys)
 
 
 def _bash(commands: Sequence[Completed], keys: Sequence[str]) -> str:
@@ -113,6 +119,8 @@ def _bash_case(completed: Completed) -> str:
     lines = [f"        {completed.name})", f"            words={shlex.quote(' '.join(completed.options))}"]
     if completed.takes_overrides:
         lines.append("            keys=$_verst_keys")
+    elif completed.keys:
+        lines.append(f"            keys={shlex.quote(' '.join(completed.keys))}")
     if completed.words:
         lines.append(f"            choices={shlex.quote(' '.join(completed.words))}")
     if completed.choices:
@@ -166,6 +174,8 @@ def _zsh_case(completed: Completed) -> str:
         if completed.words
         else "*:word:_verst_words"
         if completed.takes_overrides
+        else f"*:word:{{_files; compadd -S '' -- {' '.join(completed.keys)}}}"
+        if completed.keys
         else "*:file:_files"
     )
     return f"        {completed.name}) _arguments {' '.join(specs)} {shlex.quote(rest)} ;;"
@@ -181,8 +191,8 @@ def _fish(commands: Sequence[Completed], keys: Sequence[str]) -> str:
             lines.append(f"complete -c verst {inside} -l {name.removeprefix('--')}{values} -d {shlex.quote(about)}")
         if c.words:
             lines.append(f"complete -c verst {inside} -f -a {shlex.quote(' '.join(c.words))}")
-        if c.takes_overrides:
-            lines.append(f"complete -c verst {inside} -a {shlex.quote(' '.join(keys))}")
+        if c.takes_overrides or c.keys:
+            lines.append(f"complete -c verst {inside} -a {shlex.quote(' '.join(c.keys or keys))}")
     return "\n".join(lines)
 
 

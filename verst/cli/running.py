@@ -1,4 +1,4 @@
-"""Runs that live: check, train, resume, watch."""
+"""Runs that live: check, train, resume, scale, watch."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def add(commands: Any) -> None:
     _takes_address(resume)
     _takes_plain(resume)
     resume.set_defaults(run=_resume)
+    _add_scale(commands)
     watch = command(
         commands,
         "watch",
@@ -63,6 +64,22 @@ def add(commands: Any) -> None:
     takes_run(watch)
     _takes_plain(watch)
     watch.set_defaults(run=_watch)
+
+
+def _add_scale(commands: Any) -> None:
+    scale = command(
+        commands,
+        "scale",
+        "change the number of engine replicas of a run while it goes on",
+        "verst scale runs/NAME rollout=3               add or remove; what is in flight is finished, nothing pauses",
+        "verst scale runs/NAME rollout=1 --wait 0      ask, and do not wait for it",
+        detail="A new replica serves from the next published version on. One that is removed finishes its groups first. A resumed run\n"
+        "begins with the number last reached.",
+    )
+    takes_run(scale)
+    scale.add_argument("wish", metavar="rollout=N", help="how many replicas it shall have")
+    scale.add_argument("--wait", metavar="SECONDS", type=float, default=600.0, help="how long to wait (default: 600); the wish stays")
+    scale.set_defaults(run=_scale)
 
 
 def _takes_address(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +115,13 @@ def _train(options: argparse.Namespace) -> int:
 
 def _resume(options: argparse.Namespace) -> int:
     return _ended(verst.resume(options.path, overrides=options.overrides, address=options.address, echo=echo, live=not options.plain))
+
+
+def _scale(options: argparse.Namespace) -> int:
+    from verst.runtime.scale_request import scale
+
+    scale(options.path, options.wish, wait_s=options.wait, echo=echo)
+    return 0
 
 
 def _watch(options: argparse.Namespace) -> int:

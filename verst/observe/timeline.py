@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ class Timeline:
     def __init__(self, path: Path | None = None) -> None:
         """`path`: where to write; nothing is, before the first row. None: nowhere."""
         self._path = path
-        self.replicas: Sequence[int] = ()
-        """The numbers of those that there are now."""
+        self.replicas: Callable[[], Sequence[int]] = tuple
+        """Says the numbers of those that there are now."""
         self._zero, self._at = time.perf_counter(), time.time()
         self._file: JsonlSink | None = None
         self._in_flight: dict[int, GroupLife] = {}
@@ -72,7 +72,7 @@ class Timeline:
         lives = [*self._groups, *going]
         self._generates |= any(life.seq >= 0 for life in lives)
         phases, seqs = tuple(Phase(*p) for p in spans.phases), tuple(group.seq for group in took)
-        made = StepTime(step, spans.began, spans.ended, phases, seqs, tuple(self.replicas) if self._generates else ())
+        made = StepTime(step, spans.began, spans.ended, phases, seqs, tuple(self.replicas()) if self._generates else ())
         measured = shares([made], lives, list(self._pulls))
         metrics = (measured.metrics() if measured else {}) | self._speed(made, going)
         self._write(made)

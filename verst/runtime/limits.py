@@ -40,3 +40,8 @@ def group_deadline_s(config: Config, groups: int, *, shared: bool) -> float:
 def drain_limit_s(config: Config) -> float:
     """Limit of finishing what is in flight before a version; 0 if it need not finish."""
     return rolling_deadline_s(config, config.capacity_groups, shared=False) + _CLOSE_S if config.weights.in_flight == "finish" else 0.0
+
+
+def pull_limit_s(config: Config) -> float:
+    """Limit of bringing a version to all replicas: each of two attempts may have to form the weight group first."""
+    return 2 * (2 * config.weights.deadline_s + 20) + drain_limit_s(config)

@@ -29,7 +29,7 @@ from verst.observe.metrics import Tally
 from verst.observe.spans import Spans
 from verst.runtime import batching
 from verst.runtime.bias import Bias
-from verst.runtime.limits import drain_limit_s
+from verst.runtime.limits import pull_limit_s
 from verst.runtime.parts import Parts
 from verst.runtime.recovery import Cursor, JournaledBatch, LoopState, Restored
 from verst.runtime.saving import Saver
@@ -254,6 +254,9 @@ class Loop:
                 with spans("forward_backward"):
                     tally.merge(await trainers.forward_backward(update, advantages))
                 self._parts.observer.measured(step, tally.report())
+                if self._parts.transfer.reads_trainers:
+                    with spans("pull_wait"):
+                        await self._pulled()  # else an update could come before its weights have left
                 with spans("optimizer"):
                     tally.merge(await trainers.optimizer_step(update))
             with spans("publish"):
@@ -291,6 +294,7 @@ class Loop:
     async def _after(self, groups: Sequence[Group], metrics: dict[str, float]) -> None:
         """What follows a step: evaluation and report."""
         metrics |= {"slots/held": float(self._slots.held), "version": float(self.version)}
+        metrics["replicas"] = float(len(self._parts.replicas.active))
         if self._evaluates_at(self.version):
             with self._spans("pull_wait"):
                 await self._pulled()
@@ -335,7 +339,7 @@ class Loop:
         pulling = self._pulling
         if pulling is None:
             return
-        limit_s = 2 * self._config.weights.deadline_s + 10 + self._parts.lease.hand_over_s + drain_limit_s(self._config)
+        limit_s = pull_limit_s(self._config) + self._parts.lease.hand_over_s
         await within(asyncio.shield(pulling), limit_s, f"engines to pull version {self._pulled_version}")
         if self._pulling is pulling:  # several wait for it, and the next one may have begun
             self._pulling = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ from verst.observe.timeline import Timeline
 from verst.runtime.actors import Worker
 from verst.runtime.batching import given_up, routes_for
 from verst.runtime.limits import drain_limit_s, group_deadline_s
-from verst.runtime.rollout_worker import Pulled
+from verst.runtime.replica import Replica, Stage
+from verst.runtime.rollout_worker import Pulled, Seat
 from verst.runtime.trainer_worker import Published, Scores, TrainerFacts
 from verst.runtime.wait import GRACE_S, gather_named, within
 from verst.types import Batch, Group, Manifest, Prompt, RoutedExperts, RoutesWanted
@@ -102,12 +104,9 @@ class Trainers:
     async def host_group(self, name: str, world: int, *, shared: bool) -> GroupAddress:
         return await self._first("host_group", name, world, shared)
 
-    async def join_group(self, address: GroupAddress) -> None:
-        await self._first("join_group", address)
-
-    async def send(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Sends a version; returns the trainer's log-probabilities of the probe."""
-        return (await self._all("send", manifest, probe_T))[0]
+    async def send(self, manifest: Manifest, probe_T: NDArray[np.int32], address: GroupAddress | None = None) -> NDArray[np.float32]:
+        """Sends a version, by a group that is formed first if an address is given; returns the trainer's log-probabilities of the probe."""
+        return (await self._all("send", manifest, probe_T, address))[0]
 
     async def release_memory(self, *, weights: bool) -> None:
         await self._all("release_memory", weights)
@@ -144,31 +143,64 @@ class Trainers:
 
 
 class Replicas:
-    """Every rollout replica. Groups go to the one with the fewest in flight; new weights go to all."""
+    """Every rollout replica. Groups go to the one with the fewest in flight; new weights go to all.
+
+    Their number may change while the run goes on (`verst.runtime.scaler`). A publish has the members that were there as it began; one that
+    is new among them is given groups once it holds that version, and one that fails until then is refused and ends nothing.
+    """
 
     def __init__(self, workers: Sequence[Worker], config: Config, *, shared: bool = False, timeline: Timeline | None = None) -> None:
-        self._workers = workers
+        self._replicas = [Replica(number, worker) for number, worker in enumerate(workers)]
+        self._numbers = itertools.count(len(workers))
+        self._members: list[Replica] = []
+        self._publishing = asyncio.Lock()
         self._timeline = timeline or Timeline()
-        self._timeline.replicas = range(len(workers))
+        self._timeline.replicas = lambda: [replica.number for replica in self.active]
         self._config = config
         self._shared = shared
-        self._in_flight = [0] * len(workers)
+        self._scores = True
         self._finished = 0  # groups that came back
-        self._rolling: dict[int, tuple[Worker, float]] = {}  # of each group in flight: the replica that it is on, and since when
+        self._rolling: dict[int, tuple[Replica, float]] = {}  # of each group in flight: the replica that it is on, and since when
         self._routed_experts: RoutedExperts | None = None
+        self._needed: RoutedExperts | None = None
 
-    async def _all(self, method: str, deadline_s: float, *args: Any) -> list[Any]:
-        return await gather_named({(who := f"{w.name}: {method}"): within(w.call(method, *args), deadline_s, who) for w in self._workers})
+    @property
+    def active(self) -> list[Replica]:
+        """Those that are given groups."""
+        return [replica for replica in self._replicas if replica.stage is Stage.SERVING]
+
+    @property
+    def members(self) -> Sequence[Replica]:
+        """Those that take part in the publish in progress."""
+        return tuple(self._members)
+
+    async def _all(self, method: str, deadline_s: float, *args: Any, of: Sequence[Replica] | None = None) -> list[Any]:
+        """By default: of those that serve."""
+        chosen = self.active if of is None else of
+        return await gather_named({(who := f"{r.name}: {method}"): within(r.worker.call(method, *args), deadline_s, who) for r in chosen})
 
     async def start(self, scores: bool) -> None:
-        self._routed_experts = (await self._all("start", self._config.train.deadline_s, scores))[0]
+        """Starts those that the run begins with."""
+        self._scores = scores
+        self._routed_experts = (await gather_named({f"{replica.name}: start": self._start(replica) for replica in self._replicas}))[0]
+
+    async def _start(self, replica: Replica) -> RoutedExperts | None:
+        """Returns what its engine records of its routes."""
+        (recorded,) = await self._all("start", self._config.train.deadline_s, self._scores, of=[replica])
+        (replica.weight_ranks,) = await self._all("weight_ranks", self._config.weights.deadline_s, of=[replica])
+        return recorded
 
     def require_routes(self, needed: RoutedExperts | None) -> None:
         """Raises `ConfigError` unless the engines record the routes that the trainer needs."""
-        if needed is not None and self._routed_experts != needed:
+        self._needed = needed
+        self._require_routes(self._routed_experts)
+
+    def _require_routes(self, recorded: RoutedExperts | None) -> None:
+        needed = self._needed
+        if needed is not None and recorded != needed:
             raise ConfigError(
                 f"train.routes: the trainer needs the routes of {needed.layers} layers, {needed.chosen} of {needed.experts} experts for "
-                f"each token, but the {self._config.rollout.engine} engine records {self._routed_experts or 'none'}: "
+                f"each token, but the {self._config.rollout.engine} engine records {recorded or 'none'}: "
                 "use an engine that records them, or set train.routes=ignore"
             )
 
@@ -180,74 +212,110 @@ class Replicas:
         """One group, rolled and scored by the least busy replica: encoded, for the journal, and decoded.
 
         One that does not come back in time has failed, and is taken back from its replica. That is the last resort: rolling and scoring
-        have limits of their own. Raises `DeadlineExceeded` if no other group came back meanwhile either.
+        have limits of their own. Raises `DeadlineExceeded` if no other group came back meanwhile either. One that its replica does not
+        finish after it was told to leave is rolled again by another, with the same number and seeds.
         """
-        index = min(range(len(self._workers)), key=lambda i: self._in_flight[i])
-        worker = self._workers[index]
-        self._in_flight[index] += 1
-        self._rolling[seq] = worker, time.monotonic()
-        finished, limit_s = self._finished, self.deadline_s(self._in_flight[index])
-        rolling = asyncio.ensure_future(worker.post("roll", seq, prompt, how))
-        try:
+        while True:
+            replica = min(self.active, key=lambda r: r.in_flight)
+            replica.in_flight += 1
+            self._rolling[seq] = replica, time.monotonic()
             demonstrated = how == "demonstrations"  # which keeps no replica busy
-            with nullcontext([]) if demonstrated else self._timeline.group(seq, prompt.id, index) as became:
-                await asyncio.wait({rolling}, timeout=limit_s)
-                awaited = "" if rolling.done() else (await self._standing(worker))[seq][0]  # asked before it is taken back
-                if rolling.done():
-                    encoded = await rolling
-                    group = decode_group(encoded)
-                    self._finished += 1
-                else:
-                    reason = f"waited {limit_s:g} s for {awaited}"
-                    if self._finished == finished:
-                        raise DeadlineExceeded(f"{reason}: group {seq} ({prompt.id}), and no other came back meanwhile")
-                    group = given_up(seq, prompt, self._config.rollout.group_size if how == "policy" else 1, reason)
-                    encoded = encode_group(group)
-                became.append(group)
+            try:
+                with nullcontext([]) if demonstrated else self._timeline.group(seq, prompt.id, replica.number) as became:
+                    encoded, group = await self._rolled(replica, seq, prompt, how)
+                    became.append(group)
+            except VerstError:
+                if replica.stage is not Stage.LEAVING:
+                    raise
+                replica.rolled_again.append(seq)
+            else:
+                del self._rolling[seq]  # not after an error, which ends the run: then it tells where the group was
+                return encoded, group
+            finally:
+                replica.ended_one()
+
+    async def _rolled(self, replica: Replica, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:
+        """What one replica makes of a group, or a failed one."""
+        finished, limit_s = self._finished, self.deadline_s(replica.in_flight)
+        rolling = asyncio.ensure_future(replica.worker.post("roll", seq, prompt, how))
+        try:
+            await asyncio.wait({rolling}, timeout=limit_s)
+            awaited = "" if rolling.done() else (await self._standing(replica))[seq][0]  # asked before it is taken back
+            if rolling.done():
+                encoded = await rolling
+                self._finished += 1
+                return encoded, decode_group(encoded)
         finally:
             rolling.cancel()
-            self._in_flight[index] -= 1
-        del self._rolling[seq]  # not after an error, which ends the run: then it tells where the group was
-        return encoded, group
+        reason = f"waited {limit_s:g} s for {awaited}"
+        if self._finished == finished or replica.stage is Stage.LEAVING:
+            raise DeadlineExceeded(f"{reason}: group {seq} ({prompt.id}), and no other came back meanwhile")
+        group = given_up(seq, prompt, self._config.rollout.group_size if how == "policy" else 1, reason)
+        return encode_group(group), group
 
     async def standing(self) -> dict[int, tuple[str, float]]:
         """What each group in flight waits for, and for how many seconds, as its replica says if it answers."""
-        said = await asyncio.gather(*map(self._standing, self._workers))
+        said = await asyncio.gather(*map(self._standing, {replica for replica, _ in self._rolling.values()}))
         return {seq: wait for found in said for seq, wait in found.items()}
 
-    async def _standing(self, worker: Worker) -> dict[int, tuple[str, float]]:
+    async def _standing(self, replica: Replica) -> dict[int, tuple[str, float]]:
         """Of the groups on one replica."""
+        name = here = replica.name
         try:
-            known = await within(worker.call("standing"), _ASK_S, f"{worker.name} to say what it waits for", idle=True)
-            here = worker.name
+            known = await within(replica.worker.call("standing"), _ASK_S, f"{name} to say what it waits for", idle=True)
         except VerstError:
-            known, here = {}, f"{worker.name}, which does not answer"
+            known, here = {}, f"{name}, which does not answer"
         found: dict[int, tuple[str, float]] = {}
         for seq, (on, begun) in self._rolling.items():
-            if on is worker:
+            if on is replica:
                 awaited, seconds = known.get(seq, (here, time.monotonic() - begun))
-                found[seq] = awaited if worker.name in awaited else f"{awaited} on {worker.name}", seconds
+                found[seq] = awaited if name in awaited else f"{awaited} on {name}", seconds
         return found
 
-    async def pull(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> list[Pulled]:
-        """Every replica loads and verifies one version, serves it and scores the probe."""
-        return await self._all("pull", self._config.weights.deadline_s + 5, manifest, probe_T)
+    async def pull(
+        self, manifest: Manifest, probe_T: NDArray[np.int32], seats: Mapping[Replica, Seat] | None = None
+    ) -> dict[Replica, Pulled]:
+        """Every member loads and verifies one version, serves it and scores the probe. Without those that were refused over it.
+
+        `seats`: their places in a weight group that is formed first.
+        """
+        seats = seats or {}
+        members = self.members
+        pulled = await gather_named({f"{r.name}: pull": self._pull(r, manifest, probe_T, seats.get(r)) for r in members})
+        return {replica: found for replica, found in zip(members, pulled, strict=True) if found is not None}
+
+    async def _pull(self, replica: Replica, manifest: Manifest, probe_T: NDArray[np.int32], seat: Seat | None) -> Pulled | None:
+        limit_s = self._config.weights.deadline_s + 5
+        if seat is not None:
+            limit_s += self._config.weights.deadline_s + 15  # a rank that waited in vain says so itself
+        try:
+            return (await self._all("pull", limit_s, manifest, probe_T, seat, of=[replica]))[0]
+        except VerstError as error:
+            if not self.refuse(replica, error):
+                raise
+            return None
 
     @asynccontextmanager
     async def drained(self) -> AsyncIterator[None]:
-        """Nothing is in flight within, if it has to finish before a version (`weights.in_flight`). What comes meanwhile waits.
+        """A publish: its members are settled, and nothing is in flight within, if it has to finish before a version (`weights.in_flight`).
 
-        On shared devices the engines are paused by then, and could finish nothing: their groups go on with the new version.
+        What comes meanwhile waits. On shared devices the engines are paused by then, and could finish nothing: their groups go on with
+        the new version.
         """
         limit_s = 0.0 if self._shared else drain_limit_s(self._config)
-        if not limit_s:
-            yield
-            return
-        await self._all("drain", limit_s + 5)
-        try:
-            yield
-        finally:
-            await self._all("admit", _CLOSE_S)
+        async with self._publishing:
+            self._members = [r for r in self._replicas if r.stage in (Stage.READY, Stage.SERVING)]
+            busy = self.active  # one that is new has nothing to finish
+            try:
+                if limit_s:
+                    await self._all("drain", limit_s + 5, of=busy)
+                try:
+                    yield
+                finally:
+                    if limit_s:
+                        await self._all("admit", _CLOSE_S, of=[r for r in busy if r in self._members])
+            finally:
+                self._members = []
 
     async def release_memory(self) -> None:
         await self._all("release_memory", self._config.weights.deadline_s)
@@ -255,17 +323,61 @@ class Replicas:
     async def resume_memory(self) -> None:
         await self._all("resume_memory", self._config.weights.deadline_s)
 
-    async def weight_ranks(self) -> list[int]:
-        """Members of the weight group that each replica becomes."""
-        return await self._all("weight_ranks", self._config.weights.deadline_s)
-
-    async def join_group(self, address: GroupAddress, first_ranks: Sequence[int]) -> None:
-        limit_s = self._config.weights.deadline_s + 15  # a rank that waited in vain says so itself
-        calls = {w.name: w.call("join_group", address, first) for w, first in zip(self._workers, first_ranks, strict=True)}
-        await gather_named({name: within(call, limit_s, f"{name}: join_group") for name, call in calls.items()})
-
     async def probe_tokens(self, prompt: Prompt) -> NDArray[np.int32]:
-        return await within(self._workers[0].call("probe_tokens", prompt), self._config.weights.deadline_s, "replica 0: probe tokens")
+        first = self.active[0]
+        return await within(first.worker.call("probe_tokens", prompt), self._config.weights.deadline_s, f"{first.name}: probe tokens")
+
+    # ---- a number that changes
+
+    def begin(self, spawn: Callable[[int], Worker]) -> Replica:
+        """A new replica, whose process `spawn` starts; `make_ready` is what follows."""
+        number = next(self._numbers)
+        replica = Replica(number, spawn(number), Stage.STARTING)
+        self._replicas.append(replica)
+        return replica
+
+    async def make_ready(self, replica: Replica) -> None:
+        """Starts a new replica's engine. From then on it waits for the next publish. Raises what the start raised."""
+        self._require_routes(await self._start(replica))
+        replica.stage = Stage.READY
+
+    def welcome(self, replica: Replica, version: int) -> None:
+        """It holds the version that is published: a new one is given groups from here on."""
+        if replica.stage is Stage.READY:
+            replica.stage, replica.first_version = Stage.SERVING, version
+            replica.changed.set()
+
+    def refuse(self, replica: Replica, error: VerstError) -> bool:
+        """Takes a replica out of the publish in progress. False for one that serves: its failures are the run's."""
+        if replica.stage is Stage.SERVING:
+            return False
+        if replica.stage is Stage.READY:
+            replica.stage, replica.error = Stage.REFUSED, error
+            replica.changed.set()
+        self._members = [member for member in self._members if member is not replica]
+        return True
+
+    def refuse_new(self, error: VerstError) -> None:
+        """The same for all that do not serve: where it cannot be known who failed, those who were there before go on without them."""
+        for replica in self.members:
+            self.refuse(replica, error)
+
+    async def end(self, replica: Replica) -> None:
+        """Ends a replica that has nothing in flight, with its process, which gives its GPU back. Waits for the publish that it is part of.
+
+        Raises what its end raised; it is gone all the same.
+        """
+        async with self._publishing:  # which has deadlines of its own
+            self._replicas.remove(replica)
+        try:
+            await self._all("close", _CLOSE_S, of=[replica])
+        finally:
+            replica.worker.kill()
 
     async def close(self) -> None:
-        await self._all("close", _CLOSE_S)
+        """Ends every replica in order, also one that is starting or leaving, then its process."""
+        try:
+            await self._all("close", _CLOSE_S, of=self._replicas)
+        finally:
+            for replica in self._replicas:
+                replica.worker.kill()

@@ -35,6 +35,14 @@ class Pulled:
     stats: dict[str, float]  # the engine's counters and gauges
 
 
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A replica's places in a weight group: from `first_rank` on, one for each rank of its engine."""
+
+    address: GroupAddress
+    first_rank: int
+
+
 def _require_vocabulary(tokens: int, path: str) -> None:
     """Raises `ModelError` if the tokenizer is of another model. Tokens added to a vocabulary may lie beyond the model's: if never used."""
     from verst.config.plan import read_config
@@ -188,12 +196,18 @@ class RolloutWorker:
             self._draining = False
             self._traffic.notify_all()
 
-    async def pull(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> Pulled:
-        """Loads one version, which serves if every checksum matches, and scores the probe with it."""
+    async def pull(self, manifest: Manifest, probe_T: NDArray[np.int32], seat: Seat | None = None) -> Pulled:
+        """Loads one version, which serves if every checksum matches, and scores the probe with it.
+
+        `seat`: the engine takes its places in a new weight group before. A collective of trainer and replicas, which needs it paused.
+        """
         from verst.weights.push import push
 
         weights, update = self._config.weights, self._update(manifest)
         mode = PauseMode.RETRACT if weights.in_flight == "recompute" else PauseMode.IN_PLACE
+        if seat is not None:
+            await within(self.engine.pause(mode), weights.deadline_s, "the engine to pause for a new weight group")
+            await self.engine.join_weight_group(seat.address, seat.first_rank, weights.deadline_s)
         logprobs_T = await push(self.engine, update, deadline_s=weights.deadline_s, probe_T=probe_T, in_flight=mode)
         assert logprobs_T is not None
         return Pulled(logprobs_T, dict(self.engine.stats()))
@@ -218,10 +232,6 @@ class RolloutWorker:
     async def weight_ranks(self) -> int:
         """Members of the weight group that this replica's engine becomes."""
         return self.engine.weight_ranks
-
-    async def join_group(self, address: GroupAddress, first_rank: int) -> None:
-        """The engine takes its places among those the trainer broadcasts to. A collective."""
-        await self.engine.join_weight_group(address, first_rank, self._config.weights.deadline_s)
 
     async def probe_tokens(self, prompt: Prompt) -> NDArray[np.int32]:
         """The tokens both sides score at every publish: the start of a real prompt."""

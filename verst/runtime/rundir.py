@@ -12,6 +12,7 @@ RUN/timeline.jsonl   who worked when; timeline.1.jsonl: the former part of a lon
 RUN/report.png       the picture at the end
 RUN/tensorboard/     event files; with those trackers also wandb/, mlflow.db and mlflow/
 RUN/final/           the trained model, a Hugging Face directory
+RUN/scale.json       how many replicas `verst scale` asks for, and RUN/scale-answer.json what came of it (only if it was asked)
 """
 
 from __future__ import annotations
@@ -101,6 +102,14 @@ class RunDirectory:
         return self.root / "final"
 
     @property
+    def scale_request(self) -> Path:
+        return self.root / "scale.json"
+
+    @property
+    def scale_answer(self) -> Path:
+        return self.root / "scale-answer.json"
+
+    @property
     def run_id(self) -> str:
         return self._described()["run_id"]
 
@@ -139,7 +148,7 @@ class RunDirectory:
         described["changes"] = [*self.changes, {"at": at, "step": step, "options": options}]
         for path, content in ((self.root / "run.json", _json(described)), (self.config, dump_config(config).encode())):
             try:
-                _replace(path, content)
+                replace_file(path, content)
             except OSError as error:
                 raise ConfigError(
                     f"{path} could not be written ({error.strerror}): make room or rights there, then resume again"
@@ -273,7 +282,7 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Writes a file that is there in its old or its new form, whole, at every moment."""
     partial = path.with_name(f"{path.name}.partial")
     _write(partial, content)

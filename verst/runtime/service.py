@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -15,7 +16,7 @@ import ray
 from verst.algorithms.table import algorithm_for
 from verst.data.sources import open_source
 from verst.data.stream import PromptStream, eval_prompts
-from verst.errors import VerstError
+from verst.errors import ConfigError, VerstError
 from verst.extend import origin
 from verst.journal.lock import RunLock
 from verst.journal.log import Journal
@@ -31,6 +32,7 @@ from verst.runtime.pools import Replicas, Trainers
 from verst.runtime.recovery import recover
 from verst.runtime.rollout_worker import RolloutWorker
 from verst.runtime.rundir import RunDirectory
+from verst.runtime.scaler import Means, Scaler
 from verst.runtime.trainer_worker import TrainerWorker
 from verst.runtime.transfer import Transfer
 from verst.types import Prompt
@@ -46,6 +48,7 @@ class RunService:
         self._run, self._config = RunDirectory.open(root)
         self._spawn = spawn_worker
         self._placement = placement
+        self._spawn_replica: Callable[[int], Worker]
         self._observer = Observer(self._run, self._config.run.steps, fidelity_watch(self._config))
         self._weights_location = publish_directory(self._run.run_id, self._config.weights.location)
         self._stop = False
@@ -54,6 +57,7 @@ class RunService:
     async def run(self) -> None:
         """Trains to the end, or to the next consistent point after `stop`."""
         with RunLock(self._run.root):
+            self._run.scale_request.unlink(missing_ok=True)  # not got to before: a start has its own number
             try:
                 await self._train()
             except Exception as error:
@@ -69,8 +73,28 @@ class RunService:
             self._loop = Loop(self._config, parts, restored)
             if self._stop:
                 self._loop.stop()
-            await self._loop.run()
+            async with self._scaler(parts.replicas, self._loop).following():
+                await self._loop.run()
             await asyncio.to_thread(self._observer.finish)
+
+    def _scaler(self, replicas: Replicas, loop: Loop) -> Scaler:
+        means = Means(self._spawn_replica, self._check_replicas, self._observer.note, lambda: loop.version)
+        return Scaler(self._run, self._config, replicas, means)
+
+    def _check_replicas(self, number: int) -> None:
+        """Raises `ConfigError` if the run cannot have so many replicas while it lives."""
+        config, placement = self._config, self._placement
+        assert placement is not None, "parts are built first"
+        if config.rollout.urls:
+            raise ConfigError("rollout.urls names the server of each replica, and has none for others")
+        if placement.shared:
+            raise ConfigError(
+                "replicas and trainer ranks take turns on the same devices, which are divided among them as the run begins; "
+                f"stop it, then: verst resume {self._run.root} rollout.replicas={number}"
+            )
+        gpus, needed = _cluster_gpus(), config.train.ranks + number
+        if placement.replica_gpus and needed > gpus:
+            raise ConfigError(f"{config.train.ranks} trainer rank(s) and {number} replica(s) need {needed} GPUs, the cluster has {gpus}")
 
     async def lines(self, after: int, wait_s: float) -> tuple[int, list[str]]:
         """Lines for the watcher, beyond the first `after` of them, and the number of the last."""
@@ -97,10 +121,11 @@ class RunService:
         opened.enter_context(held(self._weights_location))
         journal = await asyncio.to_thread(Journal.open, self._run.journal, self._run.run_id)  # reads all of it
         opened.callback(journal.close)
-        placement = self._placement or place(config, int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0)
+        self._placement = placement = self._placement or place(config, _cluster_gpus())
         on = await reserve(placement, config.train.ranks, opened, config.train.deadline_s)
         trainers = Trainers(self._spawn_trainers(placement, on), config, ray.put if ray.is_initialized() else _same)
-        spawned = self._spawn_replicas(placement, on, extensions)
+        self._spawn_replica = partial(self._replica, placement, on, extensions)
+        spawned = [self._spawn_replica(i) for i in range(config.rollout.replicas)]
         replicas = Replicas(spawned, config, shared=placement.shared, timeline=self._observer.timeline)
         for part in (trainers, replicas):
             opened.push_async_callback(self._close, part)
@@ -145,22 +170,23 @@ class RunService:
             for r in range(self._config.train.ranks)
         ]
 
-    def _spawn_replicas(self, placement: Placement, on: Sequence[dict[str, Any]], extensions: Extensions) -> list[Worker]:
-        return [
-            self._spawn(
-                f"replica {i}",
-                RolloutWorker,
-                self._config,
-                extensions,
-                i,
-                placement.device,
-                self._run.logs,
-                placement.shared,
-                gpus=placement.replica_gpus,
-                **on[i % len(on)],
-            )
-            for i in range(self._config.rollout.replicas)
-        ]
+    def _replica(self, placement: Placement, on: Sequence[dict[str, Any]], extensions: Extensions, number: int) -> Worker:
+        return self._spawn(
+            f"replica {number}",
+            RolloutWorker,
+            self._config,
+            extensions,
+            number,
+            placement.device,
+            self._run.logs,
+            placement.shared,
+            gpus=placement.replica_gpus,
+            **on[number % len(on)],
+        )
+
+
+def _cluster_gpus() -> int:
+    return int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0
 
 
 def _same(value: Any) -> Any:

@@ -18,7 +18,7 @@ from verst.runtime.imports import large_imports
 from verst.types import Manifest, RoutedExperts, RoutesWanted
 
 if TYPE_CHECKING:
-    from verst.weights.group import GroupAddress
+    from verst.weights.group import GroupAddress, Member
 
 GROUP = "group"
 """In place of a location: the version is broadcast, not written."""
@@ -56,6 +56,7 @@ class TrainerWorker:
         self._config = config
         self._rank = rank
         self._device = device
+        self._group: Member | None = None
 
     def rendezvous(self) -> str:
         """An address on this rank's machine where all ranks can meet."""
@@ -118,7 +119,7 @@ class TrainerWorker:
         return None if manifest is None else Published(manifest, logprobs_T)
 
     def host_group(self, name: str, world: int, shared: bool) -> GroupAddress:
-        """Opens the place where the weight group meets. Rank 0 only; `join_group` follows."""
+        """Opens the place where weight groups meet, and names the first. Rank 0 only; `join_group` follows."""
         from verst.training.distributed import own_address
         from verst.weights.group import GroupAddress, open_store
 
@@ -127,13 +128,19 @@ class TrainerWorker:
         return GroupAddress(host, self._store.port, name, world, shared)
 
     def join_group(self, address: GroupAddress) -> None:
-        """Becomes the sender. Rank 0 only; a collective with the replicas."""
+        """Becomes the sender of a group, and leaves the former one. Rank 0 only; a collective with the replicas."""
         from verst.weights.group import SENDER, enter
 
+        if self._group is not None:
+            self._group.close()
+            self._group = None
         self._group = enter(self._store, address, SENDER, device=self._device, timeout_s=self._config.weights.deadline_s)
 
-    def send(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Broadcasts the weights that `publish` described, before anything changes them, and scores the probe. A collective."""
+    def send(self, manifest: Manifest, probe_T: NDArray[np.int32], address: GroupAddress | None = None) -> NDArray[np.float32]:
+        """Broadcasts the weights that `publish` described, before anything changes them, and scores the probe. A collective.
+
+        `address`: of a group to form for it, and for the versions to come. In one call, so that no other call of the loop comes between.
+        """
         from verst.weights.group import send
         from verst.weights.layout import BUCKET_BYTES
 
@@ -142,6 +149,9 @@ class TrainerWorker:
             for _ in weights:
                 pass
         else:
+            if address is not None:
+                self.join_group(address)
+            assert self._group is not None, "a version cannot come by a group that was never formed"
             send(self._group, manifest, weights, bucket_bytes=BUCKET_BYTES, deadline_s=self._config.weights.deadline_s)
         return self.backend.logprobs(probe_T)
 

@@ -6,28 +6,36 @@
 
 Either way it is verified before it serves, and one that did not arrive whole is brought again whole, once: an engine cannot go back.
 Right after, trainer and engines score the probe; what engines generate before its verdict is held back by the loop.
+
+A weight group is formed at the first version, and anew at the next one after replicas came or went: within the calls that bring it, so
+that neither side can be held up between the meeting and the transfer.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from verst.config.schema import Config
-from verst.errors import WeightMismatch
+from verst.errors import TrainingDiverged, VerstError, WeightMismatch
 from verst.observe.intervals import Interval
 from verst.runtime.placement import Placement
 from verst.runtime.pools import Replicas, Trainers
-from verst.runtime.rollout_worker import Pulled
+from verst.runtime.replica import Replica
+from verst.runtime.rollout_worker import Pulled, Seat
 from verst.runtime.trainer_worker import GROUP, Published
-from verst.runtime.wait import gather_named, within
+from verst.runtime.wait import gather_named
 from verst.types import Manifest
 from verst.weights.push import check_probe, compare_probe
+
+if TYPE_CHECKING:
+    from verst.weights.group import GroupAddress
 
 ATTEMPTS = 2
 
@@ -49,11 +57,15 @@ class Transfer:
 
     def __init__(self, config: Config, placement: Placement, trainers: Trainers, replicas: Replicas, location: str) -> None:
         self._trainers, self._replicas = trainers, replicas
-        self._deadline_s = config.weights.deadline_s
         self._probe_limit = config.probe_limit
         transport = config.weights.transport or _default(placement, config.train.ranks)
         self._by_group, self._shared = transport != "file", transport == "shared"
         self.location = GROUP if self._by_group else location
+        self._place: GroupAddress | None = None
+        self._groups = 0
+        """Formed so far: each has a name of its own."""
+        self._seated: Sequence[Replica] = ()
+        """The members of the newest one, in order."""
 
     @property
     def reads_trainers(self) -> bool:
@@ -61,49 +73,91 @@ class Transfer:
         return self._by_group
 
     async def open(self, run_id: str) -> None:
-        """Brings the members of the group together, once all parts have started. Raises `DeadlineExceeded`."""
-        if not self._by_group:
-            return
-        firsts = list(accumulate(await self._replicas.weight_ranks(), initial=1))  # rank 0 is the trainer
-        address = await self._trainers.host_group(f"{run_id}/0", firsts.pop(), shared=self._shared)
-        calls = {"the trainers": self._trainers.join_group(address), "the replicas": self._replicas.join_group(address, firsts)}
-        await within(gather_named(calls), self._deadline_s + 20, "trainer and replicas to meet in the weight group")
+        """Opens the place where weight groups meet, once all parts have started. Raises `DeadlineExceeded`."""
+        if self._by_group:
+            self._place = await self._trainers.host_group(f"{run_id}/0", 1, shared=self._shared)
 
     async def bring(self, published: Published, probe_T: NDArray[np.int32]) -> Brought:
         """All engines load, verify and serve a version, and agree with the trainer about the tokens of the probe.
 
-        Raises `WeightMismatch` after `ATTEMPTS`, the engines are left paused then, and `TrainingDiverged` if they do not agree.
+        A replica that is new is refused if it fails in this, and the others go on. Raises `WeightMismatch` after `ATTEMPTS`, the engines
+        are left paused then, and `TrainingDiverged` if they do not agree.
         """
         began = time.perf_counter()
         async with self._replicas.drained():
             pulled, trainer_T, sending = await self._pull(published, probe_T)
-        during = began, time.perf_counter()
-        stats = {name: (max if name.startswith("weights_") else sum)(p.stats[name] for p in pulled) for name in pulled[0].stats}
-        differences = [compare_probe(trainer_T, p.probe_T) for p in pulled]
-        for difference in differences:
-            check_probe(difference, self._probe_limit, published.manifest.version)
-        return Brought(max(differences), stats, during, sending)
+            differences = [self._compared(replica, found, trainer_T, published.manifest.version) for replica, found in pulled.items()]
+        stats = _together([found.stats for found in pulled.values()])
+        return Brought(max(differences), stats, (began, time.perf_counter()), sending)
+
+    def _compared(self, replica: Replica, found: Pulled, trainer_T: NDArray[np.float32], version: int) -> float:
+        """How far a replica is from the trainer; one that is new serves if that is near enough."""
+        difference = compare_probe(trainer_T, found.probe_T)
+        try:
+            check_probe(difference, self._probe_limit, version)
+        except TrainingDiverged as error:
+            if not self._replicas.refuse(replica, error):
+                raise
+            return 0.0
+        self._replicas.welcome(replica, version)
+        return difference
 
     async def _pull(
         self, published: Published, probe_T: NDArray[np.int32]
-    ) -> tuple[Sequence[Pulled], NDArray[np.float32], Interval | None]:
+    ) -> tuple[dict[Replica, Pulled], NDArray[np.float32], Interval | None]:
         """What the replicas report, the trainer's log-probabilities of the probe, and when it sent if it did."""
         manifest = published.manifest
         for attempt in range(1, ATTEMPTS + 1):
+            members = self._replicas.members
             try:
                 if published.probe_T is not None:
                     return await self._replicas.pull(manifest, probe_T), published.probe_T, None
-                calls = {"the replicas": self._replicas.pull(manifest, probe_T), "the trainers": self._send(manifest, probe_T)}
-                pulled, (trainer_T, sending) = await gather_named(calls)
-                return pulled, trainer_T, sending
+                return await self._pull_by_group(manifest, probe_T)
             except WeightMismatch as error:
                 if attempt == ATTEMPTS:
                     raise WeightMismatch(f"after {ATTEMPTS} whole pushes the engines are left paused: {error}") from error
+            except VerstError as error:
+                self._seated = ()
+                self._replicas.refuse_new(error)
+                if attempt == ATTEMPTS or self._replicas.members == members:  # it was none of theirs
+                    raise
         raise AssertionError("unreachable")
 
-    async def _send(self, manifest: Manifest, probe_T: NDArray[np.int32]) -> tuple[NDArray[np.float32], Interval]:
+    async def _pull_by_group(
+        self, manifest: Manifest, probe_T: NDArray[np.int32]
+    ) -> tuple[dict[Replica, Pulled], NDArray[np.float32], Interval]:
+        members = self._replicas.members
+        address, seats = (None, {}) if members == self._seated else self._seats(members)
+        calls = {
+            "the replicas": self._replicas.pull(manifest, probe_T, seats),
+            "the trainers": self._send(manifest, probe_T, address),
+        }
+        pulled, (trainer_T, sending) = await gather_named(calls)
+        self._seated = members
+        return pulled, trainer_T, sending
+
+    async def _send(
+        self, manifest: Manifest, probe_T: NDArray[np.int32], address: GroupAddress | None
+    ) -> tuple[NDArray[np.float32], Interval]:
         began = time.perf_counter()
-        return await self._trainers.send(manifest, probe_T), (began, time.perf_counter())
+        return await self._trainers.send(manifest, probe_T, address), (began, time.perf_counter())
+
+    def _seats(self, members: Sequence[Replica]) -> tuple[GroupAddress, dict[Replica, Seat]]:
+        """The address of a new group, and each replica's places in it; rank 0 is the trainer."""
+        assert self._place is not None, "open() comes first"
+        *firsts, world = accumulate((replica.weight_ranks for replica in members), initial=1)
+        run_id = self._place.name.partition("/")[0]
+        self._groups += 1
+        address = replace(self._place, name=f"{run_id}/{self._groups}", world=world)
+        return address, {replica: Seat(address, first) for replica, first in zip(members, firsts, strict=True)}
+
+
+def _together(stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Sums, of times the largest. A replica that is new may not know all of its figures yet."""
+    values: dict[str, list[float]] = {}
+    for name, value in (item for found in stats for item in found.items()):
+        values.setdefault(name, []).append(value)
+    return {name: max(found) if name.startswith("weights_") else sum(found) for name, found in values.items()}
 
 
 def _default(placement: Placement, ranks: int) -> str:

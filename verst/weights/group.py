@@ -167,7 +167,12 @@ def enter(store: Store, address: GroupAddress, rank: int, *, device: torch.devic
 
 def join(address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float) -> Member:
     """Becomes a receiver: `enter` with a store of its own."""
-    store = open_store(address.host, address.port, timeout_s=timeout_s, listen=False)
+    try:
+        store = open_store(address.host, address.port, timeout_s=timeout_s, listen=False)
+    except RuntimeError as error:
+        raise DeadlineExceeded(
+            f"weight group {address.name}, rank {rank}: nobody answered at {address.host}:{address.port} within {timeout_s:g} s: {error}"
+        ) from error
     return enter(store, address, rank, device=device, timeout_s=timeout_s)
 
 

@@ -116,7 +116,13 @@ class HFEngine:
         return 1
 
     async def join_weight_group(self, address: GroupAddress, first_rank: int, timeout_s: float) -> None:
+        self._leave_weight_group()
         self._member = await asyncio.to_thread(join, address, first_rank, device=self._device, timeout_s=timeout_s)
+
+    def _leave_weight_group(self) -> None:
+        if self._member is not None:
+            self._member.close()
+            self._member = None
 
     async def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
         """See `Engine.logprobs`. Raises `EngineFailure` while the weights are no whole version."""
@@ -142,6 +148,7 @@ class HFEngine:
         """Ends the thread and fails what is pending. Raises `DeadlineExceeded` if a forward pass does not end in a minute."""
         if self._thread is not None:
             await asyncio.to_thread(self._thread.stop, CLOSE_DEADLINE_S)
+        self._leave_weight_group()
 
     async def _call(self, command: Callable[[], T]) -> T:
         return await asyncio.wrap_future(self._command(command))

@@ -1,14 +1,19 @@
-"""The benchmarks of running ahead: their bound, worked by hand, and a small soak."""
+"""The benchmarks of schedules and of routes: bounds worked by hand, the runs they make, and a small soak."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import r3_overhead, schedules
 from benchmarks.async_speedup import BATCH, Work, configured
 from benchmarks.soak import soaked
+from verst.config.load import load_config
+from verst.config.plan import read_config
+from verst.routing.kinds import routed_experts
 
 
 def work(*late: tuple[int, float], steps: int = 2, places: int = 10_000) -> Work:
@@ -46,6 +51,33 @@ def test_few_places_or_long_training_bound_it_too():
 def test_schedules_are_those_that_init_writes():
     bounds = [configured(work(), batches, window).worst_staleness for batches, window in ((1, 1), (2, 1), (3, BATCH))]
     assert bounds == [0, 1, 3]
+
+
+def test_the_benchmark_of_whole_runs_has_the_same_schedules():
+    options = argparse.Namespace(
+        groups=16, group_size=8, new=32, steps=3, epochs=1, engine="hf", backend="fsdp", model=str(Path(__file__).parent), set=[]
+    )
+    configs = [load_config(schedules.run_file(name, options, Path("runs"))) for name in schedules.SCHEDULES]
+    assert [config.worst_staleness for config in configs] == [0, 1, 3]
+    assert all(config.rollout.max_running >= config.capacity_groups * 8 for config in configs)  # nobody waits for a place
+    prompts = [row["prompt"] for row in schedules.prompts()]
+    assert len(set(prompts)) == len(prompts) == 320
+
+
+def test_a_reward_of_token_sums_varies():
+    class Rolled:
+        tokens_T = np.array([3, 5, 8])
+
+    assert schedules.varied(Rolled(), {}) == r3_overhead.varied(Rolled(), {}) == 16 % 7
+
+
+def test_what_routes_cost_is_measured_on_a_model_that_routes(tmp_path: Path):
+    size = r3_overhead.SIZES["cpu"]
+    found = routed_experts(read_config(str(r3_overhead.build_model(tmp_path / "model", size))))
+    assert found is not None
+    assert (found.layers, found.chosen, found.experts) == (size["layers"], size["chosen"], size["experts"])
+    row = {"time/load_s": 1.0, "time/forward_backward_s": 2.0, "time/optimizer_s": 0.5}
+    assert r3_overhead.seconds([row, row, row | {"time/load_s": 9.0}], *r3_overhead.TRAINING) == pytest.approx(3.5)
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ test-sglang:
 	$(BIN)/python -m pytest -q tests/stack tests/contracts --ignore-glob='*/test_megatron*'
 
 test-loop:
-	$(BIN)/python -m pytest -q tests/loop
+	$(BIN)/python -m pytest -q tests/loop tests/faults
 
 test-megatron:
 	$(BIN)/python -m pytest -q tests/stack/test_megatron*.py
@@ -67,7 +67,7 @@ test-unit:
 	$(BIN)/python -m pytest -q tests/unit tests/gpu
 
 test-fast: $(DEV) $(STACK)
-	$(BIN)/python -m pytest -q -m "not slow" tests/unit tests/gpu tests/loop tests/contracts tests/stack
+	$(BIN)/python -m pytest -q -m "not slow" tests/unit tests/gpu tests/loop tests/faults tests/contracts tests/stack
 
 lint: $(DEV) $(STACK)
 	$(BIN)/ruff check .

@@ -14,9 +14,11 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
-from verst.errors import ExtensionError
+from verst.errors import ExtensionError, VerstError
+
+T = TypeVar("T")
 
 _OWN = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
 
@@ -103,6 +105,16 @@ def check_class(found: Any, kind: str, protocol: type, options: Mapping[str, Any
         return
     for name, expected in _methods(protocol):
         _check_method(found, kind, name, expected)
+
+
+def guarded(call: Callable[[], T], what: str, failure: type[VerstError]) -> T:
+    """What a piece of user code returns. Raises `failure` with what it raised, and where; `what` names it."""
+    try:
+        return call()
+    except VerstError:
+        raise
+    except Exception as error:
+        raise failure(f"{what} raised {origin(error)}: mend the code that gives it") from error
 
 
 def origin(error: BaseException) -> str:

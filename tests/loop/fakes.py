@@ -185,6 +185,9 @@ class FakeParts:
         finished = await result if asyncio.iscoroutine(result) else result
         return encode_group(finished), finished
 
+    async def standing(self) -> dict[int, tuple[str, float]]:
+        return {}
+
     async def release_memory(self) -> None:
         self.events.append("engines release")
 

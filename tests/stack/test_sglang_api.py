@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from aiohttp import web
 from tests.contracts.engine_cases import ask
 from verst.errors import DeadlineExceeded, EngineFailure
 from verst.rollout.sglang.api import ServerApi, ServerLost
+from verst.rollout.sglang.calls import Calls
+from verst.rollout.sglang.engine import SGLangEngine
 from verst.rollout.sglang.runs import STOP_STRING_TOKENS, Run
 from verst.types import FinishReason
 
@@ -193,3 +197,29 @@ def test_a_run_with_stop_strings_asks_for_little_at_a_time_and_a_greedy_one_is_c
 def test_answers_that_do_not_hold_together_are_failures(given: dict[str, Any], message: str):
     with pytest.raises(EngineFailure, match=message):
         run_of().take(given, 0)
+
+
+async def test_a_cancelled_generation_is_taken_back_from_the_server(stand: tuple[Stand, ServerApi], tmp_path: Path):
+    server, api = stand
+    arrived = asyncio.Event()
+
+    async def silent(_: web.Request) -> web.StreamResponse:
+        arrived.set()
+        await asyncio.sleep(5)
+        raise AssertionError
+
+    server.answers |= {"/generate": silent, "/abort_request": {}}
+    (tmp_path / "config.json").write_text('{"vocab_size": 100}')
+    engine = SGLangEngine(str(tmp_path), max_running=4, max_model_tokens=64, log=tmp_path / "log")
+    told = {"vocab_size": 100, "has_filters": False, "reader": None, "metrics": {}}
+    connection = cast(Any, SimpleNamespace(api=api, is_open=True, owns_server=False, **told))
+    engine._connection, engine._calls = connection, Calls(connection)
+    generating = asyncio.ensure_future(engine.generate(ask("a", np.array([1, 2], np.int32))))
+    await arrived.wait()
+    generating.cancel()
+    await asyncio.wait({generating})
+    async with asyncio.timeout(5):
+        while server.seen[-1][0] != "/abort_request":  # noqa: ASYNC110 - the server has no events
+            await asyncio.sleep(0.01)
+    assert server.seen[-1][1] == {"rid": server.seen[0][1]["rid"]}
+    assert engine.stats()["running"] == engine.stats()["waiting"] == 0

@@ -46,7 +46,7 @@ class Parts:
         self.events: list[str] = []
         self.let = asyncio.Event()
 
-    async def roll(self, seq: int, prompt: Prompt) -> Group:
+    async def roll(self, seq: int, prompt: Prompt, deadline_s: float) -> Group:
         self.events.append(f"begin {seq}")
         await self.let.wait()
         self.events.append(f"end {seq}")
@@ -71,14 +71,14 @@ class Parts:
         return {}
 
 
-def replica(cfg: Config) -> tuple[Parts, RolloutWorker, Replicas]:
+def replica(cfg: Config, *, shared: bool = False) -> tuple[Parts, RolloutWorker, Replicas]:
     parts, worker = Parts(), RolloutWorker(cfg, Extensions(), 0, "cpu", Path("unused"))
     worker.engine, worker._rollers, worker._scorer = parts, {False: parts}, cast(Any, parts)
 
     async def call(method: str, *args: Any) -> Any:
         return await getattr(worker, method)(*args)
 
-    return parts, worker, Replicas([cast(Any, SimpleNamespace(name="replica 0", call=call, post=call))], cfg)
+    return parts, worker, Replicas([cast(Any, SimpleNamespace(name="replica 0", call=call, post=call))], cfg, shared=shared)
 
 
 async def begun(parts: Parts, seq: int) -> None:
@@ -114,6 +114,18 @@ async def test_or_it_comes_at_once(tmp_path: Path, in_flight: str, mode: str):
     async with replicas.drained():
         await replicas.pull(publish(1, iter(()), tmp_path), PROBE_T)
     assert parts.events == ["begin 1", f"pause {mode}", "resume"]
+    parts.let.set()
+    await rolling
+
+
+async def test_on_shared_devices_nothing_can_finish_while_a_version_comes():
+    """The engine is paused since the trainer's turn began: to wait for its groups would be to wait for the deadline."""
+    parts, _, replicas = replica(config("finish"), shared=True)
+    rolling = asyncio.create_task(replicas.roll(1, PROMPT, "policy"))
+    await begun(parts, 1)
+    async with asyncio.timeout(2):
+        async with replicas.drained():
+            assert parts.events == ["begin 1"]
     parts.let.set()
     await rolling
 

@@ -37,6 +37,14 @@ def test_a_first_signal_asks_and_a_second_one_ends_at_once(run: RunDirectory):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_question_ends_nothing(run: RunDirectory):
+    before = signal.getsignal(signal.SIGUSR1)
+    with launch._signals(run) as asked:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert (asked.standing.is_set(), asked.stop.is_set(), asked.leave.is_set()) == (True, False, False)
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
 def test_a_closed_terminal_ends_the_watching_only_where_the_run_goes_on_without_it(run: RunDirectory):
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:

@@ -107,6 +107,34 @@ async def test_a_caller_that_gave_up_is_not_missed():
     assert await asyncio.wait_for(wire.mailbox.call("echo", 0.1), 1) == 0.1
 
 
+async def test_a_call_whose_caller_gave_up_is_taken_back_from_the_actor():
+    ended: list[str] = []
+    begun = asyncio.Event()
+
+    async def target(method: str) -> str:
+        if method == "endless":
+            begun.set()
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                ended.append(method)
+                raise
+        return method
+
+    wire = Wire(target)
+    endless = asyncio.create_task(wire.mailbox.call("endless"))
+    await begun.wait()
+    endless.cancel()
+    await asyncio.wait({endless})
+    assert await asyncio.wait_for(wire.mailbox.call("next"), 1) == "next"
+    assert ended == ["endless"]
+    assert not wire.inbox._running
+    unsent = asyncio.create_task(wire.mailbox.call("next"))
+    await asyncio.sleep(0)
+    unsent.cancel()  # before its message has left
+    assert await asyncio.wait_for(wire.mailbox.call("next"), 1) == "next"
+
+
 async def test_an_actor_that_answers_nothing_at_all_is_given_up(monkeypatch: pytest.MonkeyPatch):
     async def never(wait_s: float) -> list[Answer]:
         await asyncio.sleep(60)

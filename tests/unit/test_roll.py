@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from verst.data.chat import ChatRenderer
-from verst.errors import DataError, EngineFailure, ModelError
+from verst.errors import DataError, DeadlineExceeded, EngineFailure, ModelError
+from verst.observe.waits import Waits
 from verst.rollout.environments import SecondTry, SingleTurn
 from verst.rollout.roll import GroupRoller, stable_seed
 from verst.testing import CHATML, FakeEngine, FakeEnvironment, tiny_tokenizer
@@ -240,6 +241,39 @@ async def test_an_engine_failure_ends_the_group_and_cancels_the_others():
         await roller(engine, make, group_size=3).roll(0, PROMPT)
     assert engine.stats()["running"] == 0
     assert [e.calls[-1] for e in made] == ["close"] * 3
+
+
+async def test_a_trajectory_that_its_deadline_finds_unfinished_fails_alone_and_keeps_what_it_has():
+    engine = FakeEngine([[*ids("41"), END], [*ids("42"), END], [*ids("ab"), END]], stall_at=2)
+    waits = Waits()
+    chosen = replace(roller(engine, SecondTry, group_size=2, max_turns=2), engine_name="the engine of replica 4", waits=waits)
+    good, stalled = (await chosen.roll(0, PROMPT, 0.1)).trajectories
+    assert {good.status, stalled.status} == {Status.FINISHED, Status.FAILED}
+    failed = stalled if stalled.status is Status.FAILED else good
+    expected = "not finished after 0.1 s, waiting for the engine of replica 4: if that is too little time, raise rollout.deadline_s"
+    assert failed.error == expected
+    assert failed.completion == "41"  # its first turn
+    assert not engine._running
+    assert waits.now() == []
+
+
+async def test_an_engine_that_processes_nothing_up_to_the_deadline_ends_the_group():
+    class Dead(FakeEngine):
+        async def generate(self, request: Any) -> Any:
+            await asyncio.sleep(60)
+
+    waits = Waits()
+    chosen = replace(roller(Dead([[END]]), group_size=3), engine_name="the engine of replica 4", waits=waits)
+    message = r"the engine of replica 4 processed no token for 0\.05 s, while trajectory 7/\d \(p:0\) waited for it"
+    with pytest.raises(DeadlineExceeded, match=message):
+        await chosen.roll(7, PROMPT, 0.05)
+    assert {wait.awaited for wait in waits.now()} == {"the engine of replica 4"}  # for whoever tells why the run ended
+
+
+async def test_an_environment_that_holds_a_group_up_to_its_deadline_is_not_the_engines_fault():
+    chosen = roller(FakeEngine([[END]]), partial(FakeEnvironment, delay_s=30))
+    (trajectory,) = (await chosen.roll(0, PROMPT, 0.05)).trajectories
+    assert str(trajectory.error).startswith("not finished after 0.05 s, waiting for environment FakeEnvironment to reply")
 
 
 async def test_cancelling_a_stalled_group_cancels_its_requests():

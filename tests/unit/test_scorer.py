@@ -16,6 +16,7 @@ from verst.errors import ExtensionError, RewardFailure
 from verst.rewards.process import RewardProcess, worker_environment
 from verst.rewards.scorer import Scorer
 from verst.rewards.spec import RewardSpec
+from verst.rewards.together import AT_ONCE
 from verst.types import FinishReason, Group, Message, Prompt, Status, Trajectory, Turn
 
 REWARDS = '''
@@ -45,6 +46,8 @@ async def async_by_text(trajectory, fields):
     if text == "block": time.sleep(60)
     if text == "hang": await asyncio.sleep(60)
     if text == "raise": raise TimeoutError("judge said no")
+    if text == "sys.exit": sys.exit(4)
+    if text == "cancel": asyncio.current_task().cancel()
     await asyncio.sleep(0.1)
     return 1
 
@@ -188,6 +191,64 @@ async def test_async_rewards_wait_together_and_are_blamed_alone(rewards):
     assert "exit code 3" in str(scored.trajectories[1].error)
     scored = await scorer.score(group("block", "ok"))
     assert [t.reward for t in scored.trajectories] == [None, 1]
+    await scorer.close()
+
+
+@pytest.mark.slow
+async def test_a_judge_is_asked_for_many_groups_at_a_time_and_one_that_hangs_delays_no_other(rewards):
+    scorer = Scorer(RewardSpec("user_rewards:async_by_text"), workers=1, deadline_s=3.5)
+    await scorer.start()
+    start = time.perf_counter()
+    hung = asyncio.create_task(scorer.score(group("ok", "hang")))
+    scored = await asyncio.gather(*(scorer.score(group("ok", "ok", "ok")) for _ in range(60)))
+    assert time.perf_counter() - start < 3  # in order the 60 groups would take 6 s
+    assert not hung.done()
+    assert all(t.reward == 1 for g in scored for t in g.trajectories)
+    assert [t.reward for t in (await hung).trajectories] == [1, None]
+    assert scorer.stats()["workers_lost"] == 0
+    await scorer.close()
+
+
+@pytest.mark.slow
+async def test_a_judge_is_not_asked_for_more_than_its_places_at_a_time(rewards):
+    (rewards / "counting.py").write_text(
+        "import asyncio\nnow = most = 0\nasync def most_at_once(trajectory, fields):\n    global now, most\n    now += 1\n"
+        "    most = max(most, now)\n    await asyncio.sleep(0.02)\n    now -= 1\n    return most\n"
+    )
+    scorer = Scorer(RewardSpec("counting:most_at_once"), workers=1, deadline_s=5)
+    await scorer.start()
+    scored = await asyncio.gather(*(scorer.score(group(*["ok"] * 20)) for _ in range(10)))
+    assert max(t.reward or 0 for g in scored for t in g.trajectories) == AT_ONCE == 64
+    await scorer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "error"), [("sys.exit", "exit code 4"), ("cancel", "cancelled itself"), ("block", "exceeded 0.7 s")])
+async def test_an_async_reward_that_ends_or_holds_its_worker_is_blamed_alone(rewards, text: str, error: str):
+    scorer = Scorer(RewardSpec("user_rewards:async_by_text"), workers=1, deadline_s=0.7)
+    await scorer.start()
+    others = [asyncio.create_task(scorer.score(group("ok", "ok"))) for _ in range(4)]
+    scored = await scorer.score(group("ok", text, "ok"))
+    assert [t.reward for t in scored.trajectories] == [1, None, 1]
+    assert error in str(scored.trajectories[1].error)
+    assert all(t.reward == 1 for g in await asyncio.gather(*others) for t in g.trajectories)
+    assert (await scorer.score(group("ok"))).trajectories[0].reward == 1
+    pids = scorer.pids
+    await scorer.close()
+    assert [await ends(pid) for pid in pids] == [True] * len(pids)
+
+
+@pytest.mark.slow
+async def test_an_async_reward_whose_caller_has_gone_serves_the_next(rewards):
+    scorer = Scorer(RewardSpec("user_rewards:async_by_text"), workers=1, deadline_s=0.5)
+    await scorer.start()
+    scoring = asyncio.create_task(scorer.score(group("hang", "ok")))
+    await asyncio.sleep(0.2)
+    scoring.cancel()
+    await asyncio.wait({scoring})
+    await asyncio.sleep(2)  # longer than a worker may be silent
+    assert (await scorer.score(group("ok"))).trajectories[0].reward == 1
+    assert scorer.stats()["workers_lost"] == 0
     await scorer.close()
 
 

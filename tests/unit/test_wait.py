@@ -8,7 +8,7 @@ import time
 import pytest
 
 from verst.errors import DeadlineExceeded, EngineFailure
-from verst.runtime.wait import gather_named, within
+from verst.runtime.wait import gather_named, kept_waits, within
 
 
 async def test_result_passes_through():
@@ -29,6 +29,21 @@ async def test_a_timeout_of_the_awaited_code_is_not_taken_for_this_deadline():
 
     with pytest.raises(TimeoutError, match="its own"):
         await within(inner(), 1.0, "somebody")
+
+
+async def test_a_wait_stands_in_the_table_while_it_lasts_unless_it_is_idle():
+    async def waits_for(who: str, **options: bool) -> None:
+        await within(asyncio.sleep(0.05), 5.0, who, **options)
+
+    async def run() -> tuple[list[str], list[str]]:
+        table = kept_waits()
+        waiting = asyncio.gather(waits_for("replica 0: pull"), waits_for("replica 0 to answer at all", idle=True))
+        await asyncio.sleep(0.01)
+        during = [wait.awaited for wait in table.now()]
+        await waiting
+        return during, [wait.awaited for wait in table.now()]
+
+    assert await asyncio.create_task(run()) == (["replica 0: pull"], [])
 
 
 async def test_answers_come_in_the_order_of_the_calls():

@@ -157,14 +157,19 @@ class RolloutConfig(Section):
     stop: list[Text] = Field(default_factory=list, description="Stop strings; the one that matched stays in the tokens.")
     max_running: Count = Field(default=64, description="Sequences decoded at once by one replica.")
     deadline_s: Seconds = Field(
-        default=600.0, description="Limit of rolling one group once the engine has room for it, and of each call of an environment."
+        default=600.0,
+        description="Limit of rolling one group once the engine has room for it, past which its unfinished trajectories have failed; and "
+        "of each call of an environment.",
     )
 
 
 class RewardConfig(Section):
     function: Text = Field(default="exact_match", description="A shipped reward or `module:function`.")
     options: Options = Field(default_factory=dict, description="Keyword arguments of the reward.")
-    workers: Count = Field(default=1, description="Worker processes that score, for each replica.")
+    workers: Count = Field(
+        default=1,
+        description="Worker processes that score, for each replica: one trajectory at a time each, or up to 64 if the reward is async.",
+    )
     deadline_s: Seconds = Field(default=30.0, description="Limit of scoring one trajectory; past it the worker is replaced.")
 
 

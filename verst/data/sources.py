@@ -22,6 +22,7 @@ import numpy as np
 
 from verst.config.schema import DataConfig
 from verst.errors import ConfigError, DataError, first_line
+from verst.extend import guarded
 
 WINDOW_BYTES = 16 * 2**20
 """Raw data that is shuffled together: the memory a stream holds, times what Python objects add."""
@@ -29,6 +30,7 @@ WINDOW_BYTES = 16 * 2**20
 _BLOCK_BYTES = 256 * 2**10
 _BLOCK_ROWS = 256
 _WINDOW_ROWS = 16384
+_END = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +198,11 @@ class SequenceSource:
         return {"rows": len(self._rows)}
 
     def _row(self, index: int) -> Row:
-        return Row(f"rows:{index}", lambda: _python_row(self._rows[index], self._text_column, index), partial(_locate_row, index))
+        def load() -> Mapping[str, Any]:
+            value = guarded(lambda: self._rows[index], _locate_row(index), DataError)
+            return _python_row(value, self._text_column, index)
+
+        return Row(f"rows:{index}", load, partial(_locate_row, index))
 
 
 class IterableSource:
@@ -220,7 +226,7 @@ class IterableSource:
     def read_block(self, block: int) -> Sequence[Row] | None:
         if block < self._next:
             self._rewind()
-        for value in self._iterator:
+        while (value := guarded(partial(next, self._iterator, _END), _locate_row(self._next), DataError)) is not _END:
             index = self._next
             self._next += 1
             if index == block:

@@ -16,6 +16,11 @@ class Spans:
         self.phases: list[tuple[str, float, float]] = []
         """`(phase, begin, end)`, in the order of their ends."""
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since construction."""
+        return time.perf_counter() - self.began
+
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         began = time.perf_counter()

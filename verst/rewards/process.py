@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from verst.errors import DeadlineExceeded, ExtensionError
 from verst.rewards.spec import RewardSpec
@@ -26,16 +26,34 @@ START_DEADLINE_S = 120.0
 _SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 _GRACE_S = 0.2
 _END_S = 10.0
+_ASYNC_GRACE_S = 1.0
+"""An async reward's deadline is kept inside the worker; this much later the worker itself is judged to be stuck."""
+
+
+class Death(NamedTuple):
+    """Why a worker cannot be used any more. `began`: its request was under way."""
+
+    reason: str
+    words: str
+    began: bool
 
 
 class RewardProcess:
     """A worker that has loaded its reward. It has a process group of its own, ended as a whole, so that what a reward started ends too.
 
-    `concurrent` says that the trajectories of one request are scored at the same time (the reward is async), else in order.
+    `concurrent` says that all trajectories that are with it are scored at the same time (the reward is async), else in order.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        deadline_s: float,
+        log: Path | None,
+    ) -> None:
         self._process, self._reader, self._writer = process, reader, writer
+        self._deadline_s, self._log = deadline_s, log
         self._buffer = b""
         self._killed = False
         self.concurrent = False
@@ -54,31 +72,42 @@ class RewardProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             reader, writer = await asyncio.open_connection(sock=ours)
-            worker = cls(_launch(theirs.fileno(), log), reader, writer)
+            worker = cls(_launch(theirs.fileno(), log), reader, writer, deadline_s, log)
         try:
-            await worker._load(spec, deadline_s, log)
+            await worker._load(spec)
         except BaseException:  # a cancelled start too must leave no process behind
             worker.kill()
             raise
         return worker
 
-    async def _load(self, spec: RewardSpec, deadline_s: float, log: Path | None) -> None:
-        await self._send((spec, deadline_s))
+    async def _load(self, spec: RewardSpec) -> None:
+        await self._send((spec, self._deadline_s))
         try:
             reply = await self.receive(START_DEADLINE_S)
         except TimeoutError as error:
             raise DeadlineExceeded(f"reward {spec.name}: its worker did not load it within {START_DEADLINE_S:g} s") from error
         if reply is None:
             raise ExtensionError(
-                f"reward {spec.name}: its worker {await self.ended()} while loading it; its output is in {log or 'stderr'}"
+                f"reward {spec.name}: its worker {await self.ended()} while loading it; its output is in {self._log or 'stderr'}"
             )
         if "error" in reply:
             prefix = "" if reply["kind"] == ExtensionError.__name__ else f"reward {spec.name} could not be made: "
             raise ExtensionError(prefix + reply["error"])
         self.concurrent = reply["concurrent"]
 
-    async def request(self, fields: Mapping[str, Any], trajectories: Sequence[Trajectory]) -> None:
-        await self._send((fields, trajectories))
+    async def request(self, number: int, fields: Mapping[str, Any], trajectories: Sequence[Trajectory]) -> None:
+        """Replies come with this number: one when the request begins, and one for each trajectory."""
+        await self._send((number, fields, trajectories))
+
+    async def reply(self, *, began: bool = False) -> dict[str, Any] | Death:
+        """The next reply, or why there will be none. `began`: what the death then says of the request."""
+        try:
+            reply = await self.receive(self._deadline_s + (_ASYNC_GRACE_S if self.concurrent else 0))
+        except TimeoutError:
+            return Death("deadline", f"exceeded {self._deadline_s:g} s: make it faster, or raise reward.deadline_s", began)
+        if reply is None:
+            return Death("crash", f"broke: its process {await self.ended()}; what it printed is in {self._log or 'stderr'}", began)
+        return reply
 
     async def receive(self, limit_s: float) -> dict[str, Any] | None:
         """The next reply, None if the worker is gone. Raises `TimeoutError` after `limit_s`."""

@@ -4,8 +4,11 @@ A failure is attributed to the trajectory it hit and is never a silent 0.
 
 Who waits for whom: a group is cut into one request for each worker, and a request waits for a free worker. The worker says when it begins
 and when each trajectory is scored, so the deadline runs for one trajectory at a time, and when a worker dies the first one that is not
-scored did it; the rest of the request goes to its replacement. Async rewards run together: after a death each is tried again alone, to
-find who did it. A worker that dies before it begins was not ended by a trajectory, and the request goes to its replacement.
+scored did it; the rest of the request goes to its replacement. A worker that dies before it begins was not ended by a trajectory, and the
+request goes to its replacement.
+
+Async rewards mostly wait, so a worker takes many of their trajectories at a time, of any group: a trajectory waits for one of the places
+(`verst.rewards.together`). After a death those that had begun are tried again, each alone in a worker beside, to find who did it.
 """
 
 from __future__ import annotations
@@ -16,26 +19,16 @@ from collections import Counter, deque
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from verst.errors import RewardFailure, VerstError
-from verst.rewards.process import RewardProcess
+from verst.rewards.process import Death, RewardProcess
 from verst.rewards.spec import RewardSpec
+from verst.rewards.together import AT_ONCE, SharedProcess
 from verst.types import Group, Status, Trajectory
 
 _BEGIN_ATTEMPTS = 3
 """Workers that may die one after another before they begin with a request; then something ends them all."""
-
-_ASYNC_GRACE_S = 1.0
-"""An async reward's deadline is kept inside the worker; this much later the worker itself is judged to be stuck."""
-
-
-class Death(NamedTuple):
-    """Why a worker cannot be used any more. `began`: its request was under way."""
-
-    reason: str
-    words: str
-    began: bool = True
 
 
 class Scorer:
@@ -48,6 +41,9 @@ class Scorer:
         self._reward, self._workers, self._deadline_s, self._log = reward, workers, deadline_s, log
         self._free: asyncio.Queue[RewardProcess | None] = asyncio.Queue()  # None: a place whose worker died
         self._alive: set[RewardProcess] = set()
+        self._shared: list[SharedProcess] = []  # of an async reward; then `_free` has the places in which one is tried alone
+        self._shared_places = asyncio.Semaphore(workers * AT_ONCE)
+        self._choosing = asyncio.Lock()
         self._counts: Counter[str] = Counter()
         self._closed = False
 
@@ -55,7 +51,9 @@ class Scorer:
         """Starts the workers. Raises `ExtensionError` if the reward cannot be loaded: the reason is in the message."""
         try:
             for worker in await _together([self._spawn() for _ in range(self._workers)]):
-                self._free.put_nowait(worker)
+                if worker.concurrent:
+                    self._shared.append(SharedProcess(worker, self._retire))
+                self._free.put_nowait(None if worker.concurrent else worker)
         except VerstError:
             await self.close()
             raise
@@ -65,9 +63,12 @@ class Scorer:
         start = time.perf_counter()
         waiting = group.trainable
         scored: dict[str, Trajectory] = {}
-        size = -(-len(waiting) // self._workers) or 1
-        requests = [waiting[i : i + size] for i in range(0, len(waiting), size)]
-        await _together([self._score(group.prompt.fields, request, scored) for request in requests])
+        if self._shared:
+            await _together([self._score_shared(group.prompt.fields, trajectory, scored) for trajectory in waiting])
+        else:
+            size = -(-len(waiting) // self._workers) or 1
+            requests = [waiting[i : i + size] for i in range(0, len(waiting), size)]
+            await _together([self._score(group.prompt.fields, request, scored) for request in requests])
         self._counts["scored"] += sum(t.status is not Status.FAILED for t in scored.values())
         trajectories = tuple(scored.get(t.id, t) for t in group.trajectories)
         return replace(group, trajectories=trajectories, timings={**group.timings, "score_s": time.perf_counter() - start})
@@ -112,6 +113,28 @@ class Scorer:
         worker.kill()
         self._counts["workers_lost"] += 1
 
+    async def _score_shared(self, fields: Mapping[str, Any], trajectory: Trajectory, scored: dict[str, Trajectory]) -> None:
+        """Scores one trajectory beside others; alone, if a worker died of it or of another."""
+        async with self._shared_places:
+            for _ in range(_BEGIN_ATTEMPTS):
+                worker = await self._least_busy()
+                reply = await worker.score(fields, trajectory)
+                if self._closed:
+                    raise self._was_closed()
+                if not isinstance(reply, Death):
+                    self._take(trajectory, reply, scored)
+                    return
+                if reply.began:
+                    break
+        await self._score(fields, [trajectory], scored)
+
+    async def _least_busy(self) -> SharedProcess:
+        async with self._choosing:  # one at a time replaces those that died
+            for place, worker in enumerate(self._shared):
+                if not worker.usable():
+                    self._shared[place] = SharedProcess(await self._spawn(), self._retire)
+            return min(self._shared, key=lambda worker: worker.busy)
+
     async def _score(self, fields: Mapping[str, Any], request: Sequence[Trajectory], scored: dict[str, Trajectory]) -> None:
         requests = deque([request])
         unbegun = 0
@@ -124,7 +147,6 @@ class Scorer:
                 worker = await self._ready(place)
                 death = await self._exchange(worker, fields, request, scored)
                 idle = death is None
-                together = worker.concurrent
             finally:
                 if worker and not idle:
                     self._retire(worker)
@@ -135,41 +157,30 @@ class Scorer:
             if 0 < unbegun < _BEGIN_ATTEMPTS:
                 requests.append(request)
             elif death is not None:
-                requests.extend(self._after(death, together, [t for t in request if t.id not in scored], scored))
-
-    def _after(
-        self, death: Death, together: bool, left: Sequence[Trajectory], scored: dict[str, Trajectory]
-    ) -> Sequence[Sequence[Trajectory]]:
-        """Blames a worker's death on one trajectory where it can be known; returns what must be tried again."""
-        if together and len(left) > 1:
-            return [[trajectory] for trajectory in left]
-        if left:
-            self._fail(left[0], death.reason, death.words, scored)
-        return [left[1:]] if left[1:] else []
+                left = [t for t in request if t.id not in scored]
+                if left:
+                    self._fail(left[0], death.reason, death.words, scored)
+                if left[1:]:
+                    requests.append(left[1:])
 
     async def _exchange(
         self, worker: RewardProcess, fields: Mapping[str, Any], request: Sequence[Trajectory], scored: dict[str, Trajectory]
     ) -> Death | None:
         """Scores one request on one worker. Returns None, or why the worker cannot be used any more."""
-        await worker.request(fields, request)
-        limit_s = self._deadline_s + (_ASYNC_GRACE_S if worker.concurrent else 0)
+        await worker.request(0, fields, request)
         for count in range(1 + len(request)):
-            try:
-                reply = await worker.receive(limit_s)
-            except TimeoutError:
-                return Death("deadline", f"exceeded {self._deadline_s:g} s: make it faster, or raise reward.deadline_s", began=count > 0)
-            if reply is None:
-                return Death(
-                    "crash", f"broke: its process {await worker.ended()}; what it printed is in {self._log or 'stderr'}", began=count > 0
-                )
-            if count == 0:
-                continue  # it has begun
-            trajectory = request[reply["index"]]
-            if "error" in reply:
-                self._fail(trajectory, reply["reason"], reply["error"], scored)
-            else:
-                scored[trajectory.id] = replace(trajectory, reward=reply["reward"])
+            reply = await worker.reply(began=count > 0)
+            if isinstance(reply, Death):
+                return reply
+            if count:  # the first only says that it has begun
+                self._take(request[reply["index"]], reply, scored)
         return None
+
+    def _take(self, trajectory: Trajectory, reply: Mapping[str, Any], scored: dict[str, Trajectory]) -> None:
+        if "error" in reply:
+            self._fail(trajectory, reply["reason"], reply["error"], scored)
+        else:
+            scored[trajectory.id] = replace(trajectory, reward=reply["reward"])
 
     def _fail(self, trajectory: Trajectory, reason: str, words: str, scored: dict[str, Trajectory]) -> None:
         self._counts[f"failed/{reason}"] += 1

@@ -1,9 +1,9 @@
 """The process in which rewards run: `python -m verst.rewards.worker SOCKET_FD PARENT_PID`.
 
 User code has the main thread (signals work there), its own standard output, and nothing of the protocol: that goes over the inherited
-socket. In: frames of 8 bytes of length (big endian) and a pickle; first (`RewardSpec`, deadline), then (fields, trajectories). Out: lines
-of JSON; first whether the reward loaded, then for each request one when it begins and one for each trajectory as soon as it is scored, so
-that whoever waits knows what it waits for.
+socket. In: frames of 8 bytes of length (big endian) and a pickle; first (`RewardSpec`, deadline), then (number, fields, trajectories). Out:
+lines of JSON; first whether the reward loaded, then for each request one when it begins and one for each trajectory as soon as it is
+scored, so that whoever waits knows what it waits for. A plain reward takes one request after the other, an async one all that come.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 
@@ -44,8 +44,9 @@ class NotANumber(RewardFailure):
 class Worker:
     """Serves one socket until it closes."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._replies: IO[bytes] = connection.makefile("wb")
         self._runner = asyncio.Runner()  # one event loop for the worker's life: clients opened by an async reward stay usable
 
     def serve(self) -> None:
@@ -59,32 +60,45 @@ class Worker:
         concurrent = inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None))  # noqa: B004
         self._send(concurrent=concurrent)
         with self._runner:
+            if concurrent:
+                self._runner.run(self._score_together())
+                return
             while (request := self._receive()) is not None:
-                self._send(begun=True)
-                if concurrent:
-                    self._runner.run(self._score_together(*request))
-                else:
-                    self._score_in_order(*request)
+                self._score_in_order(*request)
 
-    def _score_in_order(self, fields: Mapping[str, Any], trajectories: Sequence[Trajectory]) -> None:
+    def _score_in_order(self, number: int, fields: Mapping[str, Any], trajectories: Sequence[Trajectory]) -> None:
+        self._send(number=number, begun=True)
         for index, trajectory in enumerate(trajectories):
-            self._report(index, *_attempt(partial(self._score, trajectory, fields)))
+            self._report(number, index, *_attempt(partial(self._score, trajectory, fields)))
 
     def _score(self, trajectory: Trajectory, fields: Mapping[str, Any]) -> float:
         value = self._reward(trajectory, fields)
         return _number(self._runner.run(_wait_for(value)) if inspect.isawaitable(value) else value)
 
-    async def _score_together(self, fields: Mapping[str, Any], trajectories: Sequence[Trajectory]) -> None:
-        """Async rewards mostly wait (for a judge, a sandbox), so those of one request wait at the same time."""
+    async def _score_together(self) -> None:
+        """Async rewards mostly wait (for a judge, a sandbox), so all that have come wait at the same time."""
+        loop, arrived, running = asyncio.get_running_loop(), asyncio.Queue[Any](), set[asyncio.Task[None]]()
 
-        def report(index: int, task: asyncio.Task[float]) -> None:
-            error = RewardFailure("cancelled itself") if task.cancelled() else task.exception()
-            self._report(index, task.result() if error is None else None, error)
+        def receive() -> None:
+            while (request := self._receive()) is not None:
+                loop.call_soon_threadsafe(arrived.put_nowait, request)
+            loop.call_soon_threadsafe(arrived.put_nowait, None)
 
-        tasks = [asyncio.create_task(self._score_async(trajectory, fields)) for trajectory in trajectories]
-        for index, task in enumerate(tasks):
-            task.add_done_callback(partial(report, index))
-        await asyncio.wait(tasks)
+        # a daemon, and a thread of its own: the reward may use up those of the loop, and the process may have to end in the middle
+        threading.Thread(target=receive, daemon=True).start()
+        while (request := await arrived.get()) is not None:
+            number, fields, trajectories = request
+            for index, trajectory in enumerate(trajectories):
+                task = asyncio.create_task(self._score_one(number, index, trajectory, fields))
+                running.add(task)
+                task.add_done_callback(running.discard)
+
+    async def _score_one(self, number: int, index: int, trajectory: Trajectory, fields: Mapping[str, Any]) -> None:
+        self._send(number=number, begun=True)
+        scoring = asyncio.ensure_future(self._score_async(trajectory, fields))
+        await asyncio.wait({scoring})
+        error = RewardFailure("cancelled itself") if scoring.cancelled() else scoring.exception()
+        self._report(number, index, scoring.result() if error is None else None, error)
 
     async def _score_async(self, trajectory: Trajectory, fields: Mapping[str, Any]) -> float:
         limit = asyncio.timeout(self._deadline_s)
@@ -95,22 +109,34 @@ class Worker:
             if limit.expired():
                 raise DeadlineExceeded(f"exceeded {self._deadline_s:g} s: make it faster, or raise reward.deadline_s") from error
             raise
+        except SystemExit as leaving:  # now: the loop would cancel the others first, as if they had failed too
+            sys.stdout.flush()
+            os._exit(leaving.code if isinstance(leaving.code, int) else bool(leaving.code))
 
-    def _report(self, index: int, reward: float | None, error: BaseException | None) -> None:
+    def _report(self, number: int, index: int, reward: float | None, error: BaseException | None) -> None:
         if error is None:
-            self._send(index=index, reward=reward)
+            self._send(number=number, index=index, reward=reward)
         else:
-            self._send(index=index, error=_described(error), reason=_reason(error))
+            self._send(number=number, index=index, error=_described(error), reason=_reason(error))
 
     def _receive(self) -> Any:
-        header = self._stream.read(HEADER.size)
-        if len(header) < HEADER.size:
-            return None
-        return pickle.loads(self._stream.read(*HEADER.unpack(header)))
+        """The next frame; None when the parent has closed the socket."""
+        header = self._read(HEADER.size)
+        payload = None if header is None else self._read(*HEADER.unpack(header))
+        return None if payload is None else pickle.loads(payload)
+
+    def _read(self, size: int) -> bytes | None:
+        data = bytearray()
+        while len(data) < size:
+            part = self._connection.recv(min(size - len(data), 2**20))
+            if not part:
+                return None
+            data += part
+        return bytes(data)
 
     def _send(self, **reply: Any) -> None:
-        self._stream.write(json.dumps(reply).encode() + b"\n")
-        self._stream.flush()
+        self._replies.write(json.dumps(reply).encode() + b"\n")
+        self._replies.flush()
 
 
 def _attempt(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
@@ -171,7 +197,7 @@ def _die_with_parent(parent: int, connection: socket.socket) -> None:
 def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     _die_with_parent(int(sys.argv[2]), connection)
-    Worker(cast("IO[bytes]", connection.makefile("rwb"))).serve()
+    Worker(connection).serve()
 
 
 if __name__ == "__main__":

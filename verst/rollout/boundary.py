@@ -44,9 +44,9 @@ class GuardedEnvironment:
             self._environment = self._make()
             return await self._environment.start(prompt)
 
-        messages = _checked_messages(await self._guarded(made, "start", self._deadline_s), f"{self._name}.start")
+        messages = _checked_messages(await self._guarded(made, "start", self._deadline_s), f"{self.name}.start")
         if not messages:
-            raise EnvironmentFailure(f"{self._name}.start returned no messages: the model has nothing to answer")
+            raise EnvironmentFailure(f"{self.name}.start returned no messages: the model has nothing to answer")
         return messages
 
     async def reply(self, completion: Completion) -> Reply:
@@ -55,7 +55,7 @@ class GuardedEnvironment:
         if environment is None:
             raise EnvironmentFailure("an environment was asked for a reply before it started")
         answer = await self._guarded(lambda: environment.reply(completion), f"reply in turn {self._calls}", self._deadline_s)
-        return checked_reply(answer, self._name)
+        return checked_reply(answer, self.name)
 
     async def close(self) -> EnvironmentFailure | None:
         """Calls the environment's own `close`, if it has one. A failure is returned, so that it hides no other error."""
@@ -69,7 +69,8 @@ class GuardedEnvironment:
         return None
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
+        """Of its class or function, as the user wrote it."""
         made = self._make if self._environment is None else type(self._environment)
         made = getattr(made, "func", made)  # a class with its options bound
         return str(getattr(made, "__qualname__", made))
@@ -83,11 +84,11 @@ class GuardedEnvironment:
             task = asyncio.current_task()
             if task is None or task.cancelling():  # someone cancels this trajectory
                 raise
-            raise EnvironmentFailure(f"environment {self._name}: {what} awaited something that was cancelled") from error
+            raise EnvironmentFailure(f"environment {self.name}: {what} awaited something that was cancelled") from error
         except Exception as error:
             if limit.expired():
-                raise EnvironmentFailure(f"environment {self._name}: {what} took longer than {deadline_s:g} s") from error
-            raise EnvironmentFailure(f"environment {self._name}: {what} raised {origin(error)}") from error
+                raise EnvironmentFailure(f"environment {self.name}: {what} took longer than {deadline_s:g} s") from error
+            raise EnvironmentFailure(f"environment {self.name}: {what} raised {origin(error)}") from error
 
 
 def checked_reply(reply: Any, name: str) -> Reply:

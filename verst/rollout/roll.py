@@ -2,7 +2,8 @@
 
 Who waits for whom: each trajectory waits in turn for the engine (its generation) and for its own environment (its reply, with a deadline);
 the group waits for all of its trajectories, or for as many as it wants (`verst.rollout.race`). An environment's failure ends its
-trajectory, an engine's failure ends the group.
+trajectory, an engine's failure ends the group. A trajectory that the group's deadline finds unfinished has failed; if the engine has done
+nothing at all meanwhile, that is the engine's failure.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from verst.data.chat import ChatRenderer
-from verst.errors import DataError, EnvironmentFailure, RoutesRefused
+from verst.errors import DataError, DeadlineExceeded, EnvironmentFailure, RoutesRefused, VerstError
+from verst.observe.waits import Waits
 from verst.protocols import Engine, Environment
 from verst.rollout.boundary import GuardedEnvironment, checked_experts, checked_generation
 from verst.rollout.race import Cut, Race
@@ -57,6 +59,8 @@ class GroupRoller:
         max_model_tokens: limit of a whole trajectory, environment replies included.
         seed: the run's. With admission number, member and turn it fixes the seed of every request.
         environment_deadline_s: limit of each call of an environment.
+        engine_name: what messages call the engine.
+        waits: where each trajectory says, under its id, what it waits for.
 
     Raises `ModelError` if there may be several turns and the chat template cannot be continued.
     """
@@ -72,16 +76,20 @@ class GroupRoller:
     seed: int
     environment_deadline_s: float
     oversample: int = 0
+    engine_name: str = "the engine"
+    waits: Waits = field(default_factory=Waits)
 
     def __post_init__(self) -> None:
         if self.max_turns > 1:
             self.renderer.require_continuable()
 
-    async def roll(self, seq: int, prompt: Prompt) -> Group:
+    async def roll(self, seq: int, prompt: Prompt, deadline_s: float | None = None) -> Group:
         """The group with admission number `seq`. Rolled again, under the same weights, it gets the same random numbers.
 
-        Raises `EngineFailure` if the engine broke, `DataError` if the prompt is too long or the template refuses it; the other trajectories
-        are cancelled then. A cancelled call cancels its requests.
+        Trajectories that are not finished after `deadline_s` have failed, and their requests are cancelled. None: the caller has a limit.
+
+        Raises `EngineFailure` if the engine broke, `DeadlineExceeded` if it did nothing at all up to the deadline, `DataError` if the
+        prompt is too long or the template refuses it; the other trajectories are cancelled then. A cancelled call cancels its requests.
         """
         started = time.perf_counter()
         admitted_version = self.engine.version
@@ -89,7 +97,7 @@ class GroupRoller:
         try:
             async with asyncio.TaskGroup() as members:
                 numbers = range(self.group_size + self.oversample)
-                tasks = [members.create_task(self._trajectory(seq, member, prompt, race)) for member in numbers]
+                tasks = [members.create_task(self._trajectory(seq, member, prompt, race, deadline_s)) for member in numbers]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None  # the first broke the group; the others are its echoes
         timings = {"roll_s": time.perf_counter() - started}
@@ -138,20 +146,33 @@ class GroupRoller:
                 f"({self.max_prompt_tokens}), or remove the prompt"
             )
 
-    async def _trajectory(self, seq: int, member: int, prompt: Prompt, race: Race) -> Trajectory | int:
+    async def _trajectory(self, seq: int, member: int, prompt: Prompt, race: Race, deadline_s: float | None) -> Trajectory | int:
         """The trajectory, or the number of tokens it had when it was cut."""
         name, seed = f"{seq}/{member}", stable_seed(self.seed, seq, member)
         transcript = Transcript()
         environment = GuardedEnvironment(self.environment, self.environment_deadline_s)
-        status, failure = Status.FAILED, None
+        status: Status = Status.FAILED
+        failure: VerstError | None = None
+        processed = self._processed_tokens()
+        limit = asyncio.timeout(deadline_s)
         try:
-            status = await self._converse(name, seed, prompt, environment, transcript, race)
+            async with limit:
+                status = await self._converse(name, seed, prompt, environment, transcript, race)
         except Cut:
+            self.waits.end(name)
             return transcript.generated
         except (EnvironmentFailure, RoutesRefused) as error:
             failure = error
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            failure = self._unfinished(name, prompt, deadline_s, processed)
+        except asyncio.CancelledError:
+            self.waits.end(name)
+            raise
         finally:
             closing_failure = await environment.close()
+        self.waits.end(name)  # not after an error, which ends the run: then it tells what was waited for
         failure = failure or closing_failure
         trajectory = transcript.trajectory(name, status, seed)
         if failure is not None:
@@ -159,20 +180,38 @@ class GroupRoller:
         await race.ended()
         return trajectory
 
+    def _processed_tokens(self) -> float:
+        """What shows that the engine works: every token that it generated, prefilled, or counts in another way."""
+        return sum(value for name, value in self.engine.stats().items() if name.endswith("_tokens"))
+
+    def _unfinished(self, name: str, prompt: Prompt, deadline_s: float | None, processed: float) -> DeadlineExceeded:
+        """Why a trajectory has failed that the deadline found unfinished. Raises it if the engine does not work any more."""
+        awaited = self.waits.of(name)
+        if awaited == self.engine_name and self._processed_tokens() == processed:
+            raise DeadlineExceeded(
+                f"{self.engine_name} processed no token for {deadline_s:g} s, while trajectory {name} ({prompt.id}) waited for it"
+            )
+        return DeadlineExceeded(
+            f"not finished after {deadline_s:g} s, waiting for {awaited}: if that is too little time, raise rollout.deadline_s"
+        )
+
     async def _converse(
         self, name: str, seed: int, prompt: Prompt, environment: GuardedEnvironment, transcript: Transcript, race: Race
     ) -> Status:
         """Turns until the environment ends the trajectory or a limit does."""
+        self.waits.begin(name, f"environment {environment.name} to start")
         opening = await environment.start(prompt)
         tokens_T = self.renderer.opening(opening)
         self.check_prompt(prompt, len(tokens_T))
         transcript.give(tokens_T, opening)
         for turn in range(self.max_turns):
+            self.waits.begin(name, self.engine_name)
             finish = await self._generate(f"{name}/{turn}", stable_seed(seed, turn), transcript, race)
             generated = tuple(transcript.turn_tokens().tolist())
             text = self.renderer.decode(generated, self.sampling.stop_token_ids)
             transcript.end_turn(text, finish)
             # A truncated completion is shown to the environment too: the reward may need what it has to say.
+            self.waits.begin(name, f"environment {environment.name} to reply")
             reply = await environment.reply(Completion(text, generated, finish))
             transcript.info.update(reply.info)
             if finish is FinishReason.LENGTH:

@@ -101,7 +101,7 @@ class RayWorker:
         ray.kill(self.handle)
 
     async def _submit(self, calls: Sequence[Call]) -> None:
-        with unwrapped(self.name, calls[0].method):
+        with unwrapped(self.name, calls[0].method or "taking calls back"):
             await self.handle.submit.remote(calls)
 
     async def _collect(self, wait_s: float) -> list[Answer]:

@@ -13,8 +13,9 @@ from verst.config.schema import AlgorithmConfig, TrainConfig
 from verst.data.packing import plan_samples, samples_of_rank
 from verst.errors import InvariantViolation, RoutesRefused
 from verst.observe.metrics import Tally
+from verst.rollout.transcript import Transcript
 from verst.routing.records import require_routes
-from verst.types import NO_VERSION, Batch, Group, RoutedExperts, Routes, RoutesWanted, Sample, Status, Trajectory
+from verst.types import NO_VERSION, Batch, Group, Prompt, RoutedExperts, Routes, RoutesWanted, Sample, Status, Trajectory
 
 _EQUAL = 1e-8  # rewards that differ by less are one
 
@@ -32,6 +33,12 @@ def without_signal(group: Group) -> bool:
     """Whether all rewards of a group are equal, so that every advantage is 0."""
     rewards = [t.reward for t in group.trainable if t.reward is not None]
     return bool(rewards) and max(rewards) - min(rewards) < _EQUAL
+
+
+def given_up(seq: int, prompt: Prompt, size: int, reason: str) -> Group:
+    """A group of which nothing came back: `size` trajectories without a token, failed for one reason."""
+    nothing = Transcript().trajectory(f"{seq}/0", Status.FAILED, seed=0)
+    return Group(seq, prompt, tuple(replace(nothing, id=f"{seq}/{m}", error=reason) for m in range(size)), NO_VERSION)
 
 
 def refused(group: Group, kind: RoutedExperts | None) -> Group:

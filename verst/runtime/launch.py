@@ -235,6 +235,9 @@ def _watch(handle: Any, asked: Asked, echo: Echo) -> None:
                 seen, lines = ray.get(handle.call.remote("lines", seen, 0.0 if ended else 0.5), timeout=60)
             except GetTimeoutError:
                 continue  # busy, not dead: a dead one raises at once
+        if asked.standing.is_set():
+            asked.standing.clear()
+            handle.call.remote("tell_standing")
         stopping = asked.stop.is_set() and not told
         for line in (*lines, *(asked.lines if stopping else ())):
             echo(line)
@@ -322,17 +325,18 @@ def _began_in(run: RunDirectory, echo: Echo) -> contextlib.AbstractContextManage
 
 @dataclass(frozen=True)
 class Asked:
-    """What signals have asked for: that the run ends at a consistent point; that this process leaves it to itself."""
+    """What signals have asked for: that the run ends at a consistent point; that it tells who waits for whom; that this process leaves."""
 
     stop: threading.Event = field(default_factory=threading.Event)
     leave: threading.Event = field(default_factory=threading.Event)
+    standing: threading.Event = field(default_factory=threading.Event)
     lines: list[str] = field(default_factory=list)
     """What to tell about it. A handler must not write itself: it may interrupt a line that is being written."""
 
 
 @contextlib.contextmanager
 def _signals(run: RunDirectory, *, leaves: bool = False) -> Iterator[Asked]:
-    """The first Ctrl-C or SIGTERM asks the run to end at a consistent point, the second one ends it at once.
+    """The first Ctrl-C or SIGTERM asks the run to end at a consistent point, the second ends it at once; SIGUSR1 asks what it waits for.
 
     `leaves`: the run does not need this process, so SIGHUP (the terminal was closed) only ends the watching.
     """
@@ -348,10 +352,13 @@ def _signals(run: RunDirectory, *, leaves: bool = False) -> Iterator[Asked]:
     def on_hangup(_number: int, _frame: FrameType | None) -> None:
         asked.leave.set()
 
+    def on_question(_number: int, _frame: FrameType | None) -> None:
+        asked.standing.set()
+
     if threading.current_thread() is not threading.main_thread():
         yield asked  # Python delivers signals to the main thread only; its owner decides there
         return
-    handlers: dict[signal.Signals, Any] = {signal.SIGINT: on_signal, signal.SIGTERM: on_signal}
+    handlers: dict[signal.Signals, Any] = {signal.SIGINT: on_signal, signal.SIGTERM: on_signal, signal.SIGUSR1: on_question}
     if leaves and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
         handlers[signal.SIGHUP] = on_hangup
     former = {number: signal.signal(number, handler) for number, handler in handlers.items()}

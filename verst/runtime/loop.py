@@ -34,6 +34,7 @@ from verst.runtime.parts import Parts
 from verst.runtime.recovery import Cursor, JournaledBatch, LoopState, Restored
 from verst.runtime.saving import Saver
 from verst.runtime.slots import GroupSlots, Ready
+from verst.runtime.standing import Standing
 from verst.runtime.trainer_worker import Published
 from verst.runtime.wait import within
 from verst.types import Group, Prompt
@@ -61,7 +62,9 @@ class Loop:
         self._signalless = 0  # groups dropped for their equal rewards since the last batch
         self._bias = Bias()
         self._pulling: asyncio.Task[None] | None = None
+        self._pulled_version = restored.step  # of the newest pull, in progress or done
         self._stop = asyncio.Event()
+        self._standing = Standing(self._slots, parts.replicas)
         self._saver = Saver(config, parts, saved=restored.step)
         self.version = restored.step
 
@@ -69,8 +72,13 @@ class Loop:
         """Asks the loop to end at the next consistent point: after the step in progress, or at once while it waits for groups."""
         self._stop.set()
 
+    async def standing(self) -> list[str]:
+        """Who waits for whom now, in a few lines."""
+        return await self._standing.lines()
+
     async def run(self) -> None:
         """Trains until `run.steps` are committed or `stop` is called. Raises the first error of any part."""
+        self._standing.keep_waits()
         try:
             await self._train()
             await self._saver.finish(self._state())
@@ -81,14 +89,14 @@ class Loop:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
-                await self._replay()
-                await self._begin()
-                rollers = [self._roll() for _ in range(self._slots.capacity)]
-                producers = [tasks.create_task(work) for work in (self._read(), self._feed(), *rollers)]
-                await self._consume()
+                await self._standing.explained(self._replay)
+                await self._standing.explained(self._begin)
+                work = (self._read, self._feed, *[self._roll] * self._slots.capacity)
+                producers = [tasks.create_task(self._standing.explained(part)) for part in work]
+                await self._standing.explained(self._consume)
                 for producer in producers:
                     producer.cancel()
-        except* VerstError as errors:
+        except BaseExceptionGroup as errors:
             raise _first(errors) from None
 
     # ---- producers
@@ -109,7 +117,9 @@ class Loop:
     async def _feed(self) -> None:
         """Admits prompts in order, as slots become free. Groups that a resumed run already has are not rolled again."""
         while True:
+            self._standing.feed("the next prompt of the data")
             cursor, after, prompt = await self._unread.get()
+            self._standing.feed("a free slot" if self._wants_more() else "nothing: the groups of the last step are admitted")
             await self._slots.room(self._wants_more)
             if isinstance(prompt, DataError):
                 raise prompt
@@ -142,12 +152,14 @@ class Loop:
         while True:
             seq, prompt = await self._admitted.get()
             encoded, group = await self._parts.replicas.roll(seq, prompt, self._algorithm.learns_from)
+            self._standing.group(seq, f"the engines to have version {self._pulled_version}")
             await self._pulled()  # tokens of a version are held back until its probe has been compared
             self._parts.journal.append_group(seq, encoded)
             await self._finished(group)
 
     async def _finished(self, group: Group) -> None:
         self._bias.generated(group)
+        self._standing.group(group.seq, "its turn")
         await self._ready.put(group)
 
     # ---- consumer
@@ -167,12 +179,14 @@ class Loop:
         with self._spans("rollout"):
             taking = asyncio.ensure_future(self._take(self._config.train.groups_per_step))
             stopping = asyncio.ensure_future(self._stop.wait())
+            telling = asyncio.ensure_future(self._standing.tell_of_a_long_wait(self.version + 1, self._parts.observer.note))
             try:
                 await asyncio.wait({taking, stopping}, return_when=asyncio.FIRST_COMPLETED)
                 return None if self._stop.is_set() else sorted(await taking, key=lambda group: group.seq)
             finally:
-                taking.cancel()
-                stopping.cancel()
+                for waiting in (taking, stopping, telling):
+                    waiting.cancel()
+                self._standing.waited(self._spans.elapsed_s)
 
     async def _take(self, count: int) -> list[Group]:
         groups: list[Group] = []
@@ -187,6 +201,7 @@ class Loop:
                 await self._replace(group)
             else:
                 groups.append(group)
+                self._standing.group(group.seq, "the rest of its batch")
                 self._drops_in_a_row = 0
         return groups
 
@@ -218,7 +233,7 @@ class Loop:
         self._dropped[group.seq] = group
         self._bias.dropped(group.seq)
         self._cursors.pop(group.seq)
-        await self._slots.free([group.seq])
+        await self._free([group.seq])
 
     async def _step(self, groups: Sequence[Group], journaled: JournaledBatch | None = None) -> None:
         """One step: batch, updates, commit, and the pull that frees the slots. `journaled`: the step is trained again after a restart."""
@@ -226,6 +241,8 @@ class Loop:
         batch = batching.assemble(step, groups)
         batching.require_fresh(batch, self.version, self._config.worst_staleness)
         if journaled is None:
+            for seq in batch.groups:
+                self._standing.group(seq, f"the end of step {step}")
             await asyncio.to_thread(self._parts.journal.append_batch, BatchRecord(step, batch.groups, tuple(self._dropped)))
         dropped, self._dropped = list(self._dropped.values()), {}
         async with self._parts.lease.training(spans, then=self._pulled):
@@ -251,7 +268,8 @@ class Loop:
             with spans("pull_wait"):
                 await self._pulled()
             held = [] if journaled else batch.groups
-            self._pulling = self._tasks.create_task(self._pull(published, held))
+            self._pulled_version = step
+            self._pulling = self._tasks.create_task(self._standing.explained(lambda: self._pull(published, held)))
             with spans("checkpoint"):
                 await self._saver.after_step(self._state())
         replaced, self._signalless = self._signalless, 0
@@ -303,10 +321,17 @@ class Loop:
 
     async def _pull(self, published: Published, seqs: Sequence[int]) -> None:
         """All engines load, verify and serve a version; only then are the slots free whose gradient it includes."""
+        for seq in seqs:
+            self._standing.group(seq, f"the engines to have version {published.manifest.version}")
         if published.manifest.location:
             async with self._parts.lease.transfer(reads_trainers=self._parts.transfer.reads_trainers):
                 brought = await self._parts.transfer.bring(published, self._parts.probe_tokens)
             self._parts.observer.published(published.manifest.version, brought)
+        await self._free(seqs)
+
+    async def _free(self, seqs: Sequence[int]) -> None:
+        for seq in seqs:
+            self._standing.freed(seq)
         await self._slots.free(seqs)
 
     async def _pulled(self) -> None:
@@ -315,7 +340,7 @@ class Loop:
         if pulling is None:
             return
         limit_s = pull_limit_s(self._config) + self._parts.lease.hand_over_s
-        await within(asyncio.shield(pulling), limit_s, f"engines to pull version {self.version}")
+        await within(asyncio.shield(pulling), limit_s, f"engines to pull version {self._pulled_version}")
         if self._pulling is pulling:  # several wait for it, and the next one may have begun
             self._pulling = None
 
@@ -342,8 +367,8 @@ class Loop:
         return LoopState(self.version, self._cursors[min(self._cursors)] if self._cursors else self._next)
 
 
-def _first(errors: BaseExceptionGroup[VerstError]) -> VerstError:
-    """The first diagnosis in a tree of them."""
-    for error in errors.exceptions:
-        return _first(error) if isinstance(error, BaseExceptionGroup) else error
-    raise InvariantViolation("an empty exception group")
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first diagnosis in a tree of errors or, without one, the first error: a defect, or what a user's own source of prompts raised."""
+    found, _ = errors.split(VerstError)
+    error = (found or errors).exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

@@ -16,6 +16,7 @@ import asyncio
 import itertools
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from verst.errors import VerstError
@@ -23,10 +24,10 @@ from verst.runtime.wait import within
 
 
 class Call(NamedTuple):
-    """One call on its way to an actor."""
+    """One call on its way to an actor. Method None takes the call of that number back: its caller waits no more."""
 
     number: int
-    method: str
+    method: str | None
     args: tuple[Any, ...]
 
 
@@ -45,13 +46,19 @@ class Inbox:
         self._call = call
         self._answers: list[Answer] = []
         self._some = asyncio.Event()
-        self._running: set[asyncio.Task[None]] = set()  # the event loop keeps only weak references to tasks
+        self._running: dict[int, asyncio.Task[None]] = {}
 
     def submit(self, calls: Sequence[Call]) -> None:
         for call in calls:
-            task = asyncio.get_running_loop().create_task(self._run(call))
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            if call.method is None:
+                if call.number in self._running:
+                    self._running[call.number].cancel()
+                continue
+            task = self._running[call.number] = asyncio.get_running_loop().create_task(self._run(call))
+            task.add_done_callback(partial(self._ended, call.number))
+
+    def _ended(self, number: int, _task: asyncio.Task[None]) -> None:
+        del self._running[number]
 
     async def _run(self, call: Call) -> None:
         try:
@@ -94,20 +101,26 @@ class Mailbox:
         self._collecting = False
 
     async def call(self, method: str, *args: Any) -> Any:
-        """The answer to one call. Raises what it raised, or what broke the connection."""
+        """The answer to one call. Raises what it raised, or what broke the connection. If it is cancelled, so is the call in the actor."""
         loop = asyncio.get_running_loop()
         call = Call(next(self._numbers), method, args)
         answer = self._pending[call.number] = loop.create_future()
-        self._outgoing.append(call)
-        if len(self._outgoing) == 1:
-            self._start(self._send())
+        self._post(call)
         if not self._collecting:
             self._collecting = True
             self._start(self._receive())
         try:
             return await answer
+        except asyncio.CancelledError:
+            self._post(Call(call.number, None, ()))
+            raise
         finally:
             self._pending.pop(call.number, None)
+
+    def _post(self, call: Call) -> None:
+        self._outgoing.append(call)
+        if len(self._outgoing) == 1:
+            self._start(self._send())
 
     async def _send(self) -> None:
         await asyncio.sleep(0)  # let the calls of this turn come together
@@ -117,7 +130,8 @@ class Mailbox:
     async def _receive(self) -> None:
         try:
             while self._pending:
-                answers = await within(self._collect(self.COLLECT_S), self.COLLECT_S + self.SILENCE_S, f"{self._name} to answer at all")
+                limit_s = self.COLLECT_S + self.SILENCE_S
+                answers = await within(self._collect(self.COLLECT_S), limit_s, f"{self._name} to answer at all", idle=True)
                 for number, result, error in answers:
                     answer = self._pending.get(number)
                     if answer is None or answer.done():

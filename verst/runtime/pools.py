@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verst.config.schema import Config
-from verst.errors import CheckpointError, ConfigError, VerstError
-from verst.journal.codec import decode_group, encode_batch, encode_routes
+from verst.errors import CheckpointError, ConfigError, DeadlineExceeded, VerstError
+from verst.journal.codec import decode_group, encode_batch, encode_group, encode_routes
 from verst.observe.metrics import Tally, merged
 from verst.observe.timeline import Timeline
 from verst.runtime.actors import Worker
-from verst.runtime.batching import routes_for
-from verst.runtime.limits import drain_limit_s, rolling_deadline_s
+from verst.runtime.batching import given_up, routes_for
+from verst.runtime.limits import drain_limit_s, group_deadline_s
 from verst.runtime.replica import Replica, Stage
 from verst.runtime.rollout_worker import Pulled, Seat
 from verst.runtime.trainer_worker import Published, Scores, TrainerFacts
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 _CLOSE_S = 30.0
 """Limit of ending a part, whose processes have nothing left to do."""
 
-_RESTART_S = 10.0
-"""What a reward worker may take to be replaced."""
+_ASK_S = 2.0
+"""How long a replica may take to say what its groups wait for, when a run tells why it ends."""
 
 
 class Trainers:
@@ -158,6 +159,8 @@ class Replicas:
         self._config = config
         self._shared = shared
         self._scores = True
+        self._finished = 0  # groups that came back
+        self._rolling: dict[int, tuple[Replica, float]] = {}  # of each group in flight: the replica that it is on, and since when
         self._routed_experts: RoutedExperts | None = None
         self._needed: RoutedExperts | None = None
 
@@ -203,33 +206,71 @@ class Replicas:
 
     def deadline_s(self, groups: int) -> float:
         """Limit of one group among so many on one replica: each brings its own time along for engine places and reward workers."""
-        rollout = self._config.rollout
-        scoring_s = groups * rollout.group_size * (self._config.reward.deadline_s + _RESTART_S)
-        return rolling_deadline_s(self._config, groups, shared=self._shared) + scoring_s
+        return group_deadline_s(self._config, groups, shared=self._shared)
 
     async def roll(self, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:
         """One group, rolled and scored by the least busy replica: encoded, for the journal, and decoded.
 
-        One that its replica does not finish after it was told to leave is rolled again by another, with the same number and seeds.
+        One that does not come back in time has failed, and is taken back from its replica. That is the last resort: rolling and scoring
+        have limits of their own. Raises `DeadlineExceeded` if no other group came back meanwhile either. One that its replica does not
+        finish after it was told to leave is rolled again by another, with the same number and seeds.
         """
         while True:
             replica = min(self.active, key=lambda r: r.in_flight)
             replica.in_flight += 1
-            who = f"{replica.name}: rolling and scoring group {seq} ({prompt.id})"
+            self._rolling[seq] = replica, time.monotonic()
             demonstrated = how == "demonstrations"  # which keeps no replica busy
             try:
                 with nullcontext([]) if demonstrated else self._timeline.group(seq, prompt.id, replica.number) as became:
-                    encoded = await within(replica.worker.post("roll", seq, prompt, how), self.deadline_s(replica.in_flight), who)
-                    group = decode_group(encoded)
+                    encoded, group = await self._rolled(replica, seq, prompt, how)
                     became.append(group)
             except VerstError:
                 if replica.stage is not Stage.LEAVING:
                     raise
                 replica.rolled_again.append(seq)
             else:
+                del self._rolling[seq]  # not after an error, which ends the run: then it tells where the group was
                 return encoded, group
             finally:
                 replica.ended_one()
+
+    async def _rolled(self, replica: Replica, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:
+        """What one replica makes of a group, or a failed one."""
+        finished, limit_s = self._finished, self.deadline_s(replica.in_flight)
+        rolling = asyncio.ensure_future(replica.worker.post("roll", seq, prompt, how))
+        try:
+            await asyncio.wait({rolling}, timeout=limit_s)
+            awaited = "" if rolling.done() else (await self._standing(replica))[seq][0]  # asked before it is taken back
+            if rolling.done():
+                encoded = await rolling
+                self._finished += 1
+                return encoded, decode_group(encoded)
+        finally:
+            rolling.cancel()
+        reason = f"waited {limit_s:g} s for {awaited}"
+        if self._finished == finished or replica.stage is Stage.LEAVING:
+            raise DeadlineExceeded(f"{reason}: group {seq} ({prompt.id}), and no other came back meanwhile")
+        group = given_up(seq, prompt, self._config.rollout.group_size if how == "policy" else 1, reason)
+        return encode_group(group), group
+
+    async def standing(self) -> dict[int, tuple[str, float]]:
+        """What each group in flight waits for, and for how many seconds, as its replica says if it answers."""
+        said = await asyncio.gather(*map(self._standing, {replica for replica, _ in self._rolling.values()}))
+        return {seq: wait for found in said for seq, wait in found.items()}
+
+    async def _standing(self, replica: Replica) -> dict[int, tuple[str, float]]:
+        """Of the groups on one replica."""
+        name = here = replica.name
+        try:
+            known = await within(replica.worker.call("standing"), _ASK_S, f"{name} to say what it waits for", idle=True)
+        except VerstError:
+            known, here = {}, f"{name}, which does not answer"
+        found: dict[int, tuple[str, float]] = {}
+        for seq, (on, begun) in self._rolling.items():
+            if on is replica:
+                awaited, seconds = known.get(seq, (here, time.monotonic() - begun))
+                found[seq] = awaited if name in awaited else f"{awaited} on {name}", seconds
+        return found
 
     async def pull(
         self, manifest: Manifest, probe_T: NDArray[np.int32], seats: Mapping[Replica, Seat] | None = None
@@ -258,9 +299,10 @@ class Replicas:
     async def drained(self) -> AsyncIterator[None]:
         """A publish: its members are settled, and nothing is in flight within, if it has to finish before a version (`weights.in_flight`).
 
-        What comes meanwhile waits.
+        What comes meanwhile waits. On shared devices the engines are paused by then, and could finish nothing: their groups go on with
+        the new version.
         """
-        limit_s = drain_limit_s(self._config)
+        limit_s = 0.0 if self._shared else drain_limit_s(self._config)
         async with self._publishing:
             self._members = [r for r in self._replicas if r.stage in (Stage.READY, Stage.SERVING)]
             busy = self.active  # one that is new has nothing to finish

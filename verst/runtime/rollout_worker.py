@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from verst.config.hub import with_local_model
 from verst.config.schema import Config
 from verst.errors import ModelError
+from verst.observe.waits import Waits
 from verst.runtime.imports import large_imports
 from verst.runtime.limits import drain_limit_s, rolling_deadline_s
 from verst.runtime.trainer_worker import GROUP
@@ -77,6 +78,7 @@ class RolloutWorker:
         self._rolling = 0
         self._traffic = asyncio.Condition()
         self._draining = False
+        self._waits = Waits()  # of groups by their numbers, of trajectories by their ids
 
     async def start(self, scores: bool) -> RoutedExperts | None:
         """Loads the model and the tokenizer and, if the run `scores`, the reward. Raises `ModelError` or `ExtensionError`.
@@ -139,10 +141,12 @@ class RolloutWorker:
             max_model_tokens=config.max_trajectory_tokens,
             seed=config.run.seed,
             environment_deadline_s=rollout.deadline_s,
+            engine_name=f"the engine of replica {self._replica}",
+            waits=self._waits,
         )
 
     async def roll(self, seq: int, prompt: Prompt, how: str) -> bytes:
-        """Makes one finished group, encoded.
+        """Makes one finished group, encoded. What is not rolled or scored by its limit has failed.
 
         `how`: "policy", "evaluation" (`samples` trajectories, its own sampling) or "demonstrations" (no engine and no reward).
         """
@@ -151,20 +155,34 @@ class RolloutWorker:
         if how == "demonstrations":
             return encode_group(self._rollers[False].demonstrate(seq, prompt))
         assert self._scorer is not None
-        limit_s = rolling_deadline_s(self._config, self._rolling + 1, shared=self._shared)
-        group = await within(self._rolled(seq, prompt, how), limit_s, f"the engine: rolling group {seq} ({prompt.id})")
-        return encode_group(await self._scorer.score(group))
+        try:
+            group = await self._rolled(seq, prompt, how)
+            self._waits.begin(seq, "its rewards")
+            return encode_group(await self._scorer.score(group))
+        finally:
+            self._waits.end(seq)
 
     async def _rolled(self, seq: int, prompt: Prompt, how: str) -> Group:
+        self._waits.begin(seq, "a new version to come")
         async with self._traffic:
             await self._traffic.wait_for(lambda: not self._draining)
             self._rolling += 1
+        self._waits.end(seq)  # its trajectories say now what they wait for
+        limit_s = rolling_deadline_s(self._config, self._rolling, shared=self._shared)
         try:
-            return await self._rollers[how == "evaluation"].roll(seq, prompt)
+            return await self._rollers[how == "evaluation"].roll(seq, prompt, limit_s)
         finally:
             async with self._traffic:
                 self._rolling -= 1
                 self._traffic.notify_all()
+
+    async def standing(self) -> dict[int, tuple[str, float]]:
+        """What each group here waits for, and for how many seconds: of its trajectories the one that has waited longest speaks for it."""
+        found: dict[int, tuple[str, float]] = {}
+        for key, awaited, seconds in self._waits.now():
+            seq = key if isinstance(key, int) else int(str(key).partition("/")[0])
+            found.setdefault(seq, (awaited, seconds))
+        return found
 
     async def drain(self) -> None:
         """Returns once nothing is in flight. What comes after waits for `admit`."""

@@ -17,6 +17,7 @@ from verst.algorithms.table import algorithm_for
 from verst.data.sources import open_source
 from verst.data.stream import PromptStream, eval_prompts
 from verst.errors import ConfigError, VerstError
+from verst.extend import origin
 from verst.journal.lock import RunLock
 from verst.journal.log import Journal
 from verst.runtime.actors import Worker, spawn
@@ -60,7 +61,8 @@ class RunService:
             try:
                 await self._train()
             except Exception as error:
-                self._observer.record(f"ended by {type(error).__name__}: {error}")
+                diagnosis = f"{type(error).__name__}: {error}" if isinstance(error, VerstError) else origin(error)
+                self._observer.record(f"ended by {diagnosis}")
                 raise
 
     async def _train(self) -> None:
@@ -97,6 +99,12 @@ class RunService:
     async def lines(self, after: int, wait_s: float) -> tuple[int, list[str]]:
         """Lines for the watcher, beyond the first `after` of them, and the number of the last."""
         return await self._observer.lines(after, wait_s)
+
+    async def tell_standing(self) -> None:
+        """Tells who waits for whom now."""
+        lines = ["starting, or restoring: nothing is rolled or trained yet"] if self._loop is None else await self._loop.standing()
+        for line in lines:
+            self._observer.note(line)
 
     async def stop(self) -> None:
         """Ends the run at the next consistent point."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 
 from verst.errors import InvariantViolation
 from verst.types import Group
@@ -26,6 +26,11 @@ class GroupSlots:
     @property
     def held(self) -> int:
         return len(self._held)
+
+    @property
+    def seqs(self) -> Set[int]:
+        """The groups that hold a slot."""
+        return self._held
 
     async def room(self, wanted: Callable[[], bool] = lambda: True) -> None:
         """Waits until a slot is free and `wanted`. Unblocked by `free`.

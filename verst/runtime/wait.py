@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Mapping
+from contextvars import ContextVar
 from typing import TypeVar
 
 from verst.errors import DeadlineExceeded, VerstError
+from verst.observe.waits import Waits
 
 T = TypeVar("T")
 
 GRACE_S = 10.0
 """How long the others may still take once a call has failed: time to notice that a peer is gone, where they can notice it."""
 
+_WAITS: ContextVar[Waits | None] = ContextVar("waits", default=None)
 
-async def within(awaitable: Awaitable[T], deadline_s: float, who: str) -> T:
-    """Awaits for at most `deadline_s` seconds.
+
+def kept_waits() -> Waits:
+    """A table in which every wait of this task, and of those that it starts from here on, stands while it lasts."""
+    waits = Waits()
+    _WAITS.set(waits)
+    return waits
+
+
+async def within(awaitable: Awaitable[T], deadline_s: float, who: str, *, idle: bool = False) -> T:
+    """Awaits for at most `deadline_s` seconds. `idle`: a wait that says nothing about what the run stands still for.
 
     Raises:
         DeadlineExceeded: names `who` (for example "trainer rank 1: optimizer_step") and the limit.
     """
     limit = asyncio.timeout(deadline_s)
+    waits, key = None if idle else _WAITS.get(), object()
+    if waits is not None:
+        waits.begin(key, who)
     try:
         async with limit:
             return await awaitable
@@ -28,6 +42,9 @@ async def within(awaitable: Awaitable[T], deadline_s: float, who: str) -> T:
         if not limit.expired():
             raise  # a time-out of the awaited code itself, not of this wait
         raise DeadlineExceeded(f"waited {deadline_s:g} s for {who}") from None
+    finally:
+        if waits is not None:
+            waits.end(key)
 
 
 async def gather_named(calls: Mapping[str, Awaitable[T]], *, grace_s: float = GRACE_S) -> list[T]:

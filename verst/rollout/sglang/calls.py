@@ -59,11 +59,17 @@ class Calls:
         return f"{self.nonce}-{self._asked:012d}"
 
     async def ask(self, run: Run, body: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
-        """The server's answer to a question of this run, which `body` makes from the id it is asked under."""
+        """The server's answer to a question of this run, which `body` makes from the id it is asked under.
+
+        If the call is cancelled, the server is told to end it.
+        """
         server_id = run.server_id = self.new_id()
         self.sent[server_id] = run
         try:
             answer = await self.or_failure(self.api.generate(body(server_id), GENERATE_DEADLINE_S))
+        except asyncio.CancelledError:
+            self._abort_in_background(server_id)
+            raise
         finally:
             del self.sent[server_id]
             run.server_id = None
@@ -95,7 +101,7 @@ class Calls:
     async def abort(self, server_ids: Sequence[str]) -> None:
         await asyncio.gather(*(self.or_failure(self.api.abort(server_id)) for server_id in server_ids))
 
-    def abort_in_background(self, server_id: str) -> None:
+    def _abort_in_background(self, server_id: str) -> None:
         async def quietly() -> None:
             with contextlib.suppress(EngineFailure, DeadlineExceeded):  # a server that has ended runs nothing that could be aborted
                 await self.abort([server_id])

@@ -123,10 +123,6 @@ class SGLangEngine:
         run = self._runs[request.id] = Run(request, limit, self._calls.nonce, self._version, self._connection.reader)
         try:
             return run.generation(await self._finish(run))
-        except asyncio.CancelledError:
-            if run.server_id is not None:
-                self._calls.abort_in_background(run.server_id)
-            raise
         finally:
             self._runs.pop(request.id, None)
 

@@ -61,28 +61,29 @@ def build_model(directory: Path, size: dict[str, int]) -> Path:
 
     build_tiny_model(directory, hidden=64)
     ends = AutoConfig.from_pretrained(directory)
-    config = Qwen3MoeConfig(
-        vocab_size=32768,
-        hidden_size=size["hidden"],
-        intermediate_size=2 * size["hidden"],
-        moe_intermediate_size=size["width"],
-        num_hidden_layers=size["layers"],
-        num_attention_heads=size["heads"],
-        num_key_value_heads=size["kv"],
-        head_dim=128 if size["hidden"] > 1000 else 16,
-        num_experts=size["experts"],
-        num_experts_per_tok=size["chosen"],
-        norm_topk_prob=True,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,  # SGLang's Qwen3-MoE has a head of its own, whatever the config says
-        bos_token_id=None,
-        eos_token_id=ends.eos_token_id,
-        pad_token_id=ends.pad_token_id,
-    )
+    options: dict[str, Any] = {
+        "vocab_size": 32768,
+        "hidden_size": size["hidden"],
+        "intermediate_size": 2 * size["hidden"],
+        "moe_intermediate_size": size["width"],
+        "num_hidden_layers": size["layers"],
+        "num_attention_heads": size["heads"],
+        "num_key_value_heads": size["kv"],
+        "head_dim": 128 if size["hidden"] > 1000 else 16,
+        "num_experts": size["experts"],
+        "num_experts_per_tok": size["chosen"],
+        "norm_topk_prob": True,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,  # SGLang's Qwen3-MoE has a head of its own, whatever the config says
+        "bos_token_id": None,
+        "eos_token_id": ends.eos_token_id,
+        "pad_token_id": ends.pad_token_id,
+    }
     torch.manual_seed(0)
     on_gpu = torch.cuda.is_available()
     with torch.device("cuda" if on_gpu else "cpu"):
-        model = Qwen3MoeForCausalLM(config).to(torch.bfloat16 if on_gpu else torch.float32)
+        model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**options))
+        model = model.to(torch.bfloat16 if on_gpu else torch.float32)
     model.save_pretrained(directory)
     return directory
 

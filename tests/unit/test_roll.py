@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -322,22 +323,39 @@ async def test_a_group_with_too_few_that_end_well_ends_with_its_last():
     assert not group.cut
 
 
-async def test_more_that_end_at_once_are_chosen_by_number_not_by_length():
-    engine = FakeEngine(lambda request: [*ids("a") * (5 - int(request.id.split("/")[1])), END])  # all in one turn of the event loop
-    group = await roller(engine, group_size=2, oversample=1).roll(0, PROMPT)
-    assert len(group.trajectories) == 2
-    assert len(group.cut) == 1
-
-
-async def test_a_cut_between_turns_asks_the_engine_for_nothing_more():
-    slow = FakeEnvironment(replies=[MORE], delay_s=0.2)
-    made = iter([slow, FakeEnvironment()])
-    engine = paced([1, 3])
-    group = await roller(engine, lambda: next(made), group_size=1, oversample=1, max_turns=2).roll(0, PROMPT)
+async def test_a_cut_ends_members_that_wait_for_their_environments():
+    slow, hanging = FakeEnvironment(replies=[MORE], delay_s=30), FakeEnvironment(replies=[MORE], delay_s=30)
+    made = iter([slow, FakeEnvironment(), hanging])
+    engine = paced([1, 3, 2])
+    began = time.perf_counter()
+    group = await roller(engine, lambda: next(made), group_size=1, oversample=2, max_turns=2).roll(0, PROMPT)
+    assert time.perf_counter() - began < 5
     assert [t.id for t in group.trajectories] == ["0/1"]
+    assert group.cut == (2, 3)
+    assert slow.calls[-1] == hanging.calls[-1] == "close"
+    assert [request.id for request in engine.requests] == ["0/0/0", "0/1/0", "0/2/0"]
+
+
+async def test_an_environment_that_breaks_as_it_is_cut_is_no_failure():
+    class Breaking(FakeEnvironment):
+        async def reply(self, completion: Completion) -> Reply:
+            try:
+                await asyncio.sleep(30)
+            except asyncio.CancelledError:
+                raise RuntimeError("broken off") from None
+            return Reply()
+
+    made = iter([Breaking(), FakeEnvironment()])
+    group = await roller(paced([1, 3]), lambda: next(made), group_size=1, oversample=1).roll(0, PROMPT)
+    assert [(t.id, t.status) for t in group.trajectories] == [("0/1", Status.FINISHED)]
     assert group.cut == (2,)
-    assert slow.calls[-1] == "close"
-    assert [request.id for request in engine.requests] == ["0/0/0", "0/1/0"]
+
+
+async def test_one_that_ends_when_enough_have_is_cut_too():
+    engine = FakeEngine(lambda request: [*ids("a"), END])  # all in one turn of the event loop
+    group = await roller(engine, group_size=2, oversample=2).roll(0, PROMPT)
+    assert len(group.trajectories) == 2
+    assert len(group.cut) == 2
 
 
 async def test_an_abort_from_outside_cuts_nothing():

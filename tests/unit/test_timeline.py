@@ -253,7 +253,9 @@ def test_a_group_that_never_came_back_is_known_of(tmp_path: Path, clock: Clock):
     path = tmp_path / "timeline.jsonl"
     timeline = Timeline(path)
     clock.now = 1002
-    with timeline.group(5, "p5", 0), timeline.group(-1, "e0", 0) as became:
+    lost = timeline.group(5, "p5", 0)
+    lost.__enter__()  # and no exit: the process is gone with it
+    with timeline.group(-1, "e0", 0) as became:
         timeline.step(1, [], spans(1000, 1004, ("rollout", 1000, 1003)))
         clock.now = 1006
         became.append(replace(group(-1, 0), timings={"roll_s": 4}))
@@ -264,6 +266,23 @@ def test_a_group_that_never_came_back_is_known_of(tmp_path: Path, clock: Clock):
     assert [(life.seq, life.posted, life.ended, life.came_back) for life in read.groups] == [(-1, 2, 6, True), (5, 2, 12, False)]
     assert [row.count('"p5"') for row in path.read_text().splitlines()] == [0, 1, 0, 0, 0]
     require_valid(trace_events(read))
+
+
+def test_a_group_that_another_replica_rolls_again_ends_at_the_first(tmp_path: Path, clock: Clock):
+    path = tmp_path / "timeline.jsonl"
+    timeline = Timeline(path)
+    clock.now = 1002
+    with timeline.group(5, "p5", 0):
+        timeline.step(1, [], spans(1000, 1004, ("rollout", 1000, 1003)))
+        clock.now = 1005
+    clock.now = 1009
+    with timeline.group(5, "p5", 1) as became:
+        clock.now = 1011
+        became.append(replace(group(5, 0), timings={"roll_s": 2}))
+    timeline.step(2, [], spans(1004, 1012, ("rollout", 1004, 1012)))
+    timeline.close()
+    read = read_timeline(path)
+    assert [(life.replica, life.posted, life.ended, life.tokens) for life in read.groups] == [(0, 2, 5, 0), (1, 9, 11, 2)]
 
 
 def recorded_session(path: Path, clock: Clock, first: int, count: int) -> None:

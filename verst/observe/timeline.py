@@ -50,7 +50,8 @@ class Timeline:
 
     @contextmanager
     def group(self, seq: int, prompt: str, replica: int) -> Iterator[list[Group]]:
-        """Around one group's stay at a replica. What it became is put into the list; nothing is recorded of one that became nothing."""
+        """Around one group's stay at a replica. What it became is put into the list; one that became nothing, because another replica
+        rolls it or it was given up, only ends."""
         posted, key, became = time.perf_counter(), self._posted, list[Group]()
         self._posted += 1
         self._in_flight[key] = GroupLife(seq, prompt, replica, posted, posted, posted, posted, 0, NO_VERSION, NO_VERSION)
@@ -58,8 +59,8 @@ class Timeline:
             yield became
         finally:
             life = self._in_flight.pop(key)
-            if became:
-                self._groups.append(_lived(life, became[0], time.perf_counter()))
+            now = time.perf_counter()  # of one that became nothing here, the end must be known all the same
+            self._groups.append(_lived(life, became[0], now) if became else life.until(now))
 
     def pulled(self, version: int, during: Interval, sending: Interval | None) -> None:
         """A version serves. `sending`: while the trainer sent it, if it did."""

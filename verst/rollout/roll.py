@@ -34,17 +34,6 @@ def stable_seed(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _kept(members: Sequence[Trajectory | int], wanted: int) -> tuple[tuple[Trajectory, ...], tuple[int, ...]]:
-    """The trajectories of a group, those that failed included, and the generated tokens of each that was cut.
-
-    More may have ended at once than are wanted; then the last members are cut, since their number says nothing of their length.
-    """
-    ended = [member for member in members if isinstance(member, Trajectory)]
-    surplus = {trajectory.id for trajectory in [t for t in ended if t.status is not Status.FAILED][wanted:]}
-    cut = [m if isinstance(m, int) else m.generated_tokens for m in members if isinstance(m, int) or m.id in surplus]
-    return tuple(trajectory for trajectory in ended if trajectory.id not in surplus), tuple(cut)
-
-
 @dataclass(frozen=True)
 class GroupRoller:
     """Makes the groups of one engine. `dataclasses.replace` gives a variant, such as one trajectory at temperature 0 for evaluation.
@@ -93,15 +82,17 @@ class GroupRoller:
         """
         started = time.perf_counter()
         admitted_version = self.engine.version
-        race = Race(self.engine, self.group_size)
+        numbers = range(self.group_size + self.oversample)
+        race = Race(self.engine, self.group_size, len(numbers))
         try:
             async with asyncio.TaskGroup() as members:
-                numbers = range(self.group_size + self.oversample)
                 tasks = [members.create_task(self._trajectory(seq, member, prompt, race, deadline_s)) for member in numbers]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None  # the first broke the group; the others are its echoes
         timings = {"roll_s": time.perf_counter() - started}
-        kept, cut = _kept([task.result() for task in tasks], self.group_size)
+        ended = [task.result() for task in tasks]
+        kept = tuple(member for member in ended if isinstance(member, Trajectory))
+        cut = tuple(member for member in ended if not isinstance(member, Trajectory))
         return Group(seq, prompt, kept, admitted_version, timings, cut)
 
     def demonstrate(self, seq: int, prompt: Prompt) -> Group:
@@ -162,6 +153,9 @@ class GroupRoller:
             self.waits.end(name)
             return transcript.generated
         except (EnvironmentFailure, RoutesRefused) as error:
+            if race.over:
+                self.waits.end(name)
+                return transcript.generated
             failure = error
         except TimeoutError:
             if not limit.expired():
@@ -177,8 +171,7 @@ class GroupRoller:
         trajectory = transcript.trajectory(name, status, seed)
         if failure is not None:
             return trajectory.failed(str(failure))
-        await race.ended()
-        return trajectory
+        return trajectory if await race.ended() else trajectory.generated_tokens
 
     def _processed_tokens(self) -> float:
         """What shows that the engine works: every token that it generated, prefilled, or counts in another way."""
@@ -200,7 +193,7 @@ class GroupRoller:
     ) -> Status:
         """Turns until the environment ends the trajectory or a limit does."""
         self.waits.begin(name, f"environment {environment.name} to start")
-        opening = await environment.start(prompt)
+        opening = await race.unless_over(environment.start(prompt))
         tokens_T = self.renderer.opening(opening)
         self.check_prompt(prompt, len(tokens_T))
         transcript.give(tokens_T, opening)
@@ -212,7 +205,7 @@ class GroupRoller:
             transcript.end_turn(text, finish)
             # A truncated completion is shown to the environment too: the reward may need what it has to say.
             self.waits.begin(name, f"environment {environment.name} to reply")
-            reply = await environment.reply(Completion(text, generated, finish))
+            reply = await race.unless_over(environment.reply(Completion(text, generated, finish)))
             transcript.info.update(reply.info)
             if finish is FinishReason.LENGTH:
                 return Status.TRUNCATED

@@ -32,5 +32,6 @@ def arguments(cache_tokens: int) -> dict[str, object]:
         "sampling_backend": "pytorch",
         "disable_overlap_schedule": True,
         "sleep_on_idle": True,  # or its scheduler, asking for work without a pause, takes a core from the trainer
-        "mem_fraction_static": 0.05,
+        # No bound on the cache, which `max_total_tokens` is: SGLang takes what other processes took while it loaded for its weights
+        "mem_fraction_static": 0.5,
     }

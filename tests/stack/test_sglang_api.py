@@ -199,6 +199,44 @@ def test_answers_that_do_not_hold_together_are_failures(given: dict[str, Any], m
         run_of().take(given, 0)
 
 
+def connected(api: ServerApi, directory: Path) -> SGLangEngine:
+    (directory / "config.json").write_text('{"vocab_size": 100}')
+    engine = SGLangEngine(str(directory), max_running=4, max_model_tokens=64, log=directory / "log")
+    told = {"vocab_size": 100, "has_filters": False, "reader": None, "metrics": {}}
+    connection = cast(Any, SimpleNamespace(api=api, is_open=True, owns_server=False, **told))
+    engine._connection, engine._calls = connection, Calls(connection)
+    return engine
+
+
+async def test_an_abort_that_overtakes_its_request_is_told_again(stand: tuple[Stand, ServerApi], tmp_path: Path):
+    """The server ignores an abort of a request that it does not know yet."""
+    server, api = stand
+    arrived, ended, told = asyncio.Event(), asyncio.Event(), 0
+
+    async def generate(_: web.Request) -> web.StreamResponse:
+        arrived.set()
+        await ended.wait()
+        finish = {"type": "abort", "message": "aborted"}
+        return web.json_response({"output_ids": [7], "meta_info": {"output_token_logprobs": [[-0.5, 7, None]], "finish_reason": finish}})
+
+    async def abort(_: web.Request) -> web.StreamResponse:
+        nonlocal told
+        told += 1
+        if told == 2:
+            ended.set()
+        return web.json_response({})
+
+    server.answers |= {"/generate": generate, "/abort_request": abort}
+    engine = connected(api, tmp_path)
+    generating = asyncio.ensure_future(engine.generate(ask("a", np.array([1, 2], np.int32))))
+    await arrived.wait()
+    async with asyncio.timeout(5):
+        await engine.abort(["a"])
+        cut = await generating
+    assert (cut.tokens_T.tolist(), cut.finish) == ([7], FinishReason.ABORT)
+    assert told == 2
+
+
 async def test_a_cancelled_generation_is_taken_back_from_the_server(stand: tuple[Stand, ServerApi], tmp_path: Path):
     server, api = stand
     arrived = asyncio.Event()
@@ -209,11 +247,7 @@ async def test_a_cancelled_generation_is_taken_back_from_the_server(stand: tuple
         raise AssertionError
 
     server.answers |= {"/generate": silent, "/abort_request": {}}
-    (tmp_path / "config.json").write_text('{"vocab_size": 100}')
-    engine = SGLangEngine(str(tmp_path), max_running=4, max_model_tokens=64, log=tmp_path / "log")
-    told = {"vocab_size": 100, "has_filters": False, "reader": None, "metrics": {}}
-    connection = cast(Any, SimpleNamespace(api=api, is_open=True, owns_server=False, **told))
-    engine._connection, engine._calls = connection, Calls(connection)
+    engine = connected(api, tmp_path)
     generating = asyncio.ensure_future(engine.generate(ask("a", np.array([1, 2], np.int32))))
     await arrived.wait()
     generating.cancel()

@@ -80,22 +80,27 @@ class Calls:
         self.counters["prefill_tokens"] += prompt_tokens - cached_tokens
         return answer
 
-    async def take_back(self) -> None:
-        """Has the server end what it works on, until all of it is here. Raises `DeadlineExceeded` if it does not."""
+    async def take_back(self, runs: Sequence[Run] | None = None) -> None:
+        """Has the server end what it works on, of these runs or of all, until it is here. Raises `DeadlineExceeded` if it does not."""
+        chosen = None if runs is None else {id(run) for run in runs}
+
+        def out() -> list[str]:
+            return [server_id for server_id, run in self.sent.items() if chosen is None or id(run) in chosen]
+
         try:
             async with asyncio.timeout(PAUSE_DEADLINE_S):
-                while self.sent:
+                while out():
                     self.live()
                     self._returned.clear()
-                    await self.abort(list(self.sent))
+                    await self.abort(out())
                     with contextlib.suppress(TimeoutError):  # one that was still on its way to the server when it was told
                         async with asyncio.timeout(_ASK_AGAIN_S):
-                            while self.sent:
+                            while out():
                                 self._returned.clear()
                                 await self._returned.wait()
         except TimeoutError as error:
             raise DeadlineExceeded(
-                f"waited for SGLang at {self.api.url} to give back {len(self.sent)} requests: not done within {PAUSE_DEADLINE_S:g} s"
+                f"waited for SGLang at {self.api.url} to give back {len(out())} requests: not done within {PAUSE_DEADLINE_S:g} s"
             ) from error
 
     async def abort(self, server_ids: Sequence[str]) -> None:

@@ -127,13 +127,16 @@ class SGLangEngine:
             self._runs.pop(request.id, None)
 
     async def abort(self, ids: Sequence[str] | None = None) -> None:
-        """Ends these requests (None: all). Returns when the server was told; their `generate` returns with the tokens so far."""
+        """Ends these requests (None: all). Returns when the server works on them no more; their `generate` returns with the tokens so far.
+
+        Raises `DeadlineExceeded` if the server does not give them back.
+        """
         self._calls.live()
         chosen = [run for id, run in self._runs.items() if ids is None or id in set(ids)]
         for run in chosen:
             run.aborted = True
             run.changed.set()
-        await self._calls.abort([run.server_id for run in chosen if run.server_id is not None])
+        await self._calls.take_back(chosen)
 
     async def pause(self, mode: PauseMode = PauseMode.IN_PLACE) -> None:
         """Returns when the server runs nothing of ours. Requests in flight go on after `resume` as `mode` says.

@@ -181,6 +181,9 @@ def test_a_divergence_that_is_no_number_is_past_every_limit_and_told_once(broken
 
 
 def test_the_warning_names_metric_value_and_limit():
+    (line,) = FidelityWatch(0.01, "warn").check(4, {"mismatch/age_1/k3": 0.25})
+    assert "mismatch/age_1/k3 of step 4 is 2.50e-01 nats a token" in line
+    assert "the policy has moved that far" in line  # not the engine's error alone
     (line,) = FidelityWatch(0.01, "warn").check(4, {"mismatch/k3": 0.25, "mismatch/abs_mean": 9.0})
     assert line.startswith("warning: mismatch/k3 of step 4 is 2.50e-01 nats a token, above fidelity.limit (0.01)")
 

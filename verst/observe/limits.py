@@ -10,6 +10,8 @@ from verst.errors import TrainingDiverged
 
 _BY_AGE = ("mismatch/k3", "mismatch/age_1/k3", "mismatch/age_2/k3", "mismatch/age_3/k3", "mismatch/older/k3")
 """From the newest tokens on: the older a token, the more of its divergence is the policy's progress, not the engine's error."""
+_DISAGREE = "engine and trainer disagree about the tokens that are trained"
+_MOVED = "the policy has moved that far from the versions that sampled these tokens, or engine and trainer disagree"
 
 
 class FidelityWatch:
@@ -37,14 +39,15 @@ class FidelityWatch:
         if value <= max(self._limit, 2 * self._told):
             return lines
         found = f"{measured} of step {step} is {metrics[measured]:.2e} nats a token, above fidelity.limit ({self._limit:g})"
+        cause = _DISAGREE if measured == _BY_AGE[0] else _MOVED
         if self._action == "stop":
             raise TrainingDiverged(
-                f"{found}: engine and trainer disagree about the tokens of this step. None of its updates was made, and step {step - 1} is "
+                f"{found}: {cause}. None of its updates was made, and step {step - 1} is "
                 "the last commit. docs/fidelity.md lists causes; to go on as it is: verst resume RUN with fidelity.action=warn, or with a "
                 "higher fidelity.limit"
             )
         self._told = value
-        return [*lines, f"warning: {found}: engine and trainer disagree about what is trained; docs/fidelity.md lists causes"]
+        return [*lines, f"warning: {found}: {cause}; docs/fidelity.md lists causes"]
 
     def _routes(self, step: int, measured: str, value: float) -> list[str]:
         if self._unreplayed is None:

@@ -331,6 +331,18 @@ async def test_metrics_come_from_the_server(engine: SGLangEngine):
     assert {"server_running", "server_queued", "cache_hit_rate"} <= engine.stats().keys()
 
 
+async def test_a_long_request_shows_that_it_is_worked_on_before_it_ends(engine: SGLangEngine):
+    """The counters of finished requests stand still meanwhile."""
+    answer = asyncio.create_task(engine.generate(ask("long", prompt(1), max_new_tokens=500, temperature=0.0, stop_token_ids=())))
+    seen: list[tuple[float, float]] = []
+    while not answer.done():
+        stats = engine.stats()
+        seen.append((stats.get("processed_tokens", 0.0), stats.get("server_generated_tokens", 0.0)))
+        await asyncio.sleep(0.05)
+    while_under_way = [processed for processed, finished in seen if finished == seen[0][1]]
+    assert len(set(while_under_way)) >= 3, seen
+
+
 async def test_a_server_without_the_plugin_is_refused_unless_allowed(server: SharedServer, tmp_path: Path):
     """The same server, whose plugin the engine is made to overlook: SGLang then loads a checkpoint from the disk."""
     update, reference = other(server, tmp_path, version=7)

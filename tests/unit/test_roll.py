@@ -270,6 +270,27 @@ async def test_an_engine_that_processes_nothing_up_to_the_deadline_ends_the_grou
     assert {wait.awaited for wait in waits.now()} == {"the engine of replica 4"}  # for whoever tells why the run ended
 
 
+async def test_an_engine_is_not_called_dead_by_counters_that_move_as_requests_end():
+    class OneLongRequest(FakeEngine):
+        """Generates all the time, and counts tokens once their request has ended."""
+
+        live: dict[str, float]
+
+        def stats(self) -> Any:
+            return {"generated_tokens": 0.0, "server_generated_tokens": 0.0} | self.live
+
+        async def _count(self) -> None:
+            await super()._count()
+            if self.live:
+                self.live["processed_tokens"] += 1
+
+    for live in ({}, {"processed_tokens": 0.0}):
+        engine = OneLongRequest(lambda request: ids("a") * 16, tick_s=0.02)
+        engine.live = live
+        (late,) = (await roller(engine).roll(0, PROMPT, 0.1)).trajectories
+        assert str(late.error).startswith("not finished after 0.1 s, waiting for the engine")
+
+
 async def test_an_environment_that_holds_a_group_up_to_its_deadline_is_not_the_engines_fault():
     chosen = roller(FakeEngine([[END]]), partial(FakeEnvironment, delay_s=30))
     (trajectory,) = (await chosen.roll(0, PROMPT, 0.05)).trajectories

@@ -180,14 +180,14 @@ class GroupRoller:
         await race.ended()
         return trajectory
 
-    def _processed_tokens(self) -> float:
-        """What shows that the engine works: every token that it generated, prefilled, or counts in another way."""
-        return sum(value for name, value in self.engine.stats().items() if name.endswith("_tokens"))
+    def _processed_tokens(self) -> float | None:
+        """What shows that the engine works, while its requests are under way; None if it cannot tell."""
+        return self.engine.stats().get("processed_tokens")
 
-    def _unfinished(self, name: str, prompt: Prompt, deadline_s: float | None, processed: float) -> DeadlineExceeded:
+    def _unfinished(self, name: str, prompt: Prompt, deadline_s: float | None, processed: float | None) -> DeadlineExceeded:
         """Why a trajectory has failed that the deadline found unfinished. Raises it if the engine does not work any more."""
         awaited = self.waits.of(name)
-        if awaited == self.engine_name and self._processed_tokens() == processed:
+        if awaited == self.engine_name and processed is not None and self._processed_tokens() == processed:
             raise DeadlineExceeded(
                 f"{self.engine_name} processed no token for {deadline_s:g} s, while trajectory {name} ({prompt.id}) waited for it"
             )

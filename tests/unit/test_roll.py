@@ -13,6 +13,7 @@ import pytest
 from verst.data.chat import ChatRenderer
 from verst.errors import DataError, DeadlineExceeded, EngineFailure, ModelError
 from verst.observe.waits import Waits
+from verst.rollout.clock import Clock
 from verst.rollout.environments import SecondTry, SingleTurn
 from verst.rollout.roll import GroupRoller, stable_seed
 from verst.testing import CHATML, FakeEngine, FakeEnvironment, tiny_tokenizer
@@ -289,6 +290,37 @@ async def test_an_engine_is_not_called_dead_by_counters_that_move_as_requests_en
         engine.live = live
         (late,) = (await roller(engine).roll(0, PROMPT, 0.1)).trajectories
         assert str(late.error).startswith("not finished after 0.1 s, waiting for the engine")
+
+
+async def test_deadlines_stand_still_while_the_engine_takes_a_version():
+    engine, clock = FakeEngine([[*ids("42"), END]], tick_s=0.01), Clock()
+    chosen = replace(roller(engine, group_size=2), clock=clock)
+    await engine.pause()
+    rolling = asyncio.create_task(chosen.roll(0, PROMPT, 0.2))
+    await asyncio.sleep(0.05)
+    clock.stop()
+    await asyncio.sleep(0.3)  # one that takes longer than the deadline
+    later = asyncio.create_task(chosen.roll(1, PROMPT, 0.2))  # which begins meanwhile
+    await asyncio.sleep(0.3)
+    clock.stop()
+    await engine.resume()
+    clock.go()
+    for group in await asyncio.gather(rolling, later):
+        assert [t.status for t in group.trajectories] == [Status.FINISHED] * 2
+    assert not clock.limits
+
+
+async def test_the_time_before_and_after_a_version_counts():
+    engine, clock = FakeEngine([[*ids("42"), END]], stall_at=1), Clock()
+    began = asyncio.get_running_loop().time()
+    rolling = asyncio.create_task(replace(roller(engine, group_size=2), clock=clock).roll(0, PROMPT, 0.2))
+    await asyncio.sleep(0.1)
+    clock.stop()
+    await asyncio.sleep(0.3)
+    clock.go()
+    statuses = {t.status for t in (await rolling).trajectories}
+    assert statuses == {Status.FINISHED, Status.FAILED}
+    assert 0.45 < asyncio.get_running_loop().time() - began < 0.6
 
 
 async def test_an_environment_that_holds_a_group_up_to_its_deadline_is_not_the_engines_fault():

@@ -23,6 +23,7 @@ from verst.errors import DataError, DeadlineExceeded, EnvironmentFailure, Routes
 from verst.observe.waits import Waits
 from verst.protocols import Engine, Environment
 from verst.rollout.boundary import GuardedEnvironment, checked_experts, checked_generation
+from verst.rollout.clock import Clock
 from verst.rollout.race import Cut, Race
 from verst.rollout.transcript import Transcript
 from verst.types import NO_VERSION, Completion, FinishReason, GenerateRequest, Group, Message, Prompt, Sampling, Status, Trajectory, Turn
@@ -61,6 +62,7 @@ class GroupRoller:
         environment_deadline_s: limit of each call of an environment.
         engine_name: what messages call the engine.
         waits: where each trajectory says, under its id, what it waits for.
+        clock: what deadlines of trajectories are counted by.
 
     Raises `ModelError` if there may be several turns and the chat template cannot be continued.
     """
@@ -78,6 +80,7 @@ class GroupRoller:
     oversample: int = 0
     engine_name: str = "the engine"
     waits: Waits = field(default_factory=Waits)
+    clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         if self.max_turns > 1:
@@ -154,7 +157,7 @@ class GroupRoller:
         status: Status = Status.FAILED
         failure: VerstError | None = None
         processed = self._processed_tokens()
-        limit = asyncio.timeout(deadline_s)
+        limit = self.clock.limit(deadline_s)
         try:
             async with limit:
                 status = await self._converse(name, seed, prompt, environment, transcript, race)

@@ -27,6 +27,11 @@ class Replica:
     worker: Worker
     stage: Stage = Stage.SERVING
     in_flight: int = 0
+    """Groups."""
+    trajectories: int = 0
+    """Of these groups: as many as are to be rolled."""
+    finished: int = 0
+    """Groups that came back from it."""
     weight_ranks: int = 1
     """Members of a weight group that its engine becomes."""
     first_version: int = 0
@@ -44,9 +49,15 @@ class Replica:
     def name(self) -> str:
         return self.worker.name
 
-    def ended_one(self) -> None:
+    def began_one(self, trajectories: int) -> None:
+        """It is given a group."""
+        self.in_flight += 1
+        self.trajectories += trajectories
+
+    def ended_one(self, trajectories: int) -> None:
         """A group that it had is not in flight any more."""
         self.in_flight -= 1
+        self.trajectories -= trajectories
         if self.stage is Stage.LEAVING and not self.in_flight:
             self.idle.set()
 

@@ -207,6 +207,20 @@ async def test_later_turns_have_the_time_of_the_groups_that_came_meanwhile():
     assert [[t.status for t in g.trajectories].count(Status.FINISHED) for g in groups] == [8] * 8
 
 
+async def test_samples_of_one_prompt_have_the_time_of_those_before_them():
+    limits: list[float] = []
+
+    async def roll(seq: int, prompt: Prompt, deadline_s: float) -> Group:
+        limits.append(deadline_s)
+        return group(seq, 0)
+
+    rollout = {"capacity_groups": 4, "max_running": 64, "deadline_s": 600.0}
+    worker = RolloutWorker(config("keep", rollout=rollout), Extensions(), 0, "cpu", Path("unused"), samples=256)
+    worker._rollers, worker._scorer = {True: SimpleNamespace(roll=roll)}, cast(Any, Parts())
+    await asyncio.gather(*(worker.roll(seq, PROMPT, "evaluation") for seq in (0, 1)))
+    assert limits == [5 * 600, 9 * 600]  # of 64 places: four rounds for each
+
+
 async def test_a_group_that_was_given_up_holds_up_no_version_though_it_swallows_its_cancellation():
     parts, worker, _ = replica(config("finish"))
     deaf = asyncio.Event()

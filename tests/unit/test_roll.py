@@ -292,6 +292,16 @@ async def test_an_engine_is_not_called_dead_by_counters_that_move_as_requests_en
         assert str(late.error).startswith("not finished after 0.1 s, waiting for the engine")
 
 
+async def test_an_engine_that_was_asked_a_moment_before_the_deadline_is_not_blamed():
+    class SlowToStart(SingleTurn):
+        async def start(self, prompt: Prompt) -> Any:
+            await asyncio.sleep(0.16)
+            return prompt.messages
+
+    (late,) = (await roller(FakeEngine([[END]], stall_at=0), SlowToStart).roll(0, PROMPT, 0.2)).trajectories
+    assert str(late.error).startswith("not finished after 0.2 s, waiting for the engine")
+
+
 async def test_deadlines_stand_still_while_the_engine_takes_a_version():
     engine, clock = FakeEngine([[*ids("42"), END]], tick_s=0.01), Clock()
     chosen = replace(roller(engine, group_size=2), clock=clock)

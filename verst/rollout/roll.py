@@ -190,7 +190,8 @@ class GroupRoller:
     def _unfinished(self, name: str, prompt: Prompt, deadline_s: float | None, processed: float | None) -> DeadlineExceeded:
         """Why a trajectory has failed that the deadline found unfinished. Raises it if the engine does not work any more."""
         awaited = self.waits.of(name)
-        if awaited == self.engine_name and processed is not None and self._processed_tokens() == processed:
+        long = 2 * self.waits.seconds(name) > (deadline_s or 0.0)  # one that was asked a moment ago has had no time to begin
+        if awaited == self.engine_name and long and processed is not None and self._processed_tokens() == processed:
             raise DeadlineExceeded(
                 f"{self.engine_name} processed no token for {deadline_s:g} s, while trajectory {name} ({prompt.id}) waited for it"
             )

@@ -41,11 +41,11 @@ BROAD_EXCEPT = {
     "extend.py",
     "observe/tracking.py",
     "runtime/mailbox.py",
-    "runtime/wait.py",
     "rewards/worker.py",
     "rollout/boundary.py",
     "rollout/hf/worker.py",
     "rollout/sglang/plugin.py",
+    "runtime/wait.py",
 }
 
 

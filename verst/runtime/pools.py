@@ -223,7 +223,8 @@ class Replicas:
         trajectories = self._config.rolled_per_group if how == "policy" else 1
         while True:
             replica = min(self.active, key=lambda r: r.trajectories)
-            replica.began_one(trajectories)
+            replica.in_flight += 1
+            replica.trajectories += trajectories
             self._rolling[seq] = replica, time.monotonic()
             demonstrated = how == "demonstrations"  # which keeps no replica busy
             try:
@@ -238,7 +239,8 @@ class Replicas:
                 del self._rolling[seq]  # not after an error, which ends the run: then it tells where the group was
                 return encoded, group
             finally:
-                replica.ended_one(trajectories)
+                replica.trajectories -= trajectories
+                replica.ended_one()
 
     async def _rolled(self, replica: Replica, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:
         """What one replica makes of a group, or a failed one."""

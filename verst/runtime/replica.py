@@ -49,15 +49,9 @@ class Replica:
     def name(self) -> str:
         return self.worker.name
 
-    def began_one(self, trajectories: int) -> None:
-        """It is given a group."""
-        self.in_flight += 1
-        self.trajectories += trajectories
-
-    def ended_one(self, trajectories: int) -> None:
+    def ended_one(self) -> None:
         """A group that it had is not in flight any more."""
         self.in_flight -= 1
-        self.trajectories -= trajectories
         if self.stage is Stage.LEAVING and not self.in_flight:
             self.idle.set()
 

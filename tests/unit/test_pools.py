@@ -141,20 +141,31 @@ async def test_a_group_is_given_up_though_its_replica_cannot_say_what_it_waits_f
 
 
 async def test_an_evaluated_prompt_is_one_trajectory_and_not_a_group_of_them(monkeypatch: pytest.MonkeyPatch):
-    reckoned: list[int] = []
-
-    def deadline_s(config: Config, trajectories: int, *, shared: bool) -> float:
-        reckoned.append(trajectories)
-        return 5.0
-
-    monkeypatch.setattr(pools, "group_deadline_s", deadline_s)
     members = RolloutReplica(0, lambda seq: False), RolloutReplica(1, lambda seq: False)
     both = replicas(*members, group_size=4)
+    reckoned: list[int] = []
+    monkeypatch.setattr(both, "deadline_s", lambda groups: reckoned.append(groups) or 5.0)
     rolling: list[asyncio.Task[tuple[bytes, Group]]] = []
     for seq in (-1, -2, -3, 0, 1):
         rolling.append(asyncio.create_task(both.roll(seq, PROMPT, "evaluation" if seq < 0 else "policy")))
         await asyncio.sleep(0)  # in this order
     await asyncio.gather(*rolling)
-    assert reckoned == [1, 1, 2, 5, 6]
+    assert reckoned == [0, 0, 0, 1, 1]  # training groups: an evaluation has a place of its own in the limit
     assert [member.given for member in members] == [[-1, -3, 1], [-2, 0]]  # each as it has the fewest trajectories
-    assert [replica.trajectories for replica in both.active] == [0, 0]
+    assert [(replica.in_flight, replica.evaluating) for replica in both.active] == [(0, 0), (0, 0)]
+
+
+def test_the_limit_of_a_group_beside_an_evaluation_is_below_the_wait_of_its_step():
+    config = Config.model_validate(
+        {
+            "run": {"steps": 1},
+            "model": {"path": "unused"},
+            "data": {"holdout": 0.1},
+            "train": {"groups_per_step": 2},
+            "eval": {"every_steps": 1, "prompts": 256},
+        }
+    )
+    run = Replicas([RolloutReplica(0, bool)], config)
+    trajectories = 2 * 8 + 256
+    assert run.deadline_s(2) == pools.group_deadline_s(config, trajectories, shared=False)
+    assert 600 * (1 + trajectories // 64) + trajectories * 30 < run.deadline_s(2) < run.step_wait_s / 2

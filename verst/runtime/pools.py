@@ -204,9 +204,13 @@ class Replicas:
             )
 
     def deadline_s(self, groups: int) -> float:
-        """No group on a replica with so many, and an evaluation, has a longer limit."""
+        """Limit of one group on a replica with so many training groups and, if the run evaluates, all evaluated prompts."""
         trajectories = groups * self._config.rolled_per_group + evaluated_prompts(self._config)
         return group_deadline_s(self._config, trajectories, shared=self._shared)
+
+    def _trajectories(self, replica: Replica) -> int:
+        """In flight on it, cut ones included."""
+        return (replica.in_flight - replica.evaluating) * self._config.rolled_per_group + replica.evaluating
 
     @property
     def step_wait_s(self) -> float:
@@ -220,11 +224,11 @@ class Replicas:
         have limits of their own. Raises `DeadlineExceeded` if no other group came back from there meanwhile. One that its replica does not
         finish after it was told to leave is rolled again by another, with the same number and seeds.
         """
-        trajectories = self._config.rolled_per_group if how == "policy" else 1
+        evaluated = int(how == "evaluation")
         while True:
-            replica = min(self.active, key=lambda r: r.trajectories)
+            replica = min(self.active, key=self._trajectories)
             replica.in_flight += 1
-            replica.trajectories += trajectories
+            replica.evaluating += evaluated
             self._rolling[seq] = replica, time.monotonic()
             demonstrated = how == "demonstrations"  # which keeps no replica busy
             try:
@@ -239,12 +243,12 @@ class Replicas:
                 del self._rolling[seq]  # not after an error, which ends the run: then it tells where the group was
                 return encoded, group
             finally:
-                replica.trajectories -= trajectories
+                replica.evaluating -= evaluated
                 replica.ended_one()
 
     async def _rolled(self, replica: Replica, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:
         """What one replica makes of a group, or a failed one."""
-        finished, limit_s = replica.finished, group_deadline_s(self._config, replica.trajectories, shared=self._shared)
+        finished, limit_s = replica.finished, self.deadline_s(replica.in_flight - replica.evaluating)
         rolling = asyncio.ensure_future(replica.worker.post("roll", seq, prompt, how))
         try:
             await asyncio.wait({rolling}, timeout=limit_s)

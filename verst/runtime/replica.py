@@ -27,9 +27,9 @@ class Replica:
     worker: Worker
     stage: Stage = Stage.SERVING
     in_flight: int = 0
-    """Groups."""
-    trajectories: int = 0
-    """Of these groups: as many as are to be rolled."""
+    """Groups, evaluated prompts included."""
+    evaluating: int = 0
+    """Evaluated prompts, each of one trajectory."""
     finished: int = 0
     """Groups that came back from it."""
     weight_ranks: int = 1

@@ -146,6 +146,9 @@ class Engine(Protocol):
     def stats(self) -> Mapping[str, float]:
         """Counters since start: `generated_tokens`, `prefill_tokens`, `decode_steps`, `decode_s`, `prefill_s`.
 
+        `processed_tokens` grows with every token that is prefilled or decoded, not only as requests end: that it stands still means that
+        the engine does. An engine that cannot tell leaves it out.
+
         Gauges: `running`, `waiting` (requests).
         """
         ...

@@ -157,7 +157,8 @@ class FakeEngine:
 
     def stats(self) -> Mapping[str, float]:
         zero = dict.fromkeys(("prefill_tokens", "decode_steps", "decode_s", "prefill_s", "waiting"), 0.0)
-        return zero | {"generated_tokens": float(self._generated_tokens), "running": float(len(self._running))}
+        generated = float(self._generated_tokens)
+        return zero | {"generated_tokens": generated, "processed_tokens": generated, "running": float(len(self._running))}
 
     async def close(self) -> None:
         self.events.append(("close", None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict
@@ -329,6 +330,20 @@ async def test_metrics_come_from_the_server(engine: SGLangEngine):
         while engine.stats().get("server_generated_tokens", 0) < 20:  # noqa: ASYNC110 - counters, no events
             await asyncio.sleep(0.05)
     assert {"server_running", "server_queued", "cache_hit_rate"} <= engine.stats().keys()
+
+
+async def test_a_long_request_shows_that_it_is_worked_on_before_it_ends(engine: SGLangEngine):
+    """The counters of finished requests stand still meanwhile."""
+    answer = asyncio.create_task(engine.generate(ask("long", prompt(1), max_new_tokens=150, temperature=0.0, stop_token_ids=())))
+    seen: list[tuple[float, float]] = []
+    while not answer.done():  # asked for directly, since the engine itself looks once a second
+        with contextlib.suppress(EngineFailure):  # asked so often, it answers 500 now and then
+            found = await engine._api.metrics()
+            seen.append((found.get("processed_tokens", 0.0), found.get("server_generated_tokens", 0.0)))
+        await asyncio.sleep(0.02)
+    assert len((await answer).tokens_T) == 150
+    while_under_way = [processed for processed, finished in seen if finished == seen[0][1]]
+    assert len(set(while_under_way)) >= 3, seen
 
 
 async def test_a_server_without_the_plugin_is_refused_unless_allowed(server: SharedServer, tmp_path: Path):

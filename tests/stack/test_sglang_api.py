@@ -149,10 +149,13 @@ async def test_metrics_are_summed_over_ranks_and_rates_averaged(stand: tuple[Sta
             'sglang:cache_hit_rate{tp_rank="0"} 0.25',
             'sglang:cache_hit_rate{tp_rank="1"} 0.75',
             'sglang:generation_tokens_total{model_name="a b} c"} 1e3',
+            'sglang:realtime_tokens_total{mode="prefill_compute",tp_rank="0"} 40.0',
+            'sglang:realtime_tokens_total{mode="decode",tp_rank="0"} 2.0',
             'sglang:unknown{a="b"} 1',
         ]
     )
-    assert await api.metrics() == {"server_running": 5.0, "cache_hit_rate": 0.5, "server_generated_tokens": 1000.0}
+    values = {"server_running": 5.0, "cache_hit_rate": 0.5, "server_generated_tokens": 1000.0, "processed_tokens": 42.0}
+    assert await api.metrics() == values
 
 
 def answer(tokens: list[int], logprobs: list[float | None], finish: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ BROAD_EXCEPT = {
     "rollout/boundary.py",
     "rollout/hf/worker.py",
     "rollout/sglang/plugin.py",
+    "runtime/wait.py",
 }
 
 

@@ -1,4 +1,4 @@
-"""All trainer ranks as one: a rank that a collective holds neither delays a failure nor survives the run."""
+"""All trainer ranks as one: a rank that a collective holds neither delays a failure nor survives the run. And all replicas as one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from tests.loop.fakes import group
 from verst.config.schema import Config
 from verst.errors import CheckpointError, DeadlineExceeded, EngineFailure
+from verst.journal.codec import encode_group
 from verst.runtime import pools
-from verst.runtime.pools import Trainers
+from verst.runtime.pools import Replicas, Trainers
+from verst.types import Group, Message, Prompt, Status
 
 
 class Rank:
@@ -79,3 +82,90 @@ async def test_a_checkpoint_that_failed_on_one_rank_waits_for_what_the_others_st
     with pytest.raises(CheckpointError, match=r"^no space left$"):
         await trainers(Rank(0, written=writes), Rank(1, written=full)).written()
     assert ended == ["trainer rank 0"]
+
+
+PROMPT = Prompt("p", (Message("user", "q"),))
+
+
+class RolloutReplica:
+    """Of the groups that it is given, it finishes those that are not held."""
+
+    def __init__(self, number: int, held: Callable[[int], bool], standing: Any = None) -> None:
+        self.name = f"replica {number}"
+        self.given: list[int] = []
+        self._held, self._standing = held, standing or {}
+
+    async def call(self, method: str, /, *args: Any) -> Any:
+        assert method == "standing"
+        if isinstance(self._standing, Exception):
+            raise self._standing
+        return self._standing
+
+    async def post(self, method: str, /, *args: Any) -> bytes:
+        seq = args[0]
+        self.given.append(seq)
+        await asyncio.sleep(60 if self._held(seq) else 0.01)
+        return encode_group(group(seq, 0))
+
+    def kill(self) -> None: ...
+
+
+def replicas(*members: RolloutReplica, **rollout: Any) -> Replicas:
+    return Replicas(members, Config.model_validate({"run": {"steps": 1}, "model": {"path": "unused"}, "rollout": rollout}))
+
+
+async def test_a_replica_from_which_no_group_comes_back_ends_the_run_whatever_the_others_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pools, "group_deadline_s", lambda *args, **kwargs: 0.3)
+    both = replicas(RolloutReplica(0, lambda seq: True), RolloutReplica(1, lambda seq: False))
+
+    async def rolls() -> None:
+        for seq in range(1, 1000):
+            await both.roll(seq, PROMPT, "policy")
+
+    first = asyncio.create_task(both.roll(0, PROMPT, "policy"))
+    await asyncio.sleep(0)
+    others = asyncio.create_task(rolls())
+    expected = r"^waited 0\.3 s for replica 0: group 0 \(p\), and no other came back from replica 0 meanwhile$"
+    with pytest.raises(DeadlineExceeded, match=expected):
+        await asyncio.wait_for(first, 5)
+    others.cancel()
+    assert (await both.standing())[0][0] == "replica 0"
+
+
+async def test_a_group_is_given_up_though_its_replica_cannot_say_what_it_waits_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pools, "group_deadline_s", lambda *args, **kwargs: 0.3)
+    one = replicas(RolloutReplica(0, lambda seq: seq == 0, standing=ZeroDivisionError("a defect there")))
+    (_, held), (_, other) = await asyncio.wait_for(asyncio.gather(*(one.roll(seq, PROMPT, "policy") for seq in (0, 1))), 5)
+    assert {t.error for t in held.trajectories} == {"waited 0.3 s for replica 0, which does not answer"}
+    assert all(t.status is Status.FINISHED for t in other.trajectories)
+
+
+async def test_an_evaluated_prompt_is_one_trajectory_and_not_a_group_of_them(monkeypatch: pytest.MonkeyPatch):
+    members = RolloutReplica(0, lambda seq: False), RolloutReplica(1, lambda seq: False)
+    both = replicas(*members, group_size=4)
+    reckoned: list[int] = []
+    monkeypatch.setattr(both, "deadline_s", lambda groups: reckoned.append(groups) or 5.0)
+    rolling: list[asyncio.Task[tuple[bytes, Group]]] = []
+    for seq in (-1, -2, -3, 0, 1):
+        rolling.append(asyncio.create_task(both.roll(seq, PROMPT, "evaluation" if seq < 0 else "policy")))
+        await asyncio.sleep(0)  # in this order
+    await asyncio.gather(*rolling)
+    assert reckoned == [0, 0, 0, 1, 1]  # training groups: an evaluation has a place of its own in the limit
+    assert [member.given for member in members] == [[-1, -3, 1], [-2, 0]]  # each as it has the fewest trajectories
+    assert [(replica.in_flight, replica.evaluating) for replica in both.active] == [(0, 0), (0, 0)]
+
+
+def test_the_limit_of_a_group_beside_an_evaluation_is_below_the_wait_of_its_step():
+    config = Config.model_validate(
+        {
+            "run": {"steps": 1},
+            "model": {"path": "unused"},
+            "data": {"holdout": 0.1},
+            "train": {"groups_per_step": 2},
+            "eval": {"every_steps": 1, "prompts": 256},
+        }
+    )
+    run = Replicas([RolloutReplica(0, bool)], config)
+    trajectories = 2 * 8 + 256
+    assert run.deadline_s(2) == pools.group_deadline_s(config, trajectories, shared=False)
+    assert 600 * (1 + trajectories // 64) + trajectories * 30 < run.deadline_s(2) < run.step_wait_s / 2

@@ -14,6 +14,7 @@ import pytest
 from verst.data.chat import ChatRenderer
 from verst.errors import DataError, DeadlineExceeded, EngineFailure, ModelError
 from verst.observe.waits import Waits
+from verst.rollout.clock import Clock
 from verst.rollout.environments import SecondTry, SingleTurn
 from verst.rollout.roll import GroupRoller, stable_seed
 from verst.testing import CHATML, FakeEngine, FakeEnvironment, tiny_tokenizer
@@ -269,6 +270,68 @@ async def test_an_engine_that_processes_nothing_up_to_the_deadline_ends_the_grou
     with pytest.raises(DeadlineExceeded, match=message):
         await chosen.roll(7, PROMPT, 0.05)
     assert {wait.awaited for wait in waits.now()} == {"the engine of replica 4"}  # for whoever tells why the run ended
+
+
+async def test_an_engine_is_not_called_dead_by_counters_that_move_as_requests_end():
+    class OneLongRequest(FakeEngine):
+        """Generates all the time, and counts tokens once their request has ended."""
+
+        live: dict[str, float]
+
+        def stats(self) -> Any:
+            return {"generated_tokens": 0.0, "server_generated_tokens": 0.0} | self.live
+
+        async def _count(self) -> None:
+            await super()._count()
+            if self.live:
+                self.live["processed_tokens"] += 1
+
+    for live in ({}, {"processed_tokens": 0.0}):
+        engine = OneLongRequest(lambda request: ids("a") * 16, tick_s=0.02)
+        engine.live = live
+        (late,) = (await roller(engine).roll(0, PROMPT, 0.1)).trajectories
+        assert str(late.error).startswith("not finished after 0.1 s, waiting for the engine")
+
+
+async def test_an_engine_that_was_asked_a_moment_before_the_deadline_is_not_blamed():
+    class SlowToStart(SingleTurn):
+        async def start(self, prompt: Prompt) -> Any:
+            await asyncio.sleep(0.16)
+            return prompt.messages
+
+    (late,) = (await roller(FakeEngine([[END]], stall_at=0), SlowToStart).roll(0, PROMPT, 0.2)).trajectories
+    assert str(late.error).startswith("not finished after 0.2 s, waiting for the engine")
+
+
+async def test_deadlines_stand_still_while_the_engine_takes_a_version():
+    engine, clock = FakeEngine([[*ids("42"), END]], tick_s=0.01), Clock()
+    chosen = replace(roller(engine, group_size=2), clock=clock)
+    await engine.pause()
+    rolling = asyncio.create_task(chosen.roll(0, PROMPT, 0.2))
+    await asyncio.sleep(0.05)
+    clock.stop()
+    await asyncio.sleep(0.3)  # one that takes longer than the deadline
+    later = asyncio.create_task(chosen.roll(1, PROMPT, 0.2))  # which begins meanwhile
+    await asyncio.sleep(0.3)
+    clock.stop()
+    await engine.resume()
+    clock.go()
+    for group in await asyncio.gather(rolling, later):
+        assert [t.status for t in group.trajectories] == [Status.FINISHED] * 2
+    assert not clock.limits
+
+
+async def test_the_time_before_and_after_a_version_counts():
+    engine, clock = FakeEngine([[*ids("42"), END]], stall_at=1), Clock()
+    began = asyncio.get_running_loop().time()
+    rolling = asyncio.create_task(replace(roller(engine, group_size=2), clock=clock).roll(0, PROMPT, 0.2))
+    await asyncio.sleep(0.1)
+    clock.stop()
+    await asyncio.sleep(0.3)
+    clock.go()
+    statuses = {t.status for t in (await rolling).trajectories}
+    assert statuses == {Status.FINISHED, Status.FAILED}
+    assert 0.45 < asyncio.get_running_loop().time() - began < 0.6
 
 
 async def test_an_environment_that_holds_a_group_up_to_its_deadline_is_not_the_engines_fault():

@@ -252,6 +252,29 @@ async def test_an_async_reward_whose_caller_has_gone_serves_the_next(rewards):
     await scorer.close()
 
 
+@pytest.mark.slow
+async def test_answers_of_an_async_reward_that_cannot_be_read_leave_nobody_waiting(rewards, monkeypatch):
+    """Whatever ends the one that reads them, a worker is replaced and each that waited is tried alone."""
+    reply, broken = RewardProcess.reply, []
+
+    async def breaks(self, *, began=False):
+        said = await reply(self, began=began)
+        if not broken and "reward" in said:
+            broken.append(said)
+            raise KeyError("number")
+        return said
+
+    monkeypatch.setattr(RewardProcess, "reply", breaks)
+    scorer = Scorer(RewardSpec("user_rewards:async_by_text"), workers=1, deadline_s=5)
+    await scorer.start()
+    (first,) = scorer.pids
+    scored = await asyncio.wait_for(scorer.score(group("ok", "ok", "ok")), 20)
+    assert [t.reward for t in scored.trajectories] == [1, 1, 1]
+    assert (len(broken), scorer.stats()["workers_lost"]) == (1, 1)
+    assert first not in scorer.pids
+    await scorer.close()
+
+
 async def test_nobody_is_blamed_for_a_worker_that_died_idle(scorer):
     (pid,) = scorer.pids
     os.kill(pid, signal.SIGKILL)

@@ -31,6 +31,10 @@ class Waits:
         """What it waits for; None if it is not known to wait."""
         return self._begun[key][0] if key in self._begun else None
 
+    def seconds(self, key: Hashable) -> float:
+        """How long it has waited for that; 0 if it is not known to wait."""
+        return time.monotonic() - self._begun[key][1] if key in self._begun else 0.0
+
     def now(self) -> list[Wait]:
         """All of them, the longest first."""
         now = time.monotonic()

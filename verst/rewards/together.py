@@ -17,6 +17,8 @@ from verst.types import Trajectory
 AT_ONCE = 64
 """Trajectories that one worker scores at a time: as many calls as a service usually takes from one client."""
 
+_UNREADABLE = Death("crash", "broke: what its process answered cannot be read", began=True)
+
 
 class SharedProcess:
     """`lost` is called, once, when the worker cannot be used any more, before those who wait for it learn of that."""
@@ -54,25 +56,35 @@ class SharedProcess:
             self._begun.discard(number)
 
     async def _read(self) -> None:
-        while self._asked:
-            reply = await self._process.reply()
-            if isinstance(reply, Death):
-                if self._asked or reply.reason != "deadline":  # one that was asked for nothing owes no reply
-                    self._give_up()
-                    for number, answer in self._asked.items():
-                        if not answer.done():
-                            answer.set_result(reply._replace(began=number in self._begun))
-                return
-            number = reply["number"]
-            answer = self._asked.get(number)
-            if answer is None or answer.done():
-                continue  # whoever asked has gone
-            if "begun" in reply:
-                self._begun.add(number)
-            else:
-                del self._asked[number]
-                answer.set_result(reply)
+        death = _UNREADABLE
+        try:
+            while self._asked:
+                reply = await self._process.reply()
+                if isinstance(reply, Death):
+                    death = reply
+                    if self._asked or death.reason != "deadline":  # one that was asked for nothing owes no reply
+                        self._give_up()
+                    return
+                self._take(reply)
+        finally:  # also after a defect: nobody else would tell those who wait
+            if self._asked:
+                self._give_up()
+            for number, answer in self._asked.items():
+                if not answer.done():
+                    answer.set_result(death._replace(began=number in self._begun))
+
+    def _take(self, reply: Mapping[str, Any]) -> None:
+        number = reply["number"]
+        answer = self._asked.get(number)
+        if answer is None or answer.done():
+            return  # whoever asked has gone
+        if "begun" in reply:
+            self._begun.add(number)
+        else:
+            del self._asked[number]
+            answer.set_result(reply)
 
     def _give_up(self) -> None:
-        self._dead = True
-        self._lost(self._process)
+        if not self._dead:
+            self._dead = True
+            self._lost(self._process)

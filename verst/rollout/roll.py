@@ -23,6 +23,7 @@ from verst.errors import DataError, DeadlineExceeded, EnvironmentFailure, Routes
 from verst.observe.waits import Waits
 from verst.protocols import Engine, Environment
 from verst.rollout.boundary import GuardedEnvironment, checked_experts, checked_generation
+from verst.rollout.clock import Clock
 from verst.rollout.race import Cut, Race
 from verst.rollout.transcript import Transcript
 from verst.types import NO_VERSION, Completion, FinishReason, GenerateRequest, Group, Message, Prompt, Sampling, Status, Trajectory, Turn
@@ -50,6 +51,7 @@ class GroupRoller:
         environment_deadline_s: limit of each call of an environment.
         engine_name: what messages call the engine.
         waits: where each trajectory says, under its id, what it waits for.
+        clock: what deadlines of trajectories are counted by.
 
     Raises `ModelError` if there may be several turns and the chat template cannot be continued.
     """
@@ -67,6 +69,7 @@ class GroupRoller:
     oversample: int = 0
     engine_name: str = "the engine"
     waits: Waits = field(default_factory=Waits)
+    clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         if self.max_turns > 1:
@@ -145,7 +148,7 @@ class GroupRoller:
         status: Status = Status.FAILED
         failure: VerstError | None = None
         processed = self._processed_tokens()
-        limit = asyncio.timeout(deadline_s)
+        limit = self.clock.limit(deadline_s)
         try:
             async with limit:
                 status = await self._converse(name, seed, prompt, environment, transcript, race)
@@ -173,14 +176,15 @@ class GroupRoller:
             return trajectory.failed(str(failure))
         return trajectory if await race.ended() else trajectory.generated_tokens
 
-    def _processed_tokens(self) -> float:
-        """What shows that the engine works: every token that it generated, prefilled, or counts in another way."""
-        return sum(value for name, value in self.engine.stats().items() if name.endswith("_tokens"))
+    def _processed_tokens(self) -> float | None:
+        """What shows that the engine works, while its requests are under way; None if it cannot tell."""
+        return self.engine.stats().get("processed_tokens")
 
-    def _unfinished(self, name: str, prompt: Prompt, deadline_s: float | None, processed: float) -> DeadlineExceeded:
+    def _unfinished(self, name: str, prompt: Prompt, deadline_s: float | None, processed: float | None) -> DeadlineExceeded:
         """Why a trajectory has failed that the deadline found unfinished. Raises it if the engine does not work any more."""
         awaited = self.waits.of(name)
-        if awaited == self.engine_name and self._processed_tokens() == processed:
+        long = 2 * self.waits.seconds(name) > (deadline_s or 0.0)  # one that was asked a moment ago has had no time to begin
+        if awaited == self.engine_name and long and processed is not None and self._processed_tokens() == processed:
             raise DeadlineExceeded(
                 f"{self.engine_name} processed no token for {deadline_s:g} s, while trajectory {name} ({prompt.id}) waited for it"
             )

@@ -148,8 +148,8 @@ async def evaluate(
         VerstError: model, reward or environment cannot be loaded.
     """
     ks = sampling.all_ks
-    config = _with_model(chosen.config, model, sampling.temperature)
     taken = _prompts(chosen, sampling.prompts)
+    config = _with_model(chosen.config, model, sampling.temperature, len(taken))
     worker = RolloutWorker(config, chosen.extensions, 0, device, logs, samples=sampling.samples)
     try:
         await worker.start(True)
@@ -159,11 +159,12 @@ async def evaluate(
     return _result(str(model), chosen.name, groups, sampling, ks)
 
 
-def _with_model(config: Config, model: str | Path, temperature: float) -> Config:
+def _with_model(config: Config, model: str | Path, temperature: float, prompts: int) -> Config:
+    """`prompts`: so many are evaluated at once, which limits are reckoned with."""
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"path": str(model)}),
-            "eval": config.eval.model_copy(update={"temperature": temperature}),
+            "eval": config.eval.model_copy(update={"temperature": temperature, "prompts": prompts, "every_steps": 1}),
         }
     )
 

@@ -1,17 +1,18 @@
 """How long a step, a group and a version may take, from the limits that a run file sets for their parts.
 
 Each is longer than the sum of those inside it, so that the innermost expires first and names what was really awaited.
+
+What waits its turn is counted in trajectories: a training group has `rolled_per_group` of them, an evaluated prompt one (or as many as
+`verst eval` samples).
 """
 
 from __future__ import annotations
 
 from verst.config.schema import Config
+from verst.rewards.process import START_DEADLINE_S
 
 _CLOSE_S = 15.0
 """Longer than an environment may take to close (`verst.rollout.boundary`), which it does after the limit of its group."""
-
-_RESTART_S = 10.0
-"""What a reward worker may take to be replaced."""
 
 
 def turn_limit_s(config: Config) -> float:
@@ -19,29 +20,60 @@ def turn_limit_s(config: Config) -> float:
     return (8 + 2 * config.train.minibatches * config.train.epochs) * config.train.deadline_s
 
 
-def rolling_deadline_s(config: Config, groups: int, *, shared: bool) -> float:
-    """Limit of rolling one group among so many, once it has begun: those that wait for a place in the engine get the time of those before.
+def evaluated_prompts(config: Config) -> int:
+    """In flight at a time, beside training groups."""
+    return config.eval.prompts if config.eval.every_steps else 0
+
+
+def held_trajectories(config: Config, *, replicas: int, samples: int = 1) -> int:
+    """The most that one of so many replicas has in flight. `samples`: of each evaluated prompt."""
+    return -(-config.capacity_groups // replicas) * config.rolled_per_group + evaluated_prompts(config) * samples
+
+
+def rolling_deadline_s(config: Config, trajectories: int, samples: int = 1) -> float:
+    """Limit of a trajectory among so many on one replica, once it has begun and as long as the engine is not paused for a version.
+
+    Those that wait for a place in the engine get the time of those before. A later turn waits behind all that came meanwhile too, which
+    may be as many as the replica can have (`samples`: of each evaluated prompt).
+    """
+    before = trajectories
+    if config.rollout.max_turns > 1:
+        before = max(before, held_trajectories(config, replicas=config.rollout.replicas, samples=samples))
+    return config.rollout.deadline_s * (1 + before // config.rollout.max_running)
+
+
+def group_deadline_s(config: Config, trajectories: int, *, shared: bool) -> float:
+    """Limit of a group among so many trajectories on one replica, from there and back: the versions that come, rolling, scoring.
 
     `shared`: the trainer uses the device in between, once for each step that rollout may be ahead.
     """
-    rollout = config.rollout
-    limit_s = rollout.deadline_s * (1 + groups * config.rolled_per_group // rollout.max_running)
-    return limit_s + (config.worst_staleness * turn_limit_s(config) if shared else 0.0)
+    before = max(trajectories, held_trajectories(config, replicas=config.rollout.replicas))  # later ones may be scored first
+    scoring_s = before * (config.reward.deadline_s + START_DEADLINE_S)  # by one worker, replaced after each
+    if config.weights.in_flight == "finish" and not shared:
+        versions_s = drain_limit_s(config) + _pull_s(config)  # it begins after the one that it finds under way
+    else:
+        versions_s = config.worst_staleness * (_pull_s(config) + (turn_limit_s(config) if shared else 0.0))
+    return versions_s + rolling_deadline_s(config, before) + _CLOSE_S + scoring_s
 
 
-def group_deadline_s(config: Config, groups: int, *, shared: bool) -> float:
-    """Limit of one group among so many on one replica, from there and back: a version that it waits for, rolling, scoring."""
-    scoring_s = groups * config.rollout.group_size * (config.reward.deadline_s + _RESTART_S)  # by one worker after the other
-    waits = config.weights.in_flight == "finish" and not shared
-    version_s = drain_limit_s(config) + config.weights.deadline_s if waits else 0.0
-    return version_s + rolling_deadline_s(config, groups, shared=shared) + _CLOSE_S + scoring_s
+def step_wait_s(config: Config, *, shared: bool) -> float:
+    """Limit of the wait for the next group, which may be rolled twice, with all others and an evaluation on its replica."""
+    most = held_trajectories(config, replicas=1)
+    return 2 * group_deadline_s(config, most, shared=shared) + config.weights.deadline_s + 10.0
 
 
 def drain_limit_s(config: Config) -> float:
-    """Limit of finishing what is in flight before a version; 0 if it need not finish."""
-    return rolling_deadline_s(config, config.capacity_groups, shared=False) + _CLOSE_S if config.weights.in_flight == "finish" else 0.0
+    """Limit of finishing what is in flight before a version; 0 if it need not finish. One replica has all, if the others have left."""
+    if config.weights.in_flight != "finish":
+        return 0.0
+    return rolling_deadline_s(config, held_trajectories(config, replicas=1)) + _CLOSE_S
 
 
 def pull_limit_s(config: Config) -> float:
-    """Limit of bringing a version to all replicas: each of two attempts may have to form the weight group first."""
-    return 2 * (2 * config.weights.deadline_s + 20) + drain_limit_s(config)
+    """Limit of bringing a version to all replicas."""
+    return _pull_s(config) + drain_limit_s(config)
+
+
+def _pull_s(config: Config) -> float:
+    """Each of two attempts may have to form the weight group first."""
+    return 2 * (2 * config.weights.deadline_s + 20)

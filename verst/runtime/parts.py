@@ -38,8 +38,8 @@ class Parts:
 
     @property
     def group_deadline_s(self) -> float:
-        """Limit of the wait for the next group, which may be rolled twice. The replica's own limit expires first and names it."""
-        return 2 * self.replicas.deadline_s(self.config.capacity_groups) + self.config.weights.deadline_s + 10.0
+        """Limit of the wait for the next group. The replica's own limit expires first and names it."""
+        return self.replicas.step_wait_s
 
     async def evaluate(self) -> dict[str, float]:
         """Mean reward over the held-out prompts that could be scored, one trajectory each, and the share that failed."""

@@ -19,11 +19,11 @@ from verst.observe.metrics import Tally, merged
 from verst.observe.timeline import Timeline
 from verst.runtime.actors import Worker
 from verst.runtime.batching import given_up, routes_for
-from verst.runtime.limits import drain_limit_s, group_deadline_s
+from verst.runtime.limits import drain_limit_s, evaluated_prompts, group_deadline_s, step_wait_s
 from verst.runtime.replica import Replica, Stage
 from verst.runtime.rollout_worker import Pulled, Seat
 from verst.runtime.trainer_worker import Published, Scores, TrainerFacts
-from verst.runtime.wait import GRACE_S, gather_named, within
+from verst.runtime.wait import GRACE_S, explained_by, gather_named, within
 from verst.types import Batch, Group, Manifest, Prompt, RoutedExperts, RoutesWanted
 
 if TYPE_CHECKING:
@@ -159,7 +159,6 @@ class Replicas:
         self._config = config
         self._shared = shared
         self._scores = True
-        self._finished = 0  # groups that came back
         self._rolling: dict[int, tuple[Replica, float]] = {}  # of each group in flight: the replica that it is on, and since when
         self._routed_experts: RoutedExperts | None = None
         self._needed: RoutedExperts | None = None
@@ -205,19 +204,31 @@ class Replicas:
             )
 
     def deadline_s(self, groups: int) -> float:
-        """Limit of one group among so many on one replica: each brings its own time along for engine places and reward workers."""
-        return group_deadline_s(self._config, groups, shared=self._shared)
+        """Limit of one group on a replica with so many training groups and, if the run evaluates, all evaluated prompts."""
+        trajectories = groups * self._config.rolled_per_group + evaluated_prompts(self._config)
+        return group_deadline_s(self._config, trajectories, shared=self._shared)
+
+    def _trajectories(self, replica: Replica) -> int:
+        """In flight on it, cut ones included."""
+        return (replica.in_flight - replica.evaluating) * self._config.rolled_per_group + replica.evaluating
+
+    @property
+    def step_wait_s(self) -> float:
+        """Limit of a step's wait for the next group."""
+        return step_wait_s(self._config, shared=self._shared)
 
     async def roll(self, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:
         """One group, rolled and scored by the least busy replica: encoded, for the journal, and decoded.
 
         One that does not come back in time has failed, and is taken back from its replica. That is the last resort: rolling and scoring
-        have limits of their own. Raises `DeadlineExceeded` if no other group came back meanwhile either. One that its replica does not
+        have limits of their own. Raises `DeadlineExceeded` if no other group came back from there meanwhile. One that its replica does not
         finish after it was told to leave is rolled again by another, with the same number and seeds.
         """
+        evaluated = int(how == "evaluation")
         while True:
-            replica = min(self.active, key=lambda r: r.in_flight)
+            replica = min(self.active, key=self._trajectories)
             replica.in_flight += 1
+            replica.evaluating += evaluated
             self._rolling[seq] = replica, time.monotonic()
             demonstrated = how == "demonstrations"  # which keeps no replica busy
             try:
@@ -232,24 +243,25 @@ class Replicas:
                 del self._rolling[seq]  # not after an error, which ends the run: then it tells where the group was
                 return encoded, group
             finally:
+                replica.evaluating -= evaluated
                 replica.ended_one()
 
     async def _rolled(self, replica: Replica, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:
         """What one replica makes of a group, or a failed one."""
-        finished, limit_s = self._finished, self.deadline_s(replica.in_flight)
+        finished, limit_s = replica.finished, self.deadline_s(replica.in_flight - replica.evaluating)
         rolling = asyncio.ensure_future(replica.worker.post("roll", seq, prompt, how))
         try:
             await asyncio.wait({rolling}, timeout=limit_s)
             awaited = "" if rolling.done() else (await self._standing(replica))[seq][0]  # asked before it is taken back
             if rolling.done():
                 encoded = await rolling
-                self._finished += 1
+                replica.finished += 1
                 return encoded, decode_group(encoded)
         finally:
             rolling.cancel()
         reason = f"waited {limit_s:g} s for {awaited}"
-        if self._finished == finished or replica.stage is Stage.LEAVING:
-            raise DeadlineExceeded(f"{reason}: group {seq} ({prompt.id}), and no other came back meanwhile")
+        if replica.finished == finished or replica.stage is Stage.LEAVING:
+            raise DeadlineExceeded(f"{reason}: group {seq} ({prompt.id}), and no other came back from {replica.name} meanwhile")
         group = given_up(seq, prompt, self._config.rollout.group_size if how == "policy" else 1, reason)
         return encode_group(group), group
 
@@ -260,15 +272,14 @@ class Replicas:
 
     async def _standing(self, replica: Replica) -> dict[int, tuple[str, float]]:
         """Of the groups on one replica."""
-        name = here = replica.name
-        try:
-            known = await within(replica.worker.call("standing"), _ASK_S, f"{name} to say what it waits for", idle=True)
-        except VerstError:
-            known, here = {}, f"{name}, which does not answer"
+        name = replica.name
+        asking = within(replica.worker.call("standing"), _ASK_S, f"{name} to say what it waits for", idle=True)
+        known = await explained_by(asking, lambda error: None)
+        here = name if known is not None else f"{name}, which does not answer"
         found: dict[int, tuple[str, float]] = {}
         for seq, (on, begun) in self._rolling.items():
             if on is replica:
-                awaited, seconds = known.get(seq, (here, time.monotonic() - begun))
+                awaited, seconds = (known or {}).get(seq, (here, time.monotonic() - begun))
                 found[seq] = awaited if name in awaited else f"{awaited} on {name}", seconds
         return found
 

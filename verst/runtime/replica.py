@@ -27,6 +27,11 @@ class Replica:
     worker: Worker
     stage: Stage = Stage.SERVING
     in_flight: int = 0
+    """Groups, evaluated prompts included."""
+    evaluating: int = 0
+    """Evaluated prompts, each of one trajectory."""
+    finished: int = 0
+    """Groups that came back from it."""
     weight_ranks: int = 1
     """Members of a weight group that its engine becomes."""
     first_version: int = 0

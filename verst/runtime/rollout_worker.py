@@ -14,6 +14,7 @@ from verst.config.hub import with_local_model
 from verst.config.schema import Config
 from verst.errors import ModelError
 from verst.observe.waits import Waits
+from verst.rollout.clock import Clock
 from verst.runtime.imports import large_imports
 from verst.runtime.limits import drain_limit_s, rolling_deadline_s
 from verst.runtime.trainer_worker import GROUP
@@ -75,7 +76,9 @@ class RolloutWorker:
         self._samples = samples
         self.engine: Any = None
         self._scorer: Scorer | None = None
-        self._rolling = 0
+        self._rolling = self._trajectories = 0  # groups, and what is rolled of them
+        self._tasks: set[asyncio.Task[Group]] = set()
+        self._clock = Clock()
         self._traffic = asyncio.Condition()
         self._draining = False
         self._waits = Waits()  # of groups by their numbers, of trajectories by their ids
@@ -143,6 +146,7 @@ class RolloutWorker:
             environment_deadline_s=rollout.deadline_s,
             engine_name=f"the engine of replica {self._replica}",
             waits=self._waits,
+            clock=self._clock,
         )
 
     async def roll(self, seq: int, prompt: Prompt, how: str) -> bytes:
@@ -168,13 +172,26 @@ class RolloutWorker:
             await self._traffic.wait_for(lambda: not self._draining)
             self._rolling += 1
         self._waits.end(seq)  # its trajectories say now what they wait for
-        limit_s = rolling_deadline_s(self._config, self._rolling, shared=self._shared)
+        trajectories = self._samples if how == "evaluation" else self._config.rolled_per_group
+        self._trajectories += trajectories
+        limit_s = rolling_deadline_s(self._config, self._trajectories, self._samples)
+        rolling = asyncio.ensure_future(self._rollers[how == "evaluation"].roll(seq, prompt, limit_s))
+        self._tasks.add(rolling)
+        rolling.add_done_callback(self._ended)
         try:
-            return await self._rollers[how == "evaluation"].roll(seq, prompt, limit_s)
+            await asyncio.wait({rolling})  # which a cancelled caller leaves at once, also where an environment swallows its cancellation
+            return rolling.result()
         finally:
+            rolling.cancel()
+            self._rolling -= 1
+            self._trajectories -= trajectories
             async with self._traffic:
-                self._rolling -= 1
                 self._traffic.notify_all()
+
+    def _ended(self, rolling: asyncio.Task[Group]) -> None:
+        self._tasks.discard(rolling)
+        if not rolling.cancelled():
+            rolling.exception()  # of one that was given up nobody asks
 
     async def standing(self) -> dict[int, tuple[str, float]]:
         """What each group here waits for, and for how many seconds: of its trajectories the one that has waited longest speaks for it."""
@@ -203,12 +220,14 @@ class RolloutWorker:
         """
         from verst.weights.push import push
 
+        self._clock.stop()  # until a version serves: after an error the engine stays paused
         weights, update = self._config.weights, self._update(manifest)
         mode = PauseMode.RETRACT if weights.in_flight == "recompute" else PauseMode.IN_PLACE
         if seat is not None:
             await within(self.engine.pause(mode), weights.deadline_s, "the engine to pause for a new weight group")
             await self.engine.join_weight_group(seat.address, seat.first_rank, weights.deadline_s)
         logprobs_T = await push(self.engine, update, deadline_s=weights.deadline_s, probe_T=probe_T, in_flight=mode)
+        self._clock.go()
         assert logprobs_T is not None
         return Pulled(logprobs_T, dict(self.engine.stats()))
 
@@ -223,6 +242,7 @@ class RolloutWorker:
 
     async def release_memory(self) -> None:
         """Gives all of the engine's device memory to the trainer. What is in flight waits, and goes on after the next `pull`."""
+        self._clock.stop()
         await self.engine.pause()
         await self.engine.release_memory()
 

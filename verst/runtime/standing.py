@@ -15,7 +15,7 @@ from verst.errors import DeadlineExceeded
 from verst.observe.waits import Wait, Waits
 from verst.runtime.pools import Replicas
 from verst.runtime.slots import GroupSlots
-from verst.runtime.wait import kept_waits
+from verst.runtime.wait import explained_by, kept_waits
 
 _KINDS = 12
 """Lines of one part: a run may hold thousands of groups, of which most wait for the same few things."""
@@ -68,7 +68,7 @@ class Standing:
             await part()
         except DeadlineExceeded as error:
             if self._told is None:
-                self._told = asyncio.create_task(self.lines())
+                self._told = asyncio.create_task(explained_by(self.lines(), _untold))
             lines = await asyncio.shield(self._told)
             if lines[0] not in str(error):  # several may wait for the part that it ends
                 error.args = ("\n".join([str(error), *lines]),)
@@ -88,6 +88,10 @@ class Standing:
         on_replicas = await self._replicas.standing()
         own = {wait.key: (wait.awaited, wait.seconds) for wait in self._groups.now()}
         return {seq: on_replicas.get(seq) or own.get(seq, ("a replica", 0.0)) for seq in self._slots.seqs}
+
+
+def _untold(error: Exception) -> list[str]:
+    return [f"who waits for whom could not be told: {type(error).__name__}: {error}"]
 
 
 def standing_lines(waits: Sequence[Wait], held: Held, capacity: int) -> list[str]:

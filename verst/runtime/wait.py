@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -45,6 +45,14 @@ async def within(awaitable: Awaitable[T], deadline_s: float, who: str, *, idle: 
     finally:
         if waits is not None:
             waits.end(key)
+
+
+async def explained_by(asking: Awaitable[T], otherwise: Callable[[Exception], T]) -> T:
+    """What is asked only to explain an error, or what `otherwise` makes of it that this failed: nothing may take the error's place."""
+    try:
+        return await asking
+    except Exception as error:  # noqa: BLE001 - of any kind: a deadline, a death, a defect in another process
+        return otherwise(error)
 
 
 async def gather_named(calls: Mapping[str, Awaitable[T]], *, grace_s: float = GRACE_S) -> list[T]:

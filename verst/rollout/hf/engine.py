@@ -142,7 +142,8 @@ class HFEngine:
         decoder = self._decoder
         names = ("generated_tokens", "prefill_tokens", "decode_steps", "decode_s", "prefill_s", "running", "recordings")
         values = {name: float(getattr(decoder, name, 0)) for name in names}
-        return values | {"waiting": float(len(decoder.waiting) if decoder is not None else 0)}
+        processed = values["generated_tokens"] + values["prefill_tokens"]
+        return values | {"processed_tokens": processed, "waiting": float(len(decoder.waiting) if decoder is not None else 0)}
 
     async def close(self) -> None:
         """Ends the thread and fails what is pending. Raises `DeadlineExceeded` if a forward pass does not end in a minute."""

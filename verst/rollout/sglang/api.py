@@ -34,6 +34,7 @@ _METRICS = {
     "sglang:generation_tokens_total": "server_generated_tokens",
     "sglang:prompt_tokens_total": "server_prompt_tokens",
     "sglang:cached_tokens_total": "server_cached_tokens",
+    "sglang:realtime_tokens_total": "processed_tokens",  # the only one that moves before a request has finished
 }
 
 

@@ -259,8 +259,8 @@ class SGLangEngine:
         """Counted here: `generated_tokens`, `prompt_tokens`, `prefill_tokens` (not found in the prefix cache), of answers that arrived.
 
         The server's own, once a second: `server_generated_tokens`, `server_prompt_tokens`, `server_cached_tokens`, `server_running`,
-        `server_queued`, `cache_hit_rate`, `server_tokens_per_s`. Of the last version: `weights_receive_s`, `weights_load_s`. SGLang does
-        not tell decoding from prefilling: those times are 0.
+        `server_queued`, `cache_hit_rate`, `server_tokens_per_s`, and `processed_tokens`, the only counter that moves before requests
+        end. Of the last version: `weights_receive_s`, `weights_load_s`. SGLang does not tell decoding from prefilling: those times are 0.
         """
         server = self._connection.metrics
         queued = min(server.get("server_queued", 0.0), len(self._calls.sent))

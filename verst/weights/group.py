@@ -30,7 +30,7 @@ from verst.weights.layout import Form, Layout, lay_out_buckets
 SENDER = 0
 
 MEETING_S = 60.0
-"""How long members wait for one another once the sender is there: all of them run and were called together. A dead one holds up the rest."""
+"""How long members wait for one another once the sender is there: all of them run, and were called together."""
 
 _POLL_S = 0.00005
 _GRACE_S = 1.0

@@ -112,9 +112,7 @@ async def test_the_group_is_formed_anew_and_the_weights_are_those_of_a_run_that_
     assert (run.run.logs / "rewards.log").exists()
 
 
-async def test_a_group_that_a_new_replica_did_not_come_to_is_formed_again(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_group_that_a_new_replica_did_not_come_to_is_formed_again(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(scaler, "_POLL_S", 0.05)
     monkeypatch.setattr("verst.weights.group.MEETING_S", 1.0)
 

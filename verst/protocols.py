@@ -109,7 +109,7 @@ class Engine(Protocol):
 
         Only while paused, once it generates. A group that it was in before is left.
 
-        Raises `DeadlineExceeded` or `EngineFailure` if not all members came within `timeout_s`.
+        Raises `DeadlineExceeded` or `EngineFailure` if the sender did not come within `timeout_s`, or the others soon after it.
         """
         ...
 

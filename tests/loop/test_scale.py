@@ -19,8 +19,8 @@ from verst.config.load import load_config
 from verst.config.schema import Config
 from verst.errors import ConfigError, DeadlineExceeded, EngineFailure, ModelError
 from verst.journal.codec import encode_group
-from verst.runtime import scaler
-from verst.runtime.actors import LocalWorker
+from verst.runtime import replica, scaler
+from verst.runtime.actors import LocalWorker, WorkerDied
 from verst.runtime.loop import Loop
 from verst.runtime.parts import Parts
 from verst.runtime.placement import Placement
@@ -49,6 +49,7 @@ class World:
     """What all replicas do, each told its number, and what they did, in order."""
 
     start: Callable[[int], Awaitable[None]] = nothing
+    answer: Callable[[int], Awaitable[None]] = nothing  # once it has started
     roll: Callable[[int], Awaitable[None]] = nothing
     pull: Callable[[int, int], Awaitable[None]] = lambda number, version: nothing(number)
     probe: Callable[[int], float] = lambda number: 0.0
@@ -74,7 +75,11 @@ class Recorder:
         await self._world.start(self._number)
 
     async def weight_ranks(self) -> int:
+        await self._world.answer(self._number)
         return 1
+
+    async def standing(self) -> dict[int, tuple[str, float]]:
+        return {}
 
     async def roll(self, seq: int, prompt: Prompt, how: str) -> bytes:
         version = self._version
@@ -148,15 +153,21 @@ class Scaled:
         self.run = RunDirectory.create(load_config(values), None, {})
         self.loop = Loop(self.config, cast(Parts, self.parts), Restored(0, Cursor(0, self.parts.stream.state())))
         self.refused: str | None = None
+        self.no_process: Exception | None = None
 
     def _check(self, number: int) -> None:
         if self.refused:
             raise ConfigError(self.refused)
 
+    def _spawn(self, number: int) -> Killable:
+        if self.no_process is not None:
+            raise self.no_process
+        return Killable(number, self.world)
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The loop and the scaler go on within, and end in order after it, as they do in a run."""
-        means = Means(lambda n: Killable(n, self.world), self._check, self.parts.note, lambda: self.loop.version)
+        means = Means(self._spawn, self._check, self.parts.note, lambda: self.loop.version)
         _, read = RunDirectory.open(self.run.root)
 
         async def run() -> None:
@@ -205,7 +216,7 @@ class Scaled:
         rolled = Counter(seq for _, seq, _ in self.world.rolled)
         assert sorted(rolled) == list(range(len(rolled)))
         assert {seq for seq, times in rolled.items() if times > 1} == twice
-        assert sorted(self.parts.journal.index.groups)[:done] == list(range(done))
+        assert set(trained) <= set(self.parts.journal.index.groups)
 
     def ended(self) -> list[int]:
         """The replicas whose processes were ended, in order. Each was closed before."""
@@ -299,6 +310,16 @@ async def test_three_and_one_again_while_rollout_runs_ahead(tmp_path: Path):
 ROOMY = {"capacity_groups": 12, "window_groups": 10}
 
 
+async def told_to_leave(run: Scaled) -> int:
+    """Which of two replicas it was, once it is told: the least busy one, which is a matter of chance."""
+
+    def told() -> list[int]:
+        return [n for n in (0, 1) if any(f"replica {n} is given no more groups" in note for note in run.parts.notes)]
+
+    await until(lambda: bool(told()))
+    return told()[0]
+
+
 async def test_what_a_removed_replica_has_in_flight_is_finished_by_it(tmp_path: Path):
     """Groups are held as it is told to leave; then those of the other go on, and a version comes which does not reach it."""
     gates = Gates()
@@ -310,44 +331,149 @@ async def test_what_a_removed_replica_has_in_flight_is_finished_by_it(tmp_path: 
         gates.shut(1)
         await until(lambda: min(gates.held) > 3)
         request = run.ask(1)
-        await until(lambda: any("replica 1 is given no more groups" in note for note in run.parts.notes))
+        leaver = await told_to_leave(run)
         events = len(world.events)
-        gates.open(0)
+        gates.open(1 - leaver)
         await run.reported(1)
-        had = gates.held[1]
-        assert "close 1" not in world.events
-        gates.open(1)
+        had = gates.held[leaver]
+        assert f"close {leaver}" not in world.events
+        gates.open(leaver)
         answer = await run.answered(request)
         await run.reported(2)
     run.require_sound()
     assert had > 0
-    assert f"replica 1 is given no more groups; it has {had} in flight" in answer.lines
-    assert f"replica 1 drained {had} group(s) and ended" in answer.lines
-    assert gates.held[1] == had, "it was given a group after it was told to leave"
-    assert {event.split()[2] for event in world.events[events:] if event.startswith("pull")} == {"0"}
+    assert f"replica {leaver} is given no more groups; it has {had} in flight" in answer.lines
+    assert f"replica {leaver} drained {had} group(s) and ended" in answer.lines
+    assert gates.held[leaver] == had, "it was given a group after it was told to leave"
+    assert {event.split()[2] for event in world.events[events:] if event.startswith("pull")} == {str(1 - leaver)}
+
+
+async def rolled_again(run: Scaled) -> list[int]:
+    """The groups that were, once all of them are trained."""
+    times = Counter(seq for _, seq, _ in run.world.rolled)
+    again = sorted(seq for seq in times if times[seq] > 1)
+    await until(lambda: set(again) <= set(run.parts.trainers.trained))
+    return again
 
 
 async def test_groups_that_it_does_not_finish_are_rolled_again_elsewhere(tmp_path: Path):
     """They hang until their limit, which the replica tells as it does of its engine."""
     gates = Gates()
-    world = World(roll=gates.roll)
-    run = Scaled(tmp_path, world, replicas=2, rollout=ROOMY)
+    run = Scaled(tmp_path, World(roll=gates.roll), replicas=2, rollout=ROOMY)
     async with run.running():
         await run.reported(1)
+        gates.shut(0)
         gates.shut(1)
-        await until(lambda: gates.held[1] > 0)
+        await until(lambda: min(gates.held) > 0)
         request = run.ask(1)
-        await until(lambda: any("replica 1 is given no more groups" in note for note in run.parts.notes))
-        gates.expire(1)
+        leaver = await told_to_leave(run)
+        gates.open(1 - leaver)
+        gates.expire(leaver)
         answer = await run.answered(request)
         await run.reported(2)
-    rolled = Counter(seq for _, seq, _ in world.rolled)
-    again = {seq for seq, times in rolled.items() if times > 1}
-    run.require_sound(twice=again)
-    assert len(again) == gates.held[1]
+        again = await rolled_again(run)
+    run.require_sound(twice=set(again))
+    assert again
     (line,) = [line for line in answer.lines if "rolled again elsewhere" in line]
-    assert f"it did not finish group(s) {', '.join(map(str, sorted(again)))}: they" in line
+    assert f"it did not finish group(s) {', '.join(map(str, again))}: they" in line
     assert answer.state is State.DONE
+
+
+async def test_a_group_has_the_limit_that_it_got_with_many_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It hangs, while the others finish that its replica had; then that is told to leave."""
+    monkeypatch.setattr(scaler, "_MARGIN_S", 0.2)
+    held, others, last, shut = [0, 0], asyncio.Event(), [asyncio.Event(), asyncio.Event()], False
+
+    async def roll(number: int) -> None:
+        if not shut:
+            return await takes_a_while(number)
+        held[number] += 1
+        await (last[number] if held[number] == 4 else others).wait()
+
+    run = Scaled(tmp_path, World(roll=roll), replicas=2, rollout=ROOMY)
+    monkeypatch.setattr(run.replicas, "deadline_s", lambda groups: 0.5 * groups)
+    async with run.running():
+        await run.reported(1)
+        shut = True
+        await until(lambda: min(held) >= 4)
+        shut = False
+        others.set()
+        await until(lambda: min(replica.in_flight for replica in run.replicas.active) == 1)
+        request = run.ask(1)
+        leaver = await told_to_leave(run)
+        last[1 - leaver].set()
+        answer = await run.answered(request)
+        await run.reported(2)
+        (seq,) = await rolled_again(run)
+    run.require_sound(twice={seq})
+    assert any(f"and ended; it did not finish group(s) {seq}: they are rolled again elsewhere" in line for line in answer.lines)
+    assert (answer.state, run.ended()) == (State.DONE, [leaver, 1 - leaver])
+
+
+class Held:
+    """Groups that two replicas hold from a moment on: until their replica goes on, or its process ends."""
+
+    def __init__(self) -> None:
+        self.world = World(roll=self._roll)
+        self.shut = False
+        self.goes_on: set[int] = set()
+        self.count = [0, 0]
+
+    async def _roll(self, number: int) -> None:
+        if not self.shut or number in self.goes_on:
+            return await takes_a_while(number)
+        self.count[number] += 1
+        await until(lambda: number in self.goes_on or f"kill {number}" in self.world.events)
+        if number not in self.goes_on:
+            raise WorkerDied(f"replica {number} died (roll)")
+
+    async def ended_without_its_groups(self, run: Scaled, request: ScaleRequest, because: str) -> None:
+        """The replica that is told to leave, and the other goes on."""
+        leaver = await told_to_leave(run)
+        self.goes_on.add(1 - leaver)
+        answer = await run.answered(request)
+        await run.reported(2)
+        again = await rolled_again(run)
+        run.require_sound(twice=set(again))
+        assert len(again) == self.count[leaver] > 0
+        assert (
+            f"replica {leaver} ended with {len(again)} group(s) in flight: {because.format(leaver)}; "
+            f"it did not finish group(s) {', '.join(map(str, again))}: they are rolled again elsewhere"
+        ) in answer.lines
+        assert (answer.state, run.ended()) == (State.DONE, [leaver])
+
+
+async def test_one_that_does_not_finish_in_time_ends_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The limits of its groups are longer than what is waited for them."""
+    monkeypatch.setattr(scaler, "_MARGIN_S", 0.2)
+    held = Held()
+    run = Scaled(tmp_path, held.world, replicas=2, rollout=ROOMY)
+    async with run.running():
+        await run.reported(1)
+        held.shut = True
+        await until(lambda: min(held.count) > 0)
+        monkeypatch.setattr(run.replicas, "deadline_s", lambda groups: 60 if len(run.replicas.active) > 1 else 0.8)
+        await held.ended_without_its_groups(run, run.ask(1), "waited 1 s for the groups that replica {} has in flight")
+
+
+async def test_one_that_cannot_take_a_version_while_it_leaves_ends_without_its_groups(tmp_path: Path):
+    """It is told to leave in the middle of a pull that fails: its engine is paused, and no other version will come to it."""
+    held, pulling = Held(), [False, False]
+
+    async def pull(number: int, version: int) -> None:
+        if held.shut:
+            pulling[number] = True
+            await until(lambda: bool(held.goes_on))
+            if number not in held.goes_on:
+                raise EngineFailure("the server is gone")
+
+    held.world.pull = pull
+    run = Scaled(tmp_path, held.world, replicas=2, rollout=ROOMY)
+    async with run.running():
+        await run.reported(1)
+        held.shut = True
+        await until(lambda: all(pulling) and min(held.count) > 0)
+        await held.ended_without_its_groups(run, run.ask(1), "the server is gone")
 
 
 async def test_who_comes_or_goes_in_the_middle_of_a_publish_waits_for_its_end(tmp_path: Path):
@@ -457,6 +583,66 @@ async def test_a_group_that_a_new_replica_broke_is_formed_again_without_it(tmp_p
     assert tried == again < last
 
 
+async def test_one_that_died_before_it_could_join_holds_up_no_publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert replica.ANSWER_S == 5
+    monkeypatch.setattr(replica, "ANSWER_S", 0.2)
+    asked: Counter[int] = Counter()
+
+    async def answer(number: int) -> None:
+        asked[number] += 1
+        if (number, asked[number]) == (1, 2):  # the first belongs to its start
+            await asyncio.sleep(3600)
+        if (number, asked[number]) == (2, 2):
+            raise WorkerDied("replica 2 died (weight_ranks)")
+
+    run = Scaled(tmp_path, World(answer=answer), by_group=True)
+    async with run.running():
+        await run.reported(1)
+        refused = await run.scaled(3)
+        grown = await run.scaled(2)
+    run.require_sound()
+    assert "replica 1 could not join: waited 0.2 s for replica 1 to answer before it joins" in refused.lines
+    assert "replica 2 could not join: replica 2 died (weight_ranks)" in refused.lines
+    assert (refused.state, grown.state) == (State.FAILED, State.DONE)
+    assert not [event for event in run.world.events if event.startswith("pull") and event.split()[2] in "12"]
+    formed = [address for _, address in cast(Broadcasters, run.parts.trainers).sent if address]
+    assert formed == ["run/1 of 2", "run/2 of 3"]
+
+
+async def test_what_nobody_expected_fails_the_wish_and_not_the_run(tmp_path: Path):
+    run = Scaled(tmp_path, World())
+    run.no_process = RuntimeError("the cluster has lost a node\nand more")
+    async with run.running():
+        await run.reported(1)
+        failed = await run.scaled(3)
+        await run.reported(2)
+        run.no_process = None
+        grown = await run.scaled(2)
+    run.require_sound()
+    assert failed.lines == ("1 replica(s) serve, 3 are wanted", "failed: RuntimeError: the cluster has lost a node")
+    assert f"scale: {failed.lines[-1]}" in run.parts.notes
+    assert (failed.state, grown.state) == (State.FAILED, State.DONE)
+
+
+@pytest.mark.parametrize("crashes", [False, True])
+async def test_a_scaler_that_is_gone_neither_fails_a_run_nor_hides_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crashes: bool
+):
+    async def gone(self: Scaler) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Scaler, "_follow", gone)
+
+    async def pull(number: int, version: int) -> None:
+        if crashes and version == 3:
+            raise EngineFailure("the server is gone")
+
+    run = Scaled(tmp_path, World(pull=pull))
+    with pytest.raises(EngineFailure, match="the server is gone") if crashes else contextlib.nullcontext():
+        async with run.running():
+            await (run.world.seen("kill 0") if crashes else run.reported(2))
+
+
 async def test_a_replica_that_serves_still_ends_the_run_if_it_fails(tmp_path: Path):
     async def pull(number: int, version: int) -> None:
         if (number, version) == (1, 3):
@@ -508,12 +694,12 @@ async def test_nothing_is_left_running_when_a_run_ends_in_the_middle(tmp_path: P
             gates.shut(1)
             await until(lambda: min(gates.held) > 3)
             run.ask(1)
-            await until(lambda: any("replica 1 is given no more groups" in note for note in run.parts.notes))
+            leaver = await told_to_leave(run)
             request = run.ask(2)
             await run.world.seen("start 2")
             if crashes:
                 broken.set()
-                gates.open(0)
+                gates.open(1 - leaver)
                 await run.world.seen("kill 2")
     assert sorted(run.ended()) == [0, 1, 2]
     answer = ScaleAnswer.read(run.run)

@@ -12,7 +12,7 @@ from tests.loop.local import LocalRun, local_run
 from tests.loop.test_run import ROWS, digests, vowels
 from verst.journal.log import JournalReader
 from verst.runtime import scaler
-from verst.runtime.actors import Host
+from verst.runtime.actors import Host, WorkerDied
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.scale_request import ScaleAnswer, ScaleRequest, State
 from verst.runtime.service import RunService
@@ -36,6 +36,15 @@ class HostWorker:
     def kill(self) -> None:
         self.killed = True
         self._host._thread.shutdown(wait=False)
+
+
+class DeadWhenItJoins(HostWorker):
+    """It starts, and answers to the last moment."""
+
+    async def call(self, method: str, /, *args: Any) -> Any:
+        if method == "pull":
+            raise WorkerDied(f"{self.name} died (pull)")
+        return await super().call(method, *args)
 
 
 async def scaled(run: RunDirectory, replicas: int) -> ScaleAnswer:
@@ -101,3 +110,29 @@ async def test_the_group_is_formed_anew_and_the_weights_are_those_of_a_run_that_
     assert max(run.metric("mismatch/abs_max")) < 1e-5
     assert [workers[f"replica {number}"].killed for number in range(3)] == [True] * 3
     assert (run.run.logs / "rewards.log").exists()
+
+
+async def test_a_group_that_a_new_replica_did_not_come_to_is_formed_again(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scaler, "_POLL_S", 0.05)
+    monkeypatch.setattr("verst.weights.group.MEETING_S", 1.0)
+
+    def spawn(name: str, factory: Any, *args: Any, gpus: float = 0, env: Any = None) -> HostWorker:
+        kind = DeadWhenItJoins if name == "replica 1" else HostWorker
+        return kind(name, Host(factory, *args))
+
+    run = prepared(tmp_path, model, "run", steps=10_000)
+    service = RunService(str(run.run.root), spawn)
+    running = asyncio.create_task(service.run())
+    try:
+        await two_steps(run, running)
+        failed = await scaled(run.run, 2)
+        await two_steps(run, running)
+        grown = await scaled(run.run, 2)
+        await two_steps(run, running)
+    finally:
+        await service.stop()
+        await asyncio.wait_for(running, LIMIT_S)
+    assert (failed.state, grown.state) == (State.FAILED, State.DONE)
+    assert "replica 1 could not join: replica 1 died (pull)" in failed.lines
+    assert max(run.metric("mismatch/probe")) < 1e-5
+    assert max(run.metric("replicas")) == 2.0

@@ -41,6 +41,7 @@ BROAD_EXCEPT = {
     "extend.py",
     "observe/tracking.py",
     "runtime/mailbox.py",
+    "runtime/scaler.py",
     "rewards/worker.py",
     "rollout/boundary.py",
     "rollout/hf/worker.py",

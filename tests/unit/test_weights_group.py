@@ -3,7 +3,7 @@
 import socket
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -177,6 +177,38 @@ def test_members_that_do_not_come_are_waited_for_only_so_long():
     with pytest.raises(DeadlineExceeded, match=r"weight group alone/0, rank 0: not all of 2 members met at 127\.0\.0\.1:\d+ within 1 s"):
         WeightGroup(store, address, 0, device="cpu", timeout_s=1)
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [False, True], ids=["broadcast", "shared"])
+def test_a_dead_member_holds_up_the_others_no_longer_than_a_meeting(shared: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("verst.weights.group.MEETING_S", 0.3)
+    store = open_store("127.0.0.1", timeout_s=DEADLINE_S, listen=True)
+    address = GroupAddress("127.0.0.1", store.port, "dead/0", 3, shared)
+    start = time.monotonic()
+    with ThreadPoolExecutor(1) as thread:
+        receiver = thread.submit(join, address, 1, device="cpu", timeout_s=DEADLINE_S)
+        with pytest.raises(DeadlineExceeded, match=r"dead/0, rank 0: not all of 3 members met at 127\.0\.0\.1:\d+ within 0\.3 s"):
+            enter(store, address, 0, device="cpu", timeout_s=DEADLINE_S)
+        with pytest.raises(DeadlineExceeded, match=r"dead/0, rank 1: not all of 3 members met"):
+            receiver.result(DEADLINE_S)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [False, True], ids=["broadcast", "shared"])
+def test_the_sender_may_come_later_than_that(shared: bool, monkeypatch: pytest.MonkeyPatch):
+    """It may be in the middle of a step, the receivers are not."""
+    monkeypatch.setattr("verst.weights.group.MEETING_S", 2.0)
+    store = open_store("127.0.0.1", timeout_s=DEADLINE_S, listen=True)
+    address = GroupAddress("127.0.0.1", store.port, "late/0", 2, shared)
+    with ThreadPoolExecutor(1) as thread:
+        receiver = thread.submit(join, address, 1, device="cpu", timeout_s=DEADLINE_S)
+        time.sleep(2.5)
+        members = enter(store, address, 0, device="cpu", timeout_s=DEADLINE_S), receiver.result(DEADLINE_S)
+    assert [member.rank for member in members] == [0, 1]
+    for member in members:
+        member.close()
 
 
 def test_a_place_where_nobody_listens_is_told():

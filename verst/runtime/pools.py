@@ -298,7 +298,7 @@ class Replicas:
     async def _pull(self, replica: Replica, manifest: Manifest, probe_T: NDArray[np.int32], seat: Seat | None) -> Pulled | None:
         limit_s = self._config.weights.deadline_s + 5
         if seat is not None:
-            limit_s += self._config.weights.deadline_s + 15  # a rank that waited in vain says so itself
+            limit_s += self._config.weights.deadline_s + 10  # a rank that waited in vain says so itself
         try:
             return (await self._all("pull", limit_s, manifest, probe_T, seat, of=[replica]))[0]
         except VerstError as error:
@@ -315,6 +315,7 @@ class Replicas:
         """
         limit_s = 0.0 if self._shared else drain_limit_s(self._config)
         async with self._publishing:
+            await asyncio.gather(*(r.ask() for r in self._replicas if r.stage is Stage.READY))
             self._members = [r for r in self._replicas if r.stage in (Stage.READY, Stage.SERVING)]
             busy = self.active  # one that is new has nothing to finish
             try:
@@ -359,12 +360,13 @@ class Replicas:
             replica.changed.set()
 
     def refuse(self, replica: Replica, error: VerstError) -> bool:
-        """Takes a replica out of the publish in progress. False for one that serves: its failures are the run's."""
+        """Takes a replica out of the publish in progress. False for one that serves: its failures are the run's.
+
+        One that leaves is ended then, without the groups that it has: its engine stays paused.
+        """
         if replica.stage is Stage.SERVING:
             return False
-        if replica.stage is Stage.READY:
-            replica.stage, replica.error = Stage.REFUSED, error
-            replica.changed.set()
+        replica.refuse(error)
         self._members = [member for member in self._members if member is not replica]
         return True
 

@@ -6,7 +6,12 @@ import asyncio
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from verst.errors import VerstError
 from verst.runtime.actors import Worker
+from verst.runtime.wait import within
+
+ANSWER_S = 5.0
+"""Within which a process answers that has nothing else to do."""
 
 
 class Stage(StrEnum):
@@ -37,26 +42,53 @@ class Replica:
     first_version: int = 0
     """The one that it began to serve with."""
     error: Exception | None = None
-    """Why it was refused."""
+    """Why it was refused, or cannot finish what it has."""
     rolled_again: list[int] = field(default_factory=list)
     """Admission numbers of groups that it did not finish after it was told to leave: others rolled them."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when it serves or was refused."""
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set while it leaves and has nothing in flight."""
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while it leaves, and has nothing in flight or cannot finish what it has."""
+    _peak: int = 0  # in flight at a time, as far as one of them has ended
 
     @property
     def name(self) -> str:
         return self.worker.name
 
+    @property
+    def most_in_flight(self) -> int:
+        """Groups that it had at a time since it last had none: of those that it has, each was given a limit for at most so many."""
+        return max(self._peak, self.in_flight)
+
     def ended_one(self) -> None:
         """A group that it had is not in flight any more."""
+        self._peak = self.most_in_flight if self.in_flight > 1 else 0
         self.in_flight -= 1
         if self.stage is Stage.LEAVING and not self.in_flight:
-            self.idle.set()
+            self.done.set()
 
     def leave(self) -> None:
         """It is given nothing from here on."""
         self.stage = Stage.LEAVING
         if not self.in_flight:
-            self.idle.set()
+            self.done.set()
+
+    async def ask(self) -> None:
+        """One that is new is refused if its process does not answer: the others would wait for it, with their engines paused."""
+        try:
+            await within(self.worker.call("weight_ranks"), ANSWER_S, f"{self.name} to answer before it joins")
+        except VerstError as error:
+            self.refuse(error)
+
+    def refuse(self, error: VerstError) -> None:
+        """It could not take a version. Not one that serves."""
+        if self.stage is Stage.LEAVING:
+            self.give_up(error)
+        elif self.stage is Stage.READY:
+            self.stage, self.error = Stage.REFUSED, error
+            self.changed.set()
+
+    def give_up(self, error: VerstError) -> None:
+        """It leaves, and cannot finish the groups that it has."""
+        self.error = error
+        self.done.set()

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from verst.config.schema import Config
-from verst.errors import ConfigError, VerstError, first_line
+from verst.errors import ConfigError, DeadlineExceeded, VerstError, first_line
 from verst.runtime.actors import Worker
 from verst.runtime.pools import Replicas
 from verst.runtime.replica import Replica, Stage
@@ -59,21 +59,29 @@ class Scaler:
         finally:
             for task in (follower, *self._coming, *self._going):
                 task.cancel()
-            await asyncio.gather(*self._coming, *self._going, return_exceptions=True)
-            with contextlib.suppress(asyncio.CancelledError):
-                await follower
+            await asyncio.gather(follower, *self._coming, *self._going, return_exceptions=True)
             if self._request is not None:
                 self._tell(f"the run has ended with {len(self._replicas.active)} replica(s) that served")
                 await self._answer(State.FAILED)
 
     async def _follow(self) -> None:
         while True:
-            request = await asyncio.to_thread(ScaleRequest.read, self._run)
-            if request is not None and request.id != self._seen:
-                await self._take(request)
-            await self._settle()
-            if self._request is not None:
-                await self._report(self._request)
+            try:
+                await self._look()
+            except Exception as error:  # noqa: BLE001 - what goes wrong here is not the run's, which has the replicas that serve
+                self._tell(f"failed: {_reason(error)}")
+                if self._request is not None:
+                    await self._answer(State.FAILED)
+                await asyncio.sleep(_POLL_S)
+
+    async def _look(self) -> None:
+        """For a new wish, and for what came of the one before."""
+        request = await asyncio.to_thread(ScaleRequest.read, self._run)
+        if request is not None and request.id != self._seen:
+            await self._take(request)
+        await self._settle()
+        if self._request is not None:
+            await self._report(self._request)
 
     async def _take(self, request: ScaleRequest) -> None:
         """Begins with a wish, which takes the place of the one before."""
@@ -114,21 +122,25 @@ class Scaler:
             raise replica.error
 
     async def _go(self, replica: Replica, had: int | None) -> str:
-        """Ends a replica once it has nothing in flight: `had` groups as it was told to leave; None: it never served.
+        """Ends a replica once it has nothing in flight, or cannot finish what it has.
 
-        Returns what to tell of it.
+        `had`: groups as it was told to leave; None: it never served. Returns what to tell of it.
         """
-        limit_s = self._replicas.deadline_s(max(1, had or 0)) + _MARGIN_S
-        await within(replica.idle.wait(), limit_s, f"{replica.name}: the groups that it has in flight")
-        again = replica.rolled_again
-        line = f"{replica.name} " + ("ended" if had is None else f"drained {had - len(again)} group(s) and ended")
-        if again:
-            line += f"; it did not finish group(s) {', '.join(map(str, sorted(again)))}: they are rolled again elsewhere"
+        limit_s = self._replicas.deadline_s(max(1, replica.most_in_flight)) + _MARGIN_S
+        try:
+            await within(replica.done.wait(), limit_s, f"the groups that {replica.name} has in flight")
+        except DeadlineExceeded as error:
+            replica.give_up(error)
+        unfinished, by_force = replica.in_flight, ""
         try:
             await self._replicas.end(replica)
-        except VerstError as error:
-            line += f" (by force: {first_line(error)})"
-        return line
+        except Exception as error:  # noqa: BLE001 - whatever its end raised, its process is gone
+            by_force = f" (by force: {_reason(error)})"
+        if replica.in_flight:
+            replica.done.clear()
+            with contextlib.suppress(DeadlineExceeded):
+                await within(replica.done.wait(), _MARGIN_S, f"the calls to {replica.name}, which has ended, to fail")
+        return _last_words(replica, had, unfinished) + by_force
 
     async def _settle(self) -> None:
         """Waits a second, or until something has come or gone, and tells of it."""
@@ -198,6 +210,18 @@ class Scaler:
             await asyncio.to_thread(answer.write, self._run)
         except OSError as error:
             self._means.note(f"warning: {self._run.scale_answer} could not be written: {error.strerror}")
+
+
+def _last_words(replica: Replica, had: int | None, unfinished: int) -> str:
+    """What to tell of a replica that has ended with so many groups `unfinished`."""
+    again = replica.rolled_again
+    if unfinished and replica.error is not None:
+        line = f"{replica.name} ended with {unfinished} group(s) in flight: {_reason(replica.error)}"
+    else:
+        line = f"{replica.name} " + ("ended" if had is None else f"drained {had - len(again)} group(s) and ended")
+    if again:
+        line += f"; it did not finish group(s) {', '.join(map(str, sorted(again)))}: they are rolled again elsewhere"
+    return line
 
 
 def _reason(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 
 from verst.config.hub import with_local_model
 from verst.config.schema import Config
+from verst.errors import VerstError
 from verst.observe.metrics import Tally
 from verst.runtime.imports import large_imports
 from verst.types import Manifest, RoutedExperts, RoutesWanted
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from verst.weights.group import GroupAddress, Member
 
 GROUP = "group"
@@ -119,7 +122,7 @@ class TrainerWorker:
         return None if manifest is None else Published(manifest, logprobs_T)
 
     def host_group(self, name: str, world: int, shared: bool) -> GroupAddress:
-        """Opens the place where weight groups meet, and names the first. Rank 0 only; `join_group` follows."""
+        """Opens the place where weight groups meet, and names the first. Rank 0 only; `send` forms them."""
         from verst.training.distributed import own_address
         from verst.weights.group import GroupAddress, open_store
 
@@ -127,8 +130,8 @@ class TrainerWorker:
         self._store = open_store(host, timeout_s=self._config.weights.deadline_s, listen=True)
         return GroupAddress(host, self._store.port, name, world, shared)
 
-    def join_group(self, address: GroupAddress) -> None:
-        """Becomes the sender of a group, and leaves the former one. Rank 0 only; a collective with the replicas."""
+    def _join(self, address: GroupAddress) -> None:
+        """Becomes the sender of a group, and leaves the former one. A collective with the replicas."""
         from verst.weights.group import SENDER, enter
 
         if self._group is not None:
@@ -140,20 +143,32 @@ class TrainerWorker:
         """Broadcasts the weights that `publish` described, before anything changes them, and scores the probe. A collective.
 
         `address`: of a group to form for it, and for the versions to come. In one call, so that no other call of the loop comes between.
+
+        Raises `DeadlineExceeded` if the version did not reach the members of the group, and `InvariantViolation` if it is not what was
+        described; all ranks have done their part of the collectives then, so that it can be sent again.
         """
+        weights = self.backend.weights()
+        failure: VerstError | None = None
+        if not self._rank:
+            try:
+                self._send(manifest, weights, address)
+            except VerstError as error:
+                failure = error
+        for _ in weights:  # by rank 0 too, after a failure: the others are in the same gathers
+            pass
+        logprobs_T = self.backend.logprobs(probe_T)
+        if failure is not None:
+            raise failure
+        return logprobs_T
+
+    def _send(self, manifest: Manifest, weights: Iterator[tuple[str, Tensor]], address: GroupAddress | None) -> None:
         from verst.weights.group import send
         from verst.weights.layout import BUCKET_BYTES
 
-        weights = self.backend.weights()
-        if self._rank:
-            for _ in weights:
-                pass
-        else:
-            if address is not None:
-                self.join_group(address)
-            assert self._group is not None, "a version cannot come by a group that was never formed"
-            send(self._group, manifest, weights, bucket_bytes=BUCKET_BYTES, deadline_s=self._config.weights.deadline_s)
-        return self.backend.logprobs(probe_T)
+        if address is not None:
+            self._join(address)
+        assert self._group is not None, "a version cannot come by a group that was never formed"
+        send(self._group, manifest, weights, bucket_bytes=BUCKET_BYTES, deadline_s=self._config.weights.deadline_s)
 
     def release_memory(self, weights: bool) -> None:
         self.backend.release_memory(weights=weights)

@@ -29,6 +29,9 @@ from verst.weights.layout import Form, Layout, lay_out_buckets
 
 SENDER = 0
 
+MEETING_S = 60.0
+"""How long members wait for one another once the sender is there: all of them run, and were called together."""
+
 _POLL_S = 0.00005
 _GRACE_S = 1.0
 """gloo ends an operation at its limit by itself; NCCL's watchdog looks only now and then."""
@@ -86,38 +89,30 @@ class Member(Protocol):
 class WeightGroup:
     """One member. The constructor is a collective and returns when all `address.world` members are there; rank 0 is the sender.
 
-    Raises `DeadlineExceeded` if not all came within `timeout_s`.
+    Raises `DeadlineExceeded` if not all came in time (`meet`).
     """
 
     def __init__(self, store: Store, address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float) -> None:
         self.address, self.rank, self.device = address, rank, torch.device(device)
         self._buffers: list[torch.Tensor] = []
         self.views: dict[tuple[int, Form], list[torch.Tensor]] = {}
-        limit = timedelta(seconds=timeout_s)
         prefixed = PrefixStore(address.name, store)
+        deadline = meet(prefixed, address, rank, timeout_s)
         try:
-            self._backend: Any = self._make(prefixed, limit)
-            self._meet(prefixed, limit)
+            self._backend: Any = self._make(prefixed, deadline, timeout_s)
+            # NCCL connects at its first collective, which takes half a second: not within the first publish
+            first = self.broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device), deadline)
         except RuntimeError as error:
-            raise DeadlineExceeded(
-                f"weight group {address.name}, rank {rank}: not all of {address.world} members met at {address.host}:{address.port} "
-                f"within {timeout_s:g} s: {error}"
-            ) from error
+            raise DeadlineExceeded(f"{_missed(address, rank)}, or one is gone: {error}") from error
+        self.finish(first, deadline, "the first broadcast")
 
-    def _make(self, store: Store, limit: timedelta) -> Any:
+    def _make(self, store: Store, deadline: float, timeout_s: float) -> Any:
         rank, world = self.rank, self.address.world
         if self.device.type == "cpu":
-            return dist.ProcessGroupGloo(store, rank, world, limit)
+            return dist.ProcessGroupGloo(store, rank, world, _until(deadline))  # connects here; each operation brings its own limit
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = limit
+        options._timeout = timedelta(seconds=timeout_s)  # of every operation
         return dist.ProcessGroupNCCL(store, rank, world, options)
-
-    def _meet(self, store: Store, limit: timedelta) -> None:
-        """NCCL connects at its first collective, which takes half a second: not within the first publish."""
-        store.set(f"met/{self.rank}", "")
-        store.wait([f"met/{rank}" for rank in range(self.address.world)], limit)
-        deadline = time.monotonic() + limit.total_seconds()
-        self.finish(self.broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device), deadline), deadline, "the first broadcast")
 
     def buffers(self, nbytes: int, count: int, deadline: float) -> list[torch.Tensor]:
         """Kept for the next version, whose tensors have the same sizes."""
@@ -129,7 +124,7 @@ class WeightGroup:
     def broadcast(self, buffer: torch.Tensor, deadline: float) -> Any:
         options = dist.BroadcastOptions()
         options.rootRank = SENDER
-        options.timeout = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+        options.timeout = _until(deadline)
         return self._backend.broadcast([buffer], options)
 
     def finish(self, work: Any, deadline: float, what: str) -> None:
@@ -157,8 +152,37 @@ def open_store(host: str, port: int = 0, *, timeout_s: float, listen: bool) -> T
     return TCPStore(host, port, None, listen, timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
+def meet(store: Store, address: GroupAddress, rank: int, timeout_s: float) -> float:
+    """Waits for all members at a group's store, and returns the deadline, on the monotonic clock, of what is left to connect.
+
+    The sender may be in the middle of training, so receivers wait `timeout_s` for it; for the others all wait `MEETING_S`, if that is less.
+
+    Raises `DeadlineExceeded`.
+    """
+    deadline = time.monotonic() + timeout_s
+    waited_s = timeout_s
+    try:
+        store.set(f"met/{rank}", "")
+        if rank != SENDER:
+            store.wait([f"met/{SENDER}"], _until(deadline))
+        waited_s = min(MEETING_S, max(deadline - time.monotonic(), 0.001))
+        deadline = time.monotonic() + waited_s
+        store.wait([f"met/{member}" for member in range(address.world)], _until(deadline))
+    except RuntimeError as error:
+        raise DeadlineExceeded(f"{_missed(address, rank)} within {waited_s:.3g} s: {error}") from error
+    return deadline
+
+
+def _missed(address: GroupAddress, rank: int) -> str:
+    return f"weight group {address.name}, rank {rank}: not all of {address.world} members met at {address.host}:{address.port}"
+
+
+def _until(deadline: float) -> timedelta:
+    return timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+
+
 def enter(store: Store, address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float) -> Member:
-    """Becomes a member, by a store that is open. A collective; raises `DeadlineExceeded` if not all members came within `timeout_s`."""
+    """Becomes a member, by a store that is open. A collective; raises `DeadlineExceeded` if not all members came in time (`meet`)."""
     from verst.weights.shared import SharedBuffers
 
     kind = SharedBuffers if address.shared else WeightGroup

@@ -22,7 +22,7 @@ import torch
 from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
 from verst.errors import DeadlineExceeded
-from verst.weights.group import SENDER, GroupAddress
+from verst.weights.group import SENDER, GroupAddress, meet
 from verst.weights.layout import Form
 from verst.weights.location import shared_memory
 
@@ -44,7 +44,7 @@ class Turn:
 
 
 class SharedBuffers:
-    """One member on the sender's host and device. Raises `DeadlineExceeded` if not all members came within `timeout_s`."""
+    """One member on the sender's host and device. Raises `DeadlineExceeded` if not all members came in time (`meet`)."""
 
     def __init__(self, store: Store, address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float) -> None:
         self.address, self.rank, self.device = address, rank, torch.device(device)
@@ -53,9 +53,7 @@ class SharedBuffers:
         self.views: dict[tuple[int, Form], list[torch.Tensor]] = {}
         self._unmapped: list[_Owned] = []
         self._turns = 0
-        self._store.set(f"met/{rank}", "")
-        all_met = [f"met/{member}" for member in range(address.world)]
-        self._wait_for(all_met, time.monotonic() + timeout_s, f"not all of {address.world} members met within {timeout_s:g} s")
+        meet(self._store, address, rank, timeout_s)
 
     def buffers(self, nbytes: int, count: int, deadline: float) -> list[torch.Tensor]:
         """The sender's, here or mapped; made at their first use and kept, because each version needs them again.

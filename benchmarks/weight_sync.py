@@ -86,6 +86,7 @@ class Sync:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.trainer = TrainerWorker(self.config, 0, device)
         self.engine: Engine = make_engine(self.config, replica=0, device=device, shared=False, log=directory / "server.log")
+        self._address: GroupAddress | None = None
         self._records = (directory / "commits").open("wb", buffering=0)
         self._shared = options.transport == "shared"
         self._vocabulary = SHAPES[options.shape].vocabulary
@@ -95,9 +96,7 @@ class Sync:
     async def open(self) -> None:
         await self.engine.start()
         await asyncio.to_thread(self.trainer.start, None)
-        address = self.trainer.host_group("weight_sync/0", 1 + self.engine.weight_ranks, self._shared)
-        joined = self.engine.join_weight_group(address, 1, DEADLINE_S)
-        await asyncio.gather(asyncio.to_thread(self.trainer.join_group, address), joined)
+        self._address = self.trainer.host_group("weight_sync/0", 1 + self.engine.weight_ranks, self._shared)
 
     def update(self, version: int) -> None:
         """One optimizer step, so that every version differs from the one before."""
@@ -123,6 +122,9 @@ class Sync:
         self._commit(manifest)
         times["commit"] = time.perf_counter()
         sending = asyncio.create_task(self._send(manifest, times))
+        if self._address is not None:  # the group is formed with the first version, which is a warm-up
+            await self.engine.join_weight_group(self._address, 1, DEADLINE_S)
+            self._address = None
         update = GroupUpdate(manifest, BUCKET_BYTES, DEADLINE_S)
         await push(self.engine, update, deadline_s=DEADLINE_S)
         times["stopped"] = time.perf_counter()
@@ -154,7 +156,7 @@ class Sync:
 
     async def _send(self, manifest: Manifest, times: dict[str, float]) -> NDArray[np.float32]:
         """The trainer's half: the broadcast and its probe."""
-        logprobs_T = await asyncio.to_thread(self.trainer.send, manifest, self.probe_T)
+        logprobs_T = await asyncio.to_thread(self.trainer.send, manifest, self.probe_T, self._address)
         times["sent_and_probed"] = time.perf_counter()
         return logprobs_T
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -124,10 +125,15 @@ def load(path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> torc
 
 @torch.no_grad()
 def reference_logprobs(model: torch.nn.Module, tokens: NDArray[np.int32], temperature: float = 1.0) -> NDArray[np.float32]:
-    """By transformers' own full forward pass: log-probability of tokens 1, 2, …"""
+    """By transformers' own full forward pass: log-probability of tokens 1, 2, …
+
+    A float32 model is computed in float64: the largest of a thousand roundings of two sides in float32 is now and then above 1e-5.
+    """
+    if next(model.parameters()).dtype is torch.float32:
+        model = copy.deepcopy(model).double()
     ids = torch.from_numpy(tokens.astype(np.int64))[None].to(next(model.parameters()).device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float() / temperature
-    return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].cpu().numpy()
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].double() / temperature
+    return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].float().cpu().numpy()
 
 
 def same(one: Generation, other: Generation) -> bool:

@@ -74,7 +74,7 @@ async def test_filters_cut_and_logprobs_are_of_what_they_left(engine: SGLangEngi
     for answer in answers:
         whole = torch.from_numpy(np.concatenate((prompt(1), answer.tokens_T)).astype(np.int64))
         with torch.no_grad():
-            logits = load(server.path)(input_ids=whole[None]).logits[0].double().numpy() / temperature
+            logits = load(server.path, torch.float64)(input_ids=whole[None]).logits[0].double().numpy() / temperature
         for place, token in enumerate(answer.tokens_T):
             row = logits[len(prompt(1)) - 1 + place]
             order = np.argsort(-row)

@@ -216,7 +216,7 @@ def test_the_policy_replays_and_reference_and_probe_do_not(path: str) -> None:
     backend.load_batch(batch)
     step, temperature = backend._step, config.rollout.temperature
     assert step is not None
-    plain = transformers.AutoModelForCausalLM.from_pretrained(path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager")
     for index, sample in enumerate(batch.samples):
         at = np.flatnonzero(sample.loss_mask_T) - 1
         own = reference_logprobs(plain, sample.tokens_T, temperature)[at]
@@ -359,7 +359,8 @@ def test_a_sample_that_nobody_sampled_routes_itself(path: str) -> None:
     assert tally.weights["routes/replayed"] == 2 * sum(len(s.tokens_T) - 1 for i, s in enumerate(batch.samples) if i != 3)
     assert tally.report()["routes/replayed"] == 1
     at = np.flatnonzero(demonstration.loss_mask_T) - 1
-    own = reference_logprobs(transformers.AutoModelForCausalLM.from_pretrained(path), demonstration.tokens_T, config.rollout.temperature)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(path, experts_implementation="eager")
+    own = reference_logprobs(plain, demonstration.tokens_T, config.rollout.temperature)
     assert backend._step is not None
     np.testing.assert_allclose(backend._step.old[3], own[at], atol=1e-5)
 

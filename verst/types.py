@@ -199,6 +199,13 @@ class Trajectory:
         """Tokens that a policy sampled; none of a demonstration."""
         return int((self.versions_T != NO_VERSION).sum())
 
+    @property
+    def oldest_version(self) -> int | None:
+        """Oldest policy version among the tokens that are trained; None if nothing was sampled, as in a demonstration."""
+        versions_T = self.versions_T[self.loss_mask_T]
+        oldest = int(versions_T.min()) if versions_T.size else NO_VERSION
+        return None if oldest == NO_VERSION else oldest
+
     def failed(self, error: str) -> Trajectory:
         """The same trajectory, marked failed: it keeps its tokens for inspection and is never trained."""
         return replace(self, status=Status.FAILED, error=error, reward=None)
@@ -223,9 +230,7 @@ class Group:
     @property
     def oldest_version(self) -> int:
         """Oldest policy version in any generated token; `admitted_version` if nothing was generated."""
-        found = [int(t.versions_T[t.loss_mask_T].min()) for t in self.trainable if t.loss_mask_T.any()]
-        versions = [v for v in found if v != NO_VERSION]
-        return min(versions, default=self.admitted_version)
+        return min((v for t in self.trainable if (v := t.oldest_version) is not None), default=self.admitted_version)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from tests.loop.fakes import FakeParts, FakeStream, config, group
+from tests.loop.fakes import EndingStream, FakeParts, config, group
 from tests.loop.local import local_run
 from verst.errors import DataError, DeadlineExceeded, JournalError
 from verst.journal.log import Journal, JournalReader
@@ -31,15 +31,8 @@ async def run(parts: FakeParts) -> None:
 
 async def test_a_source_that_breaks_ends_the_run_with_its_own_error(tmp_path: Path):
     """A defect is shown as it is, with its traceback; not as "unhandled errors in a TaskGroup"."""
-
-    class Broken(FakeStream):
-        def next(self) -> Any:
-            if self.read == 3:
-                raise ZeroDivisionError("a defect")
-            return super().next()
-
     parts = FakeParts(config(), tmp_path)
-    parts.stream = Broken()
+    parts.stream = EndingStream(ZeroDivisionError("a defect"))
     with pytest.raises(ZeroDivisionError, match="a defect"):
         await run(parts)
 

@@ -77,6 +77,19 @@ class FakeStream:
         return Prompt(f"p{self.read - 1}", (Message("user", "q"),))
 
 
+class EndingStream(FakeStream):
+    """Raises `error` in place of its fourth prompt."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error = error
+
+    def next(self) -> Prompt:
+        if self.read == 3:
+            raise self._error
+        return super().next()
+
+
 @dataclass
 class FakeTrainers:
     """Weights are the list of groups trained so far, in order; the digest is that list. Anything lost, repeated or reordered shows."""

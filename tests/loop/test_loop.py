@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from tests.loop.fakes import FakeParts, FakeStream, config, group
+from tests.loop.fakes import EndingStream, FakeParts, FakeStream, config, group
 from verst.config.schema import Config
 from verst.errors import DataError, DeadlineExceeded, EngineFailure, InvariantViolation, TrainingDiverged
 from verst.journal.codec import encode_group
@@ -259,14 +259,8 @@ async def test_a_group_that_never_comes_is_named(tmp_path: Path):
 
 
 async def test_a_prompt_source_that_ends_is_an_error_not_a_hang(tmp_path: Path):
-    class Ending(FakeStream):
-        def next(self) -> Any:
-            if self.read == 3:
-                raise DataError("the prompts ended after 3")
-            return super().next()
-
     parts = FakeParts(config(), tmp_path)
-    parts.stream = Ending()
+    parts.stream = EndingStream(DataError("the prompts ended after 3"))
     with pytest.raises(DataError, match="the prompts ended after 3"):
         await run(config(), parts)
 

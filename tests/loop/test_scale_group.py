@@ -68,6 +68,22 @@ async def two_steps(run: LocalRun, running: asyncio.Task[None]) -> None:
             await asyncio.sleep(0.02)
 
 
+async def scaled_in_turn(run: LocalRun, spawn: Any, *replicas: int) -> list[ScaleAnswer]:
+    """The run, with so many replicas one after the other, and steps before, between and after."""
+    service = RunService(str(run.run.root), spawn)
+    running = asyncio.create_task(service.run())
+    answers = []
+    try:
+        await two_steps(run, running)
+        for number in replicas:
+            answers.append(await scaled(run.run, number))
+            await two_steps(run, running)
+    finally:
+        await service.stop()
+        await asyncio.wait_for(running, LIMIT_S)
+    return answers
+
+
 def prepared(tmp_path: Path, model: Path, name: str, steps: int) -> LocalRun:
     values = {
         "run": {"name": name, "dir": str(tmp_path), "steps": steps, "seed": 1},
@@ -88,17 +104,7 @@ async def test_the_group_is_formed_anew_and_the_weights_are_those_of_a_run_that_
         return workers[name]
 
     run = prepared(tmp_path, model, "scaled", steps=10_000)
-    service = RunService(str(run.run.root), spawn)
-    running = asyncio.create_task(service.run())
-    try:
-        await two_steps(run, running)
-        grown = await scaled(run.run, 3)
-        await two_steps(run, running)
-        shrunk = await scaled(run.run, 1)
-        await two_steps(run, running)
-    finally:
-        await service.stop()
-        await asyncio.wait_for(running, LIMIT_S)
+    grown, shrunk = await scaled_in_turn(run, spawn, 3, 1)
     assert (grown.state, shrunk.state) == (State.DONE, State.DONE)
     steps = len(digests(run))
     plain = prepared(tmp_path, model, "plain", steps)
@@ -121,17 +127,7 @@ async def test_a_group_that_a_new_replica_did_not_come_to_is_formed_again(tmp_pa
         return kind(name, Host(factory, *args))
 
     run = prepared(tmp_path, model, "run", steps=10_000)
-    service = RunService(str(run.run.root), spawn)
-    running = asyncio.create_task(service.run())
-    try:
-        await two_steps(run, running)
-        failed = await scaled(run.run, 2)
-        await two_steps(run, running)
-        grown = await scaled(run.run, 2)
-        await two_steps(run, running)
-    finally:
-        await service.stop()
-        await asyncio.wait_for(running, LIMIT_S)
+    failed, grown = await scaled_in_turn(run, spawn, 2, 2)
     assert (failed.state, grown.state) == (State.FAILED, State.DONE)
     assert "replica 1 could not join: replica 1 died (pull)" in failed.lines
     assert max(run.metric("mismatch/probe")) < 1e-5

@@ -147,19 +147,16 @@ class GroupRoller:
         environment = GuardedEnvironment(self.environment, self.environment_deadline_s)
         status: Status = Status.FAILED
         failure: VerstError | None = None
+        cut = False
         processed = self._processed_tokens()
         limit = self.clock.limit(deadline_s)
         try:
             async with limit:
                 status = await self._converse(name, seed, prompt, environment, transcript, race)
         except Cut:
-            self.waits.end(name)
-            return transcript.generated
+            cut = True
         except (EnvironmentFailure, RoutesRefused) as error:
-            if race.over:
-                self.waits.end(name)
-                return transcript.generated
-            failure = error
+            failure, cut = error, race.over
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -170,6 +167,8 @@ class GroupRoller:
         finally:
             closing_failure = await environment.close()
         self.waits.end(name)  # not after an error, which ends the run: then it tells what was waited for
+        if cut:
+            return transcript.generated
         failure = failure or closing_failure
         trajectory = transcript.trajectory(name, status, seed)
         if failure is not None:

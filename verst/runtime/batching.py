@@ -79,7 +79,7 @@ def require_fresh(batch: Batch, version: int, limit: int) -> None:
     """Raises `InvariantViolation` if a token that was sampled is more than `limit` versions older than `version`, which the step trains."""
     for sample in batch.samples:
         versions_T = sample.versions_T[sample.loss_mask_T]
-        oldest = min((int(v) for v in versions_T if v != NO_VERSION), default=version)
+        oldest = int(versions_T[versions_T != NO_VERSION].min(initial=version))
         if version - oldest > limit:
             raise InvariantViolation(
                 f"step {batch.step} would train sample {sample.id}, whose oldest token is of version {oldest}: {version - oldest} versions "
@@ -110,7 +110,7 @@ def describe(groups: Sequence[Group], advantages_: Sequence[float], version: int
     tally = Tally()
     for group in groups:
         _describe_trajectories(group, version, tally)
-        rewards = [t.reward for t in group.trainable if t.reward is not None and _sampled(t)]
+        rewards = [t.reward for t in group.trainable if t.reward is not None and t.oldest_version is not None]
         if rewards:  # demonstrations were not sampled, so they have no reward
             tally.mean("reward", sum(rewards), len(rewards))
             tally.mean("reward/std", float(np.std(rewards)))
@@ -128,16 +128,10 @@ def _describe_trajectories(group: Group, version: int, tally: Tally) -> None:
         tally.mean("rollout/truncated", float(t.status is Status.TRUNCATED))
         tally.mean("rollout/generated_tokens", t.generated_tokens)
         tally.mean("rollout/turns", len(t.turns))
-        if _sampled(t):
-            staleness = version - int(t.versions_T[t.loss_mask_T].min())
+        if (oldest := t.oldest_version) is not None:  # a policy sampled it
+            staleness = version - oldest
             tally.mean("staleness/mean", staleness)
             tally.peak("staleness/max", staleness)
-
-
-def _sampled(trajectory: Trajectory) -> bool:
-    """Whether a policy generated it; demonstrations carry no version."""
-    versions = trajectory.versions_T[trajectory.loss_mask_T]
-    return bool(versions.size) and int(versions.min()) != NO_VERSION
 
 
 def failures(groups: Sequence[Group]) -> Counter[str]:

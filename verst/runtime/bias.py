@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from statistics import fmean, median
 
-from verst.types import NO_VERSION, Group, Trajectory
+from verst.types import Group
 
 _STEPS = 10
 """Over which lengths are compared: one batch's mean says little where lengths are heavy-tailed."""
@@ -69,17 +69,8 @@ def _share_cut(groups: Sequence[Group]) -> float:
 
 def _age(groups: Sequence[Group], version: int) -> float | None:
     """None if all are of one length, or nothing was sampled."""
-    sampled = [
-        (t.generated_tokens, version - oldest) for t in (t for g in groups for t in g.trainable) if (oldest := _oldest(t)) is not None
-    ]
+    sampled = [(t.generated_tokens, version - oldest) for g in groups for t in g.trainable if (oldest := t.oldest_version) is not None]
     middle = median(length for length, _ in sampled) if sampled else 0
     longer = [staleness for length, staleness in sampled if length > middle]
     others = [staleness for length, staleness in sampled if length <= middle]
     return fmean(longer) - fmean(others) if longer and others else None
-
-
-def _oldest(trajectory: Trajectory) -> int | None:
-    """Version of its oldest sampled token."""
-    versions_T = trajectory.versions_T[trajectory.loss_mask_T]
-    oldest = int(versions_T.min()) if versions_T.size else NO_VERSION
-    return None if oldest == NO_VERSION else oldest

@@ -92,11 +92,12 @@ def test_sglang_generates_and_megatron_trains(tmp_path: Path, make: Callable[[Pa
 
 
 async def test_sglang_and_megatron_take_turns(tmp_path: Path):
-    """On one device, for which a CPU stands, with requests in flight at every hand-over."""
+    """On one device, for which a CPU stands, with requests in flight at hand-overs: the engine has room for one group at a time, of all that
+    the run will need, so that a batch is whole long before the engine runs dry."""
     model = tiny_model(tmp_path / "model")
     values = {
         "run": {"name": "turns", "dir": str(tmp_path), "steps": 4, "seed": 1},
-        "rollout": {"engine": "sglang", "group_size": 4, "max_new_tokens": 48, "max_running": 8, "capacity_groups": 10},
+        "rollout": {"engine": "sglang", "group_size": 4, "max_new_tokens": 48, "max_running": 4, "capacity_groups": 16},
         "algorithm": {"name": "grpo", "old_logprobs": "behaviour"},
         "train": {"backend": "megatron", "groups_per_step": 4, "lr": 1e-3, "microbatch_tokens": 256},
         "checkpoint": {"every_steps": 2},

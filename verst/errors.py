@@ -65,6 +65,14 @@ class InvariantViolation(VerstError):
     """Something that must hold did not. The run stops; its directory stays intact."""
 
 
+class CollectiveFailed(VerstError):
+    """Trainer ranks lost touch with one another in the middle of a collective: one has died or stands still, or the network failed."""
+
+
+class DeviceFailed(VerstError):
+    """A GPU, or a process's context on it, is broken: the process can compute nothing more, another one may."""
+
+
 class DeadlineExceeded(VerstError):
     """A wait ran out of time. The message names who was awaited, for what, and how long."""
 

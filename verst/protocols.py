@@ -153,6 +153,10 @@ class Engine(Protocol):
         """
         ...
 
+    async def check(self) -> None:
+        """Raises `EngineFailure` if the engine is broken for good: nothing that it is asked can succeed any more."""
+        ...
+
     async def close(self) -> None: ...
 
 

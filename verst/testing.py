@@ -160,6 +160,8 @@ class FakeEngine:
         generated = float(self._generated_tokens)
         return zero | {"generated_tokens": generated, "processed_tokens": generated, "running": float(len(self._running))}
 
+    async def check(self) -> None: ...
+
     async def close(self) -> None:
         self.events.append(("close", None))
 

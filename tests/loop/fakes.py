@@ -19,8 +19,9 @@ from verst.journal.log import Journal
 from verst.observe.limits import FidelityWatch
 from verst.observe.metrics import Tally
 from verst.runtime.lease import Lease
-from verst.runtime.pools import Replicas, Trainers
+from verst.runtime.pools import Replicas
 from verst.runtime.trainer_worker import Published, Scores
+from verst.runtime.trainers import Trainers
 from verst.runtime.transfer import Brought
 from verst.types import FinishReason, Group, Manifest, Message, Prompt, RoutedExperts, Status, Trajectory, Turn
 
@@ -129,12 +130,17 @@ class FakeTrainers:
     async def resume_memory(self) -> None:
         self.events.append("trainers resume")
 
-    async def snapshot(self, directory: str, step: int) -> dict[str, Any]:
+    async def rebuild(self) -> list[str]:
+        self.events.append("rebuild")
+        self.trained = []
+        return ["trainer rank 1"]
+
+    async def snapshot(self, directories: Sequence[str], step: int) -> dict[str, Any]:
         self.events.append(f"snapshot {step}")
         self._saving = step
         return {}
 
-    async def written(self) -> list[Any]:
+    async def written(self, directories: Sequence[str]) -> list[Any]:
         await asyncio.sleep(0)
         if self.disk_full:
             raise CheckpointError("no space left on the fake disk")
@@ -177,6 +183,9 @@ class FakeParts:
         self.observer = self
         self.probe_tokens = np.array([1, 2, 3], np.int32)
         self.transfer = self
+        self.snapshots = self
+        self.replacer = SimpleNamespace(run=asyncio.Event().wait)
+        self.kept: dict[int, list[int]] = {}  # snapshots: what was trained by then
         self.location = "somewhere"
         self.reads_trainers = False
         self.lease = Lease(config, cast(Trainers, self.trainers), cast(Replicas, self), shared=shared)
@@ -219,6 +228,26 @@ class FakeParts:
         self.events.append(f"serve {version}")
         await self.verdict(version)
         return Brought(0.0, {})
+
+    async def bring_newcomers(self, published: Published, probe_T: Any) -> None:
+        raise AssertionError("there are no newcomers")
+
+    async def newcomers(self) -> None:
+        await asyncio.Event().wait()
+
+    async def reopen(self) -> None:
+        self.events.append("reopen")
+
+    # snapshots
+    async def after_commit(self, step: int) -> None:
+        self.kept[step] = list(self.trainers.trained)
+
+    async def restore(self, at_most: int) -> int | None:
+        steps = [step for step in self.kept if step <= at_most]
+        if not steps:
+            return None
+        self.trainers.trained = list(self.kept[max(steps)])
+        return max(steps)
 
     async def verdict(self, version: int) -> None:
         """What the probe finds once a version serves."""

@@ -24,13 +24,14 @@ from verst.runtime.actors import LocalWorker, WorkerDied
 from verst.runtime.loop import Loop
 from verst.runtime.parts import Parts
 from verst.runtime.placement import Placement
-from verst.runtime.pools import Replicas, Trainers
+from verst.runtime.pools import Replicas
 from verst.runtime.recovery import Cursor, Restored
 from verst.runtime.rollout_worker import Pulled, Seat
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.scale_request import ScaleAnswer, ScaleRequest, State
 from verst.runtime.scaler import Means, Scaler
 from verst.runtime.trainer_worker import Published
+from verst.runtime.trainers import Trainers
 from verst.runtime.transfer import Transfer
 from verst.types import Manifest, Prompt
 from verst.weights.group import GroupAddress

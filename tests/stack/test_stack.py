@@ -92,8 +92,10 @@ def test_sglang_generates_and_megatron_trains(tmp_path: Path, make: Callable[[Pa
 
 
 async def test_sglang_and_megatron_take_turns(tmp_path: Path):
-    """On one device, for which a CPU stands, with requests in flight at hand-overs: the engine has room for one group at a time, of all that
-    the run will need, so that a batch is whole long before the engine runs dry."""
+    """On one device, for which a CPU stands, with requests in flight at hand-overs.
+
+    The engine has room for one group at a time, of all that the run will need: a batch is whole long before it runs dry.
+    """
     model = tiny_model(tmp_path / "model")
     values = {
         "run": {"name": "turns", "dir": str(tmp_path), "steps": 4, "seed": 1},

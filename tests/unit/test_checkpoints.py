@@ -219,13 +219,13 @@ def test_each_file_is_hashed_once_for_all_ranks(tmp_path: Path, monkeypatch: pyt
     """A file that another number of ranks has written is read by all of them: hashing it in each would cost more than loading."""
     save(tmp_path, 10, world=2)
     hashed: list[str] = []
-    check = checkpoints._check_file
+    check = checkpoints.check_file
 
     def counted(path: Path, record: FileRecord) -> None:
         hashed.append(record.name)
         check(path, record)
 
-    monkeypatch.setattr(checkpoints, "_check_file", counted)
+    monkeypatch.setattr(checkpoints, "check_file", counted)
     assert latest_checkpoint(tmp_path)[0] is not None
     for rank in range(4):
         load_state(tmp_path, 10, rank=rank, world=4)

@@ -12,7 +12,8 @@ from verst.errors import DeadlineExceeded, WeightMismatch
 from verst.observe.spans import Spans
 from verst.runtime.lease import Lease
 from verst.runtime.limits import group_deadline_s, rolling_deadline_s
-from verst.runtime.pools import Replicas, Trainers
+from verst.runtime.pools import Replicas
+from verst.runtime.trainers import Trainers
 
 
 class Side:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 
 from tests.loop.fakes import group
 from verst.config.schema import Config
-from verst.errors import CheckpointError, DeadlineExceeded, EngineFailure
+from verst.errors import CheckpointError, DataError, DeadlineExceeded, EngineFailure
 from verst.journal.codec import encode_group
 from verst.runtime import pools
-from verst.runtime.pools import Replicas, Trainers
+from verst.runtime import trainers as trainers_module
+from verst.runtime.actors import WorkerDied
+from verst.runtime.pools import Replicas
+from verst.runtime.replica import Stage
+from verst.runtime.trainers import Trainers, TrainersLost
 from verst.types import Group, Message, Prompt, Status
 
 
@@ -47,22 +51,23 @@ async def dies() -> None:
 
 
 def trainers(*ranks: Rank) -> Trainers:
-    return Trainers(ranks, Config.model_validate({"run": {"steps": 1}, "model": {"path": "unused"}}), put=lambda encoded: encoded)
+    config = Config.model_validate({"run": {"steps": 1}, "model": {"path": "unused"}, "train": {"ranks": len(ranks)}})
+    return Trainers(ranks.__getitem__, config, put=lambda encoded: encoded)
 
 
 async def test_a_rank_that_dies_is_told_without_waiting_for_its_peers(monkeypatch: pytest.MonkeyPatch):
     ranks = Rank(0, optimizer_step=hangs), Rank(1, optimizer_step=dies)
-    assert pools.GRACE_S == 10
-    monkeypatch.setattr(pools, "GRACE_S", 0.05)
+    assert trainers_module.GRACE_S == 10
+    monkeypatch.setattr(trainers_module, "GRACE_S", 0.05)
     with pytest.raises(EngineFailure, match=r"trainer rank 1 died \(trainer rank 0: optimizer_step: no answer within 0\.05 s after that\)"):
         await asyncio.wait_for(trainers(*ranks).optimizer_step(0), 5)
 
 
 async def test_every_process_ends_with_the_run(monkeypatch: pytest.MonkeyPatch):
-    assert pools._CLOSE_S == 30
-    monkeypatch.setattr(pools, "_CLOSE_S", 0.05)
+    assert trainers_module._CLOSE_S == 30
+    monkeypatch.setattr(trainers_module, "_CLOSE_S", 0.05)
     ranks = Rank(0, close=hangs), Rank(1, close=answers)
-    with pytest.raises(DeadlineExceeded, match=r"waited 0\.05 s for trainer rank 0: close"):
+    with pytest.raises(TrainersLost, match=r"waited 0\.05 s for trainer rank 0: close"):
         await asyncio.wait_for(trainers(*ranks).close(), 5)
     assert [rank.killed for rank in ranks] == [True, True]
 
@@ -78,9 +83,9 @@ async def test_a_checkpoint_that_failed_on_one_rank_waits_for_what_the_others_st
     async def full() -> None:
         raise CheckpointError("no space left")
 
-    monkeypatch.setattr(pools, "GRACE_S", 0.01)
+    monkeypatch.setattr(trainers_module, "GRACE_S", 0.01)
     with pytest.raises(CheckpointError, match=r"^no space left$"):
-        await trainers(Rank(0, written=writes), Rank(1, written=full)).written()
+        await trainers(Rank(0, written=writes), Rank(1, written=full)).written(["somewhere"] * 2)
     assert ended == ["trainer rank 0"]
 
 
@@ -90,12 +95,19 @@ PROMPT = Prompt("p", (Message("user", "q"),))
 class RolloutReplica:
     """Of the groups that it is given, it finishes those that are not held."""
 
-    def __init__(self, number: int, held: Callable[[int], bool], standing: Any = None) -> None:
+    def __init__(
+        self, number: int, held: Callable[[int], bool], standing: Any = None, breaks: Mapping[int, Exception] | None = None
+    ) -> None:
+        """`breaks`: groups that it raises something over."""
         self.name = f"replica {number}"
         self.given: list[int] = []
+        self.killed = False
+        self._breaks = breaks or {}
         self._held, self._standing = held, standing or {}
 
     async def call(self, method: str, /, *args: Any) -> Any:
+        if method in ("start", "weight_ranks"):
+            return None
         assert method == "standing"
         if isinstance(self._standing, Exception):
             raise self._standing
@@ -104,19 +116,23 @@ class RolloutReplica:
     async def post(self, method: str, /, *args: Any) -> bytes:
         seq = args[0]
         self.given.append(seq)
+        if seq in self._breaks:
+            raise self._breaks[seq]
         await asyncio.sleep(60 if self._held(seq) else 0.01)
         return encode_group(group(seq, 0))
 
-    def kill(self) -> None: ...
+    def kill(self) -> None:
+        self.killed = True
 
 
 def replicas(*members: RolloutReplica, **rollout: Any) -> Replicas:
     return Replicas(members, Config.model_validate({"run": {"steps": 1}, "model": {"path": "unused"}, "rollout": rollout}))
 
 
-async def test_a_replica_from_which_no_group_comes_back_ends_the_run_whatever_the_others_do(monkeypatch: pytest.MonkeyPatch):
+async def test_a_replica_from_which_no_group_comes_back_is_lost_and_its_group_goes_to_another(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pools, "group_deadline_s", lambda *args, **kwargs: 0.3)
-    both = replicas(RolloutReplica(0, lambda seq: True), RolloutReplica(1, lambda seq: False))
+    members = RolloutReplica(0, lambda seq: True), RolloutReplica(1, lambda seq: False)
+    both = replicas(*members)
 
     async def rolls() -> None:
         for seq in range(1, 1000):
@@ -125,11 +141,58 @@ async def test_a_replica_from_which_no_group_comes_back_ends_the_run_whatever_th
     first = asyncio.create_task(both.roll(0, PROMPT, "policy"))
     await asyncio.sleep(0)
     others = asyncio.create_task(rolls())
-    expected = r"^waited 0\.3 s for replica 0: group 0 \(p\), and no other came back from replica 0 meanwhile$"
-    with pytest.raises(DeadlineExceeded, match=expected):
-        await asyncio.wait_for(first, 5)
+    _, found = await asyncio.wait_for(first, 5)
     others.cancel()
-    assert (await both.standing())[0][0] == "replica 0"
+    assert all(t.status is Status.FINISHED for t in found.trajectories)
+    lost = await asyncio.wait_for(both.next_lost(), 5)
+    assert (lost.number, lost.stage, lost.rolled_again, members[0].killed) == (0, Stage.LOST, [0], True)
+    assert str(lost.error) == "waited 0.3 s for replica 0: group 0 (p), and no other came back from replica 0 meanwhile"
+    assert 0 in members[1].given
+
+
+@pytest.mark.parametrize("error", [WorkerDied("replica 0 died"), EngineFailure("the server ended with signal SIGKILL")])
+async def test_groups_of_a_lost_replica_go_to_others_at_once(error: Exception):
+    broken = RolloutReplica(0, lambda seq: False, breaks={2: error})
+    members = broken, RolloutReplica(1, lambda seq: False)
+    both = replicas(*members)
+    found = await asyncio.wait_for(asyncio.gather(*(both.roll(seq, PROMPT, "policy") for seq in range(6))), 5)
+    assert [rolled.seq for _, rolled in found] == list(range(6))
+    assert sorted(members[1].given) == list(range(6)), "also those that were in flight beside the one by which it was noticed"
+    assert broken.killed
+    assert [replica.number for replica in both.active] == [1]
+
+
+async def test_without_any_replica_a_group_waits_for_one(monkeypatch: pytest.MonkeyPatch):
+    one = replicas(RolloutReplica(0, lambda seq: False, breaks={0: WorkerDied("replica 0 died")}))
+    rolling = asyncio.create_task(one.roll(0, PROMPT, "policy"))
+    lost = await asyncio.wait_for(one.next_lost(), 5)
+    await asyncio.sleep(0.05)
+    assert not rolling.done()
+    new = one.begin(lambda number, slot: RolloutReplica(number, lambda seq: False), instead_of=lost)
+    assert (new.number, new.slot) == (1, 0)
+    await one.make_ready(new)
+    await asyncio.sleep(0.05)
+    assert not rolling.done(), "it holds no version yet"
+    one.welcome(new, 3)
+    await asyncio.wait_for(rolling, 5)
+    monkeypatch.setattr(pools, "replacement_limit_s", lambda config: 0.05)
+    one.lose(new, WorkerDied("replica 1 died"))
+    with pytest.raises(DeadlineExceeded, match=r"waited 0\.05 s for a replica to serve"):
+        await asyncio.wait_for(one.roll(1, PROMPT, "policy"), 5)
+
+
+async def test_a_group_that_takes_every_replica_with_it_ends_the_run():
+    dies = {7: WorkerDied("died of its prompt")}
+    four = replicas(*(RolloutReplica(number, lambda seq: False, breaks=dies) for number in range(4)))
+    with pytest.raises(EngineFailure, match=r"group 7 \(p\) was on 3 replicas that were lost; the last: died of its prompt"):
+        await asyncio.wait_for(four.roll(7, PROMPT, "policy"), 5)
+
+
+async def test_what_is_wrong_with_the_input_is_no_loss():
+    one = replicas(RolloutReplica(0, lambda seq: False, breaks={0: DataError("prompt p is too long")}))
+    with pytest.raises(DataError, match="too long"):
+        await one.roll(0, PROMPT, "policy")
+    assert len(one.active) == 1
 
 
 async def test_a_group_is_given_up_though_its_replica_cannot_say_what_it_waits_for(monkeypatch: pytest.MonkeyPatch):

@@ -19,8 +19,9 @@ from verst.observe.metrics import Tally
 from verst.routing.kinds import moe_layers, routed_experts, unread_experts
 from verst.routing.records import expert_dtype, narrowed, require_routes, routes_of, tokens_digest
 from verst.runtime.batching import assemble, failures, refused
-from verst.runtime.pools import Replicas, Trainers
+from verst.runtime.pools import Replicas
 from verst.runtime.trainer_worker import Scores, TrainerFacts
+from verst.runtime.trainers import Trainers
 from verst.testing import FakeEngine, FakeEnvironment
 from verst.types import NO_VERSION, Batch, Group, RoutedExperts, Routes, RoutesWanted, Sample, Status, Trajectory
 
@@ -215,11 +216,11 @@ class Rank:
 
 
 async def test_each_rank_receives_the_samples_and_layers_it_needs():
-    config = Config.model_validate({"run": {"steps": 1}, "model": {"path": "unused"}, "train": {"microbatch_tokens": 2048}})
+    config = Config.model_validate({"run": {"steps": 1}, "model": {"path": "unused"}, "train": {"microbatch_tokens": 2048, "ranks": 5}})
     wants = [RoutesWanted(data, 2, layers, packed=True) for data in (0, 1) for layers in ((0,), (1,))]
     ranks = [Rank(wanted) for wanted in (*wants, None)]
     stored: list[bytes] = []
-    trainers = Trainers(ranks, config, put=lambda encoded: stored.append(encoded) or encoded)
+    trainers = Trainers(ranks.__getitem__, config, put=lambda encoded: stored.append(encoded) or encoded)
     await trainers.start()
     assert trainers.routed_experts == KIND
     batch = Batch(1, (0, 1, 2), tuple(sample(i, 4 + i) for i in range(6)))

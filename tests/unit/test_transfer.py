@@ -15,7 +15,7 @@ from verst.config.schema import Config
 from verst.errors import TrainingDiverged, VerstError, WeightMismatch
 from verst.runtime.actors import LocalWorker
 from verst.runtime.placement import Placement
-from verst.runtime.replica import Replica
+from verst.runtime.replica import Replica, Stage
 from verst.runtime.rollout_worker import Pulled, Seat
 from verst.runtime.trainer_worker import GROUP, Published
 from verst.runtime.transfer import Transfer
@@ -47,20 +47,23 @@ class Side:
     def welcome(self, replica: Replica, version: int) -> None:
         self.events.append(("welcome", replica.number, version))
 
-    def refuse(self, replica: Replica, error: VerstError) -> bool:
-        return False
+    async def sort_out(self, failed: Mapping[Replica, VerstError], *, last: bool) -> bool:
+        self.events.append(("sort out", *(replica.number for replica in failed), last))
+        self.replicas = [replica for replica in self.replicas if not (last and replica in failed)]
+        return last
 
-    def refuse_new(self, error: VerstError) -> None:
-        raise AssertionError("none is new")
+    async def newcomers(self) -> None:
+        self.events.append("newcomers")
+        self.replicas = [Replica(7, LocalWorker("replica 7", None), Stage.READY)]
 
     async def pull(
         self, manifest: Manifest, probe_T: NDArray[np.int32], seats: Mapping[Replica, Seat] | None = None
-    ) -> dict[Replica, Pulled]:
+    ) -> dict[Replica, Pulled | VerstError]:
         assert probe_T is PROBE_T
         self.events.append(("pull", *(seat.first_rank for seat in seats.values())) if seats else "pull")
         if self._wrong:
             self._wrong -= 1
-            raise WeightMismatch("1 different: scale")
+            return dict.fromkeys(self.replicas, WeightMismatch("1 different: scale"))
         # what SGLang's server counts is known a second after its start
         stats = [{"generated_tokens": 3.0, "weights_load_s": 0.5, "server_running": 2.0}, {"generated_tokens": 4.0, "weights_load_s": 0.25}]
         found = [Pulled(TRAINER_T, stats[0]), Pulled(TRAINER_T + np.array([0, self._off, 0], np.float32), stats[1])]
@@ -72,7 +75,7 @@ class Side:
         return TRAINER_T
 
     @asynccontextmanager
-    async def drained(self) -> AsyncIterator[None]:
+    async def drained(self, *, newcomers: bool = False) -> AsyncIterator[None]:
         before = len(self.events)
         yield
         assert len(self.events) > before  # what is brought is brought within
@@ -109,9 +112,9 @@ async def test_a_version_that_did_not_arrive_whole_is_brought_again_whole(transp
     assert brought.sending is not None
     assert brought.during[0] < brought.sending[0] < brought.sending[1] < brought.during[1]
     formed = [[("pull", 1, 2), ("send", f"run/{group}", 4, transport == "shared")] for group in (1, 2)]
-    assert side.events[:-2] == [*formed[0], *formed[1]], "a group that a version did not come by may be broken"
+    assert side.events[:-2] == [*formed[0], ("sort out", 0, 1, False), *formed[1]], "a group that a version did not come by may be broken"
     assert (await by_group.bring(BY_GROUP, PROBE_T)).difference == 0.0625 / 2
-    assert side.events[6:8] == ["pull", "send"], "a group that works is used again"
+    assert side.events[7:9] == ["pull", "send"], "a group that works is used again"
 
 
 async def test_the_group_is_formed_anew_when_replicas_came_or_went():
@@ -130,11 +133,10 @@ async def test_the_group_is_formed_anew_when_replicas_came_or_went():
         assert side.events[:2] == expected
 
 
-async def test_after_two_failures_it_is_told():
+async def test_who_does_not_take_a_version_twice_is_lost_and_it_waits_for_a_replacement():
     side = Side(wrong=2)
-    with pytest.raises(WeightMismatch, match="after 2 whole pushes the engines are left paused: 1 different: scale"):
-        await transfer(side).bring(BY_FILE, PROBE_T)
-    assert side.events == ["pull", "pull"]
+    await transfer(side).bring(BY_FILE, PROBE_T)
+    assert side.events == ["pull", ("sort out", 0, 1, False), "pull", ("sort out", 0, 1, True), "newcomers", "pull", ("welcome", 7, 1)]
 
 
 @pytest.mark.parametrize(("transport", "published"), [("file", BY_FILE), ("group", BY_GROUP)])

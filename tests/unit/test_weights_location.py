@@ -87,7 +87,7 @@ def test_what_is_not_ours_is_left_alone(shared: Path, monkeypatch: pytest.Monkey
     (shared / "verst-file").write_text("")
     dead = shared / "verst-dead"
     dead.mkdir()
-    (dead / location._LOCK).write_text("")
+    (dead / location.LOCK).write_text("")
     with monkeypatch.context() as patch:
         patch.setattr(os, "getuid", lambda: -1)
         remove_abandoned()
@@ -101,7 +101,7 @@ def test_weights_on_a_disk_are_made_anew_without_touching_their_neighbours(tmp_p
     mine, neighbour = publish_directory("mine", str(disk)), publish_directory("other", str(disk))
     for directory in (mine, neighbour):
         directory.mkdir(parents=True)
-        (directory / location._LOCK).write_text("")
+        (directory / location.LOCK).write_text("")
         version_file(directory, 3).write_bytes(b"old")
     with held(mine):
         assert not version_file(mine, 3).exists()

@@ -302,6 +302,10 @@ class FidelityConfig(Section):
 class CheckpointConfig(Section):
     every_steps: Count = Field(default=50, description="A checkpoint after each of so many steps, and at the end.")
     keep: Count = Field(default=2, description="Checkpoints kept.")
+    snapshots: bool = Field(
+        default=True,
+        description="Keep the trainer's newest two states in memory, taken as often as 3 % of the time allows, for ranks that are lost.",
+    )
     export_final: bool = Field(default=True, description="Write the final model as a Hugging Face directory, RUN/final.")
 
 

@@ -9,8 +9,8 @@ from verst.config.schema import Config
 from verst.protocols import Engine
 
 
-def make_engine(config: Config, *, replica: int, device: str, shared: bool, log: Path) -> Engine:
-    """One replica's engine, not yet started. `log` takes what its own processes print.
+def make_engine(config: Config, *, slot: int, device: str, shared: bool, log: Path) -> Engine:
+    """One replica's engine, not yet started. `slot`: which of `rollout.urls` is its server. `log` takes what its own processes print.
 
     `shared`: it has to be able to give its device memory to others.
     """
@@ -39,7 +39,7 @@ def make_engine(config: Config, *, replica: int, device: str, shared: bool, log:
         max_model_tokens=config.max_trajectory_tokens,
         deterministic=False,
         arguments=saver | rollout.sglang,
-        url=rollout.urls[replica] if rollout.urls else None,
+        url=rollout.urls[slot] if rollout.urls else None,
         record_routes=record_routes,
         log=log,
     )

@@ -36,6 +36,10 @@ class Worker(Protocol):
         """The same for many small calls at a time, which share messages (`verst.runtime.mailbox`)."""
         ...
 
+    async def node(self) -> str:
+        """The machine that its process is on, by Ray's name for it."""
+        ...
+
     def kill(self) -> None:
         """Ends the process, also one that does not answer any more."""
         ...
@@ -58,6 +62,9 @@ class Host:
         if inspect.iscoroutinefunction(function):
             return await function(*args)
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+    async def node(self) -> str:
+        return ray.get_runtime_context().get_node_id()
 
     async def submit(self, calls: Sequence[Call]) -> None:
         self._inbox.submit(calls)
@@ -97,8 +104,16 @@ class RayWorker:
     async def post(self, method: str, /, *args: Any) -> Any:
         return await self._mailbox.call(method, *args)
 
+    async def node(self) -> str:
+        with unwrapped(self.name, "where it is"):
+            return await self.handle.node.remote()
+
     def kill(self) -> None:
         ray.kill(self.handle)
+
+    def __reduce__(self) -> tuple[type[RayWorker], tuple[str, Any]]:
+        """It travels to other actors without the calls of this process."""
+        return RayWorker, (self.name, self.handle)
 
     async def _submit(self, calls: Sequence[Call]) -> None:
         with unwrapped(self.name, calls[0].method or "taking calls back"):
@@ -121,6 +136,9 @@ class LocalWorker:
         return await result if inspect.isawaitable(result) else result
 
     post = call
+
+    async def node(self) -> str:
+        return ""
 
     def kill(self) -> None:
         """There is no process to end: whatever holds this call would hold its caller too."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from verst.config.schema import Config
 from verst.observe.spans import Spans
 from verst.runtime.limits import turn_limit_s
-from verst.runtime.pools import Replicas, Trainers
+from verst.runtime.pools import Replicas
+from verst.runtime.trainers import Trainers, TrainersLost
 from verst.runtime.wait import gather_named, within
 
 
@@ -27,6 +28,7 @@ class Lease:
         self._trainers, self._replicas, self._shared = trainers, replicas, shared
         self._turn = asyncio.Lock()
         self._trainers_have_it = True
+        self._training = False  # inside `training`
         self._turn_s = turn_limit_s(config)
         self.hand_over_s = 3 * config.train.deadline_s if shared else 0.0
         """Limit of what comes to the pull of a version where devices are shared."""
@@ -54,23 +56,44 @@ class Lease:
         with spans("lease"):
             await within(self._turn.acquire(), self._turn_s, "the replicas to end their turn on the shared devices")
         try:
-            with spans("lease"):
+            self._training = True
+            with spans("lease"), suppress(TrainersLost):  # whoever needs them finds that out, and can bring them back: it is their turn
                 await self._give_to_trainers()
             yield
         finally:
+            self._training = False
             self._turn.release()
         if then is not None:
             with spans("lease"):
                 await then()
 
     @asynccontextmanager
-    async def transfer(self, *, reads_trainers: bool) -> AsyncIterator[None]:
-        """Around the transfer of a version, after which it is the replicas' turn. `reads_trainers`: it needs the trainers' weights."""
+    async def reviving(self) -> AsyncIterator[None]:
+        """The trainers' turn, for trainers that were lost, whoever's turn it is: they have to build everything anew."""
+        if not self._shared or self._training:
+            yield
+            return
+        await within(self._turn.acquire(), self._turn_s, "the replicas to end their turn on the shared devices")
+        try:
+            await self._replicas.release_memory()
+            self._trainers_have_it = True
+            yield
+        finally:
+            self._turn.release()
+
+    @asynccontextmanager
+    async def transfer(self, *, reads_trainers: bool, again: bool = False) -> AsyncIterator[None]:
+        """Around the transfer of a version, after which it is the replicas' turn. `reads_trainers`: it needs the trainers' weights.
+
+        `again`: the version was brought to others before, and the trainers have given up its weights.
+        """
         if not self._shared:
             yield
             return
         await within(self._turn.acquire(), self._turn_s, "the trainers to end their turn on the shared devices")
         try:
+            if again:
+                await self._give_to_trainers()
             self._trainers_have_it = False
             await self._trainers.release_memory(weights=not reads_trainers)
             await self._replicas.resume_memory()
@@ -83,5 +106,5 @@ class Lease:
     async def _give_to_trainers(self) -> None:
         if not self._trainers_have_it:
             await self._replicas.release_memory()
-            await self._trainers.resume_memory()
             self._trainers_have_it = True
+            await self._trainers.resume_memory()

@@ -11,6 +11,9 @@ from __future__ import annotations
 from verst.config.schema import Config
 from verst.rewards.process import START_DEADLINE_S
 
+REPLACEMENTS = 3
+"""Attempts at what was lost in the same place, with no progress between them."""
+
 _CLOSE_S = 15.0
 """Longer than an environment may take to close (`verst.rollout.boundary`), which it does after the limit of its group."""
 
@@ -59,7 +62,8 @@ def group_deadline_s(config: Config, trajectories: int, *, shared: bool) -> floa
 def step_wait_s(config: Config, *, shared: bool) -> float:
     """Limit of the wait for the next group, which may be rolled twice, with all others and an evaluation on its replica."""
     most = held_trajectories(config, replicas=1)
-    return 2 * group_deadline_s(config, most, shared=shared) + config.weights.deadline_s + 10.0
+    rolled_s = 2 * group_deadline_s(config, most, shared=shared) + config.weights.deadline_s + 10.0
+    return rolled_s + replacement_limit_s(config)
 
 
 def drain_limit_s(config: Config) -> float:
@@ -67,6 +71,16 @@ def drain_limit_s(config: Config) -> float:
     if config.weights.in_flight != "finish":
         return 0.0
     return rolling_deadline_s(config, held_trajectories(config, replicas=1)) + _CLOSE_S
+
+
+def recovery_limit_s(config: Config) -> float:
+    """Limit of bringing lost trainer ranks back, tried as often as it is, with the steps that are trained again."""
+    return 10 * turn_limit_s(config)
+
+
+def replacement_limit_s(config: Config) -> float:
+    """Limit of a lost replica's replacement: its start, tried as often as it is, and the version that it begins with."""
+    return REPLACEMENTS * (config.train.deadline_s + pull_limit_s(config)) + turn_limit_s(config)
 
 
 def pull_limit_s(config: Config) -> float:

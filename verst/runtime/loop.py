@@ -7,19 +7,23 @@
                                    group
     consumer   the next P groups   a committed step      its groups, by the window        roll
     pull       a committed version freed slots           every engine's verified pull     consumer
+    replace    a lost replica      a new one             its engine to start              roll, pull
 
 C is the capacity, P the groups of a step. Synchronous training is C = P: nothing is admitted until the engines hold the step's weights. A
 larger C lets rollout run ahead. There are no modes: the same lines run either way. Where trainer and engines share devices, a step up to
 its checkpoint is the trainers' turn on them, and the pull waits for its end (`verst.runtime.lease`).
 
 The commit precedes the pull, so engines never serve a version that a crash could take back. A producer that ends is an error. A failed
-trajectory is data; a broken invariant stops the run.
+trajectory is data; a broken invariant stops the run. Trainer ranks that die take the step in progress with them: the consumer brings them
+back to the last commit and does that step again (`verst.runtime.revival`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from verst.algorithms.table import algorithm_for
 from verst.config.schema import Config
@@ -29,18 +33,31 @@ from verst.observe.metrics import Tally
 from verst.observe.spans import Spans
 from verst.runtime import batching
 from verst.runtime.bias import Bias
-from verst.runtime.limits import pull_limit_s
 from verst.runtime.parts import Parts
+from verst.runtime.publisher import Publisher
 from verst.runtime.recovery import Cursor, JournaledBatch, LoopState, Restored
+from verst.runtime.revival import Revival
 from verst.runtime.saving import Saver
 from verst.runtime.slots import GroupSlots, Ready
 from verst.runtime.standing import Standing
 from verst.runtime.trainer_worker import Published
+from verst.runtime.trainers import TrainersLost
 from verst.runtime.wait import within
-from verst.types import Group, Prompt
+from verst.types import Batch, Group, Prompt
+
+T = TypeVar("T")
 
 _REPLACED_BATCHES = 20
 """Batches' worth of groups without signal that end a run before one whole batch was found."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What the updates of a step came to, before they are committed."""
+
+    advantages: list[float]
+    tally: Tally
+    published: Published
 
 
 class Loop:
@@ -61,11 +78,11 @@ class Loop:
         self._drops_in_a_row = 0
         self._signalless = 0  # groups dropped for their equal rewards since the last batch
         self._bias = Bias()
-        self._pulling: asyncio.Task[None] | None = None
-        self._pulled_version = restored.step  # of the newest pull, in progress or done
         self._stop = asyncio.Event()
         self._standing = Standing(self._slots, parts.replicas)
+        self._publisher = Publisher(config, parts, self._standing, self._free, restored.step)
         self._saver = Saver(config, parts, saved=restored.step)
+        self._revival = Revival(parts)
         self.version = restored.step
 
     def stop(self) -> None:
@@ -81,7 +98,7 @@ class Loop:
         self._standing.keep_waits()
         try:
             await self._train()
-            await self._saver.finish(self._state())
+            await self._surviving(lambda: self._saver.finish(self._state()))
         finally:
             await self._saver.abandon()
 
@@ -89,10 +106,11 @@ class Loop:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
+                replacing = tasks.create_task(self._parts.replacer.run())
                 await self._standing.explained(self._replay)
                 await self._standing.explained(self._begin)
                 work = (self._read, self._feed, *[self._roll] * self._slots.capacity)
-                producers = [tasks.create_task(self._standing.explained(part)) for part in work]
+                producers = [replacing, *(tasks.create_task(self._standing.explained(part)) for part in work)]
                 await self._standing.explained(self._consume)
                 for producer in producers:
                     producer.cancel()
@@ -152,8 +170,8 @@ class Loop:
         while True:
             seq, prompt = await self._admitted.get()
             encoded, group = await self._parts.replicas.roll(seq, prompt, self._algorithm.learns_from)
-            self._standing.group(seq, f"the engines to have version {self._pulled_version}")
-            await self._pulled()  # tokens of a version are held back until its probe has been compared
+            self._standing.group(seq, f"the engines to have version {self._publisher.version}")
+            await self._publisher.held_back()  # tokens of a version are held back until its probe has been compared
             self._parts.journal.append_group(seq, encoded)
             await self._finished(group)
 
@@ -171,7 +189,7 @@ class Loop:
             if groups is None:
                 break
             await self._step(groups)
-        await self._pulled()
+        await self._surviving(self._publisher.served)
 
     async def _next_groups(self) -> list[Group] | None:
         """The next P trainable groups; None if asked to stop first. Groups that cannot be trained are dropped."""
@@ -181,12 +199,26 @@ class Loop:
             stopping = asyncio.ensure_future(self._stop.wait())
             telling = asyncio.ensure_future(self._standing.tell_of_a_long_wait(self.version + 1, self._parts.observer.note))
             try:
-                await asyncio.wait({taking, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                await self._serving_others({taking, stopping})
                 return None if self._stop.is_set() else sorted(await taking, key=lambda group: group.seq)
             finally:
                 for waiting in (taking, stopping, telling):
                     waiting.cancel()
                 self._standing.waited(self._spans.elapsed_s)
+
+    async def _serving_others(self, awaited: set[asyncio.Future[Any]]) -> None:
+        """Returns when one of them is done. Meanwhile the trainers are idle: they give their weights to replicas that have none."""
+        while True:
+            lost, newcomers = (asyncio.ensure_future(w) for w in (self._publisher.lost(), self._publisher.newcomers()))
+            try:
+                done, _ = await asyncio.wait({*awaited, lost, newcomers}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                lost.cancel()
+                newcomers.cancel()
+            if awaited & done:
+                return
+            await self._surviving(self._publisher.served)
+            await self._surviving(self._publisher.bring_newcomers)
 
     async def _take(self, count: int) -> list[Group]:
         groups: list[Group] = []
@@ -237,7 +269,7 @@ class Loop:
 
     async def _step(self, groups: Sequence[Group], journaled: JournaledBatch | None = None) -> None:
         """One step: batch, updates, commit, and the pull that frees the slots. `journaled`: the step is trained again after a restart."""
-        step, spans, trainers = self.version + 1, self._spans, self._parts.trainers
+        step, spans = self.version + 1, self._spans
         batch = batching.assemble(step, groups)
         batching.require_fresh(batch, self.version, self._config.worst_staleness)
         if journaled is None:
@@ -245,51 +277,60 @@ class Loop:
                 self._standing.group(seq, f"the end of step {step}")
             await asyncio.to_thread(self._parts.journal.append_batch, BatchRecord(step, batch.groups, tuple(self._dropped)))
         dropped, self._dropped = list(self._dropped.values()), {}
-        async with self._parts.lease.training(spans, then=self._pulled):
-            with spans("load"):
-                scores = await trainers.load_batch(batch)
-            advantages = batching.advantages(batch, self._config.algorithm, scores.reference_kl)
-            tally = Tally().merge(scores.tally)
-            for update in range(trainers.num_updates):
-                with spans("forward_backward"):
-                    tally.merge(await trainers.forward_backward(update, advantages))
-                self._parts.observer.measured(step, tally.report())
-                if self._parts.transfer.reads_trainers:
-                    with spans("pull_wait"):
-                        await self._pulled()  # else an update could come before its weights have left
-                with spans("optimizer"):
-                    tally.merge(await trainers.optimizer_step(update))
-            with spans("publish"):
-                published = await self._publish(step)
+        async with self._parts.lease.training(spans, then=lambda: self._surviving(self._publisher.served)):
+            trained = await self._surviving(lambda: self._compute(batch))
             with spans("commit"):
-                await self._commit(step, published.manifest.digest, journaled)
+                await self._commit(step, trained.published.manifest.digest, journaled)
             for seq in batch.groups:
                 self._cursors.pop(seq, None)
+            with spans("snapshot"):
+                await self._surviving(lambda: self._parts.snapshots.after_commit(step))
             with spans("pull_wait"):
-                await self._pulled()
-            held = [] if journaled else batch.groups
-            self._pulled_version = step
-            self._pulling = self._tasks.create_task(self._standing.explained(lambda: self._pull(published, held)))
+                await self._surviving(self._publisher.served)
+            self._publisher.begin(self._tasks, trained.published, [] if journaled else batch.groups)
             with spans("checkpoint"):
-                await self._saver.after_step(self._state())
+                await self._surviving(lambda: self._saver.after_step(self._state()))
         replaced, self._signalless = self._signalless, 0
-        metrics = batching.describe([*groups, *dropped], advantages, step - 1) | tally.report()
+        metrics = batching.describe([*groups, *dropped], trained.advantages, step - 1) | trained.tally.report()
         metrics |= self._bias.trained(groups, step - 1)
         metrics |= {"groups/dropped": float(len(dropped) - replaced), "groups/replaced": float(replaced)}
         await self._after([*groups, *dropped], metrics)
+
+    async def _compute(self, batch: Batch) -> Trained:
+        """The updates of one step, up to the hash of its weights. Nothing outside the trainers changes: it may be done again."""
+        trainers, spans = self._parts.trainers, self._spans
+        with spans("load"):
+            scores = await trainers.load_batch(batch)
+        advantages = batching.advantages(batch, self._config.algorithm, scores.reference_kl)
+        tally = Tally().merge(scores.tally)
+        for update in range(trainers.num_updates):
+            with spans("forward_backward"):
+                tally.merge(await trainers.forward_backward(update, advantages))
+            self._parts.observer.measured(batch.step, tally.report())
+            if self._parts.transfer.reads_trainers:
+                with spans("pull_wait"):
+                    await self._publisher.served()  # else an update could come before its weights have left
+            with spans("optimizer"):
+                tally.merge(await trainers.optimizer_step(update))
+        with spans("publish"):
+            return Trained(advantages, tally, await self._publish(batch.step))
 
     async def _commit(self, step: int, digest: str, journaled: JournaledBatch | None) -> None:
         """Makes the step durable; or, when it was committed before, checks that the same weights came out."""
         if journaled is None or journaled.digest is None:
             await asyncio.to_thread(self._parts.journal.append_commit, CommitRecord(step, digest))
-        elif journaled.digest != digest:
-            message = (
-                f"step {step} was trained again from the journal and its weights hash is {digest}, not {journaled.digest} as committed"
-            )
-            if self._config.run.deterministic and self._restored.same_sums:
-                raise InvariantViolation(message + ": machine, library versions or thread count may differ from before")
-            self._parts.observer.note(f"warning: {message}")
+        else:
+            self._require_same(step, digest, journaled.digest)
         self.version = step
+
+    def _require_same(self, step: int, digest: str, committed: str) -> None:
+        """A step that is trained again has the weights that were committed. Raises `InvariantViolation` where bits repeat."""
+        if digest == committed:
+            return
+        message = f"step {step} was trained again from the journal and its weights hash is {digest}, not {committed} as committed"
+        if self._config.run.deterministic and self._restored.same_sums:
+            raise InvariantViolation(message + ": machine, library versions or thread count may differ from before")
+        self._parts.observer.note(f"warning: {message}")
 
     async def _after(self, groups: Sequence[Group], metrics: dict[str, float]) -> None:
         """What follows a step: evaluation and report."""
@@ -297,7 +338,7 @@ class Loop:
         metrics["replicas"] = float(len(self._parts.replicas.active))
         if self._evaluates_at(self.version):
             with self._spans("pull_wait"):
-                await self._pulled()
+                await self._surviving(self._publisher.served)
             with self._spans("evaluate"):
                 metrics |= await self._parts.evaluate()
         self._parts.observer.step(self.version, groups, metrics, self._spans)
@@ -306,11 +347,12 @@ class Loop:
 
     async def _begin(self) -> None:
         """Gives the engines the restored weights before the first prompt is admitted."""
-        await self._pulled()
+        await self._surviving(self._publisher.served)
         self._spans = Spans()
         async with self._parts.lease.training(self._spans):
-            published = await self._publish(self.version)
-        await self._pull(published, [])
+            published = await self._surviving(lambda: self._publish(self.version))
+        self._publisher.begin(self._tasks, published, [])
+        await self._surviving(self._publisher.served)
         if self._config.eval.every_steps and self.version == 0:
             self._parts.observer.evaluation(0, await self._parts.evaluate())
 
@@ -319,36 +361,44 @@ class Loop:
         needed = self._algorithm.learns_from == "policy" or self._evaluates_at(version) or version == self._restored.step
         return await self._parts.trainers.publish(version, self._parts.transfer.location if needed else None, self._parts.probe_tokens)
 
-    async def _pull(self, published: Published, seqs: Sequence[int]) -> None:
-        """All engines load, verify and serve a version; only then are the slots free whose gradient it includes."""
-        for seq in seqs:
-            self._standing.group(seq, f"the engines to have version {published.manifest.version}")
-        if published.manifest.location:
-            async with self._parts.lease.transfer(reads_trainers=self._parts.transfer.reads_trainers):
-                brought = await self._parts.transfer.bring(published, self._parts.probe_tokens)
-            self._parts.observer.published(published.manifest.version, brought)
-        await self._free(seqs)
-
     async def _free(self, seqs: Sequence[int]) -> None:
         for seq in seqs:
             self._standing.freed(seq)
         await self._slots.free(seqs)
 
-    async def _pulled(self) -> None:
-        """Waits for the pull in progress, if there is one: until its version serves, and its probe was compared."""
-        pulling = self._pulling
-        if pulling is None:
-            return
-        limit_s = pull_limit_s(self._config) + self._parts.lease.hand_over_s
-        await within(asyncio.shield(pulling), limit_s, f"engines to pull version {self._pulled_version}")
-        if self._pulling is pulling:  # several wait for it, and the next one may have begun
-            self._pulling = None
-
     def _evaluates_at(self, version: int) -> bool:
         every = self._config.eval.every_steps
         return bool(every) and (version % every == 0 or version == self._config.run.steps)
 
-    # ---- resume
+    # ---- what was lost
+
+    async def _surviving(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Does what needs the trainers; once more, with those who were brought back, if ranks are lost in it."""
+        lost: TrainersLost | None = None
+        while True:
+            try:
+                if lost is not None:
+                    await self._bring_back(lost)
+                return await work()
+            except TrainersLost as again:
+                lost = again
+
+    async def _bring_back(self, lost: TrainersLost) -> None:
+        """The trainers, to the last commit: from a snapshot or a checkpoint, and by the journaled steps since then."""
+        async with self._parts.lease.reviving():
+            restored = await self._revival.bring_back(lost, self.version)
+            for step in range(restored + 1, self.version + 1):
+                trained = await self._compute(self._journaled_batch(step))
+                self._require_same(step, trained.published.manifest.digest, self._parts.journal.commit(step).digest)
+            published = await self._publish(self.version) if self._publisher.unserved else None
+        if published is not None:
+            self._publisher.begin(self._tasks, published, [])
+
+    def _journaled_batch(self, step: int) -> Batch:
+        return batching.assemble(step, self._journaled_groups(self._parts.journal.batch(step).groups))
+
+    def _journaled_groups(self, seqs: Sequence[int]) -> list[Group]:
+        return [batching.refused(self._parts.journal.group(seq), self._parts.trainers.routed_experts) for seq in seqs]
 
     async def _replay(self) -> None:
         """Trains again the journaled batches after the checkpoint; each must reach the weights that were committed."""
@@ -356,8 +406,7 @@ class Loop:
             if self._stop.is_set():
                 return
             self._spans = Spans()
-            needed = self._parts.trainers.routed_experts
-            groups = [batching.refused(self._parts.journal.group(seq), needed) for seq in batch.groups]
+            groups = self._journaled_groups(batch.groups)
             for group in groups:
                 self._bias.generated(group)
             await self._step(groups, journaled=batch)

@@ -11,7 +11,6 @@ from itertools import islice
 from verst.algorithms.table import algorithm_for
 from verst.config.plan import read_config
 from verst.config.schema import Config
-from verst.errors import CheckpointError
 from verst.observe.limits import FidelityWatch
 from verst.observe.sinks import JsonlSink, read_rows
 from verst.observe.spans import Spans
@@ -103,7 +102,7 @@ class Observer:
         """A checkpoint is complete on disk."""
         self._checkpoint = step
 
-    def checkpoint_failed(self, step: int, error: CheckpointError) -> None:
+    def checkpoint_failed(self, step: int, error: VerstError) -> None:
         """A checkpoint could not be written: told at once, and counted in every row from here on."""
         self._failed_checkpoints += 1
         self.note(f"warning: checkpoint of step {step} was not written ({error}); the former one stays, training goes on")

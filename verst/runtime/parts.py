@@ -14,8 +14,11 @@ from verst.journal.log import Journal
 from verst.observe.metrics import Tally
 from verst.runtime.lease import Lease
 from verst.runtime.observer import Observer
-from verst.runtime.pools import Replicas, Trainers
+from verst.runtime.pools import Replicas
+from verst.runtime.replacer import Replacer
 from verst.runtime.rundir import RunDirectory
+from verst.runtime.snapshots import Snapshots
+from verst.runtime.trainers import Trainers
 from verst.runtime.transfer import Transfer
 from verst.types import Prompt, Status
 
@@ -34,6 +37,8 @@ class Parts:
     probe_tokens: NDArray[np.int32]
     transfer: Transfer
     lease: Lease
+    snapshots: Snapshots
+    replacer: Replacer
     eval_prompts: list[Prompt]
 
     @property

@@ -1,4 +1,4 @@
-"""All trainer ranks as one, and all replicas as one: who is called, and for how long we wait."""
+"""All replicas as one: who is called, and for how long we wait."""
 
 from __future__ import annotations
 
@@ -7,27 +7,23 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from verst.config.schema import Config
-from verst.errors import CheckpointError, ConfigError, DeadlineExceeded, VerstError
-from verst.journal.codec import decode_group, encode_batch, encode_group, encode_routes
-from verst.observe.metrics import Tally, merged
+from verst.errors import ConfigError, DeadlineExceeded, EngineFailure, VerstError
+from verst.journal.codec import decode_group, encode_group
 from verst.observe.timeline import Timeline
-from verst.runtime.actors import Worker
-from verst.runtime.batching import given_up, routes_for
-from verst.runtime.limits import drain_limit_s, evaluated_prompts, group_deadline_s, step_wait_s
+from verst.runtime.actors import Worker, WorkerDied
+from verst.runtime.batching import given_up
+from verst.runtime.limits import REPLACEMENTS, drain_limit_s, evaluated_prompts, group_deadline_s, replacement_limit_s, step_wait_s
 from verst.runtime.replica import Replica, Stage
 from verst.runtime.rollout_worker import Pulled, Seat
-from verst.runtime.trainer_worker import Published, Scores, TrainerFacts
-from verst.runtime.wait import GRACE_S, explained_by, gather_named, within
-from verst.types import Batch, Group, Manifest, Prompt, RoutedExperts, RoutesWanted
-
-if TYPE_CHECKING:
-    from verst.weights.group import GroupAddress
+from verst.runtime.trainer_worker import GROUP
+from verst.runtime.wait import GRACE_S, explained_by, gather_named, outcomes, within
+from verst.types import Group, Manifest, Prompt, RoutedExperts
 
 _CLOSE_S = 30.0
 """Limit of ending a part, whose processes have nothing left to do."""
@@ -36,124 +32,23 @@ _ASK_S = 2.0
 """How long a replica may take to say what its groups wait for, when a run tells why it ends."""
 
 
-class Trainers:
-    """Every rank of the trainer, called together."""
-
-    def __init__(self, workers: Sequence[Worker], config: Config, put: Callable[[bytes], Any]) -> None:
-        self._workers = workers
-        self._deadline_s = config.train.deadline_s
-        self._put = put
-        self._train = config.train
-        self._wanted: list[RoutesWanted | None] = []
-        self.num_updates = 0
-        self.routed_experts: RoutedExperts | None = None
-        """How the model routes, if recorded routes are needed."""
-
-    async def _all(self, method: str, *args: Any, deadline_s: float | None = None, grace_s: float | None = None) -> list[Any]:
-        return await self._each(method, [args] * len(self._workers), deadline_s=deadline_s, grace_s=grace_s)
-
-    async def _each(
-        self, method: str, args: Sequence[tuple[Any, ...]], *, deadline_s: float | None = None, grace_s: float | None = None
-    ) -> list[Any]:
-        """As `_all`, with arguments of its own for each rank."""
-        limit = deadline_s or self._deadline_s
-        calls = {
-            (who := f"{w.name}: {method}"): within(w.call(method, *own), limit, who) for w, own in zip(self._workers, args, strict=True)
-        }
-        return await gather_named(calls, grace_s=grace_s or GRACE_S)
-
-    async def _first(self, method: str, *args: Any) -> Any:
-        """Of rank 0 alone."""
-        return await within(self._workers[0].call(method, *args), self._deadline_s, f"{self._workers[0].name}: {method}")
-
-    async def start(self) -> None:
-        rendezvous = None
-        if len(self._workers) > 1:
-            rendezvous = await self._first("rendezvous")
-        facts: list[TrainerFacts] = await self._all("start", rendezvous)
-        self.num_updates = facts[0].num_updates
-        self._wanted = [found.routes_wanted for found in facts]
-        self.routed_experts = facts[0].routed_experts if any(self._wanted) else None
-
-    async def load_batch(self, batch: Batch) -> Scores:
-        """Hands every rank the batch, through the object store, with the routes that it needs, and merges what they learned from it."""
-        encoded = self._put(encode_batch(batch))
-        routes = self._routes(batch)
-        scores = await self._each("load_batch", [(encoded, routes.get(wanted)) for wanted in self._wanted])
-        return Scores(merged(s.tally for s in scores), {i: kl for s in scores for i, kl in s.reference_kl.items()})
-
-    def _routes(self, batch: Batch) -> dict[RoutesWanted | None, Any]:
-        """For each different want: the routes of the samples and layers in it, encoded and in the object store."""
-        found: dict[RoutesWanted | None, Any] = {}
-        for wanted in self._wanted:
-            if wanted is None or wanted in found:
-                continue
-            found[wanted] = self._put(encode_routes(routes_for(batch, wanted, self._train)))
-        return found
-
-    async def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
-        return merged(await self._all("forward_backward", update, advantages))
-
-    async def optimizer_step(self, update: int) -> Tally:
-        """Only called once every rank finished its backward pass: all ranks step, or none."""
-        return merged(await self._all("optimizer_step", update))
-
-    async def publish(self, version: int, location: str | None, probe_T: NDArray[np.int32]) -> Published:
-        return (await self._all("publish", version, location, probe_T))[0]
-
-    async def host_group(self, name: str, world: int, *, shared: bool) -> GroupAddress:
-        return await self._first("host_group", name, world, shared)
-
-    async def send(self, manifest: Manifest, probe_T: NDArray[np.int32], address: GroupAddress | None = None) -> NDArray[np.float32]:
-        """Sends a version, by a group that is formed first if an address is given; returns the trainer's log-probabilities of the probe."""
-        return (await self._all("send", manifest, probe_T, address))[0]
-
-    async def release_memory(self, *, weights: bool) -> None:
-        await self._all("release_memory", weights)
-
-    async def resume_memory(self) -> None:
-        await self._all("resume_memory")
-
-    async def snapshot(self, directory: str, step: int) -> dict[str, Any]:
-        return (await self._all("snapshot", directory, step))[0]
-
-    async def written(self) -> list[Any]:
-        """Waits until every rank's checkpoint file is on disk, or could not be written. Raises `CheckpointError`.
-
-        No rank waits for another here, and what one of them still writes must not be removed under it: so no grace ends the wait.
-        """
-        try:
-            return await self._all("written", grace_s=self._deadline_s)
-        except OSError as error:
-            raise CheckpointError(f"a trainer rank could not write its checkpoint file: {error}") from error
-
-    async def restore(self, directory: str, step: int) -> None:
-        await self._all("restore", directory, step)
-
-    async def export(self, directory: str) -> None:
-        await self._all("export", directory)
-
-    async def close(self) -> None:
-        """Ends every rank in order, then its process: one that a collective holds cannot answer."""
-        try:
-            await self._all("close", deadline_s=_CLOSE_S)
-        finally:
-            for worker in self._workers:
-                worker.kill()
-
-
 class Replicas:
     """Every rollout replica. Groups go to the one with the fewest in flight; new weights go to all.
 
     Their number may change while the run goes on (`verst.runtime.scaler`). A publish has the members that were there as it began; one that
     is new among them is given groups once it holds that version, and one that fails until then is refused and ends nothing.
+
+    One whose process dies, whose engine breaks or who does not answer is lost: its groups are rolled again by others, with the same numbers
+    and seeds, and it is replaced (`verst.runtime.replacer`). Without any other, groups wait for the replacement.
     """
 
     def __init__(self, workers: Sequence[Worker], config: Config, *, shared: bool = False, timeline: Timeline | None = None) -> None:
-        self._replicas = [Replica(number, worker) for number, worker in enumerate(workers)]
+        self._replicas = [Replica(number, worker, slot=number) for number, worker in enumerate(workers)]
         self._numbers = itertools.count(len(workers))
         self._members: list[Replica] = []
         self._publishing = asyncio.Lock()
+        self._changed = asyncio.Event()  # set as replicas become ready, or serve
+        self._lost: asyncio.Queue[Replica] = asyncio.Queue()
         self._timeline = timeline or Timeline()
         self._timeline.replicas = lambda: [replica.number for replica in self.active]
         self._config = config
@@ -221,12 +116,12 @@ class Replicas:
         """One group, rolled and scored by the least busy replica: encoded, for the journal, and decoded.
 
         One that does not come back in time has failed, and is taken back from its replica. That is the last resort: rolling and scoring
-        have limits of their own. Raises `DeadlineExceeded` if no other group came back from there meanwhile. One that its replica does not
-        finish after it was told to leave is rolled again by another, with the same number and seeds.
+        have limits of their own. One whose replica is lost, or does not finish it after it was told to leave, is rolled again by another.
+        Raises what a replica was lost by if that is the last of `REPLACEMENTS` of this group.
         """
-        evaluated = int(how == "evaluation")
+        evaluated, losses = int(how == "evaluation"), 0
         while True:
-            replica = min(self.active, key=self._trajectories)
+            replica = await self._chosen(how)
             replica.in_flight += 1
             replica.evaluating += evaluated
             self._rolling[seq] = replica, time.monotonic()
@@ -235,9 +130,12 @@ class Replicas:
                 with nullcontext([]) if demonstrated else self._timeline.group(seq, prompt.id, replica.number) as became:
                     encoded, group = await self._rolled(replica, seq, prompt, how)
                     became.append(group)
-            except VerstError:
-                if replica.stage is not Stage.LEAVING:
+            except VerstError as error:
+                if not self._left(replica, error):
                     raise
+                losses += replica.stage is Stage.LOST
+                if losses == REPLACEMENTS:
+                    raise EngineFailure(f"group {seq} ({prompt.id}) was on {losses} replicas that were lost; the last: {error}") from error
                 replica.rolled_again.append(seq)
             else:
                 del self._rolling[seq]  # not after an error, which ends the run: then it tells where the group was
@@ -246,12 +144,37 @@ class Replicas:
                 replica.evaluating -= evaluated
                 replica.ended_one()
 
+    async def _chosen(self, how: str) -> Replica:
+        """The least busy of those that serve. If there is none, the first that does again."""
+
+        def usable() -> list[Replica]:
+            new = [r for r in self._replicas if r.stage is Stage.READY] if how == "demonstrations" else []  # which need no weights
+            return self.active + new
+
+        if not usable():
+            await within(self._until(lambda: bool(usable())), replacement_limit_s(self._config), "a replica to serve")
+        return min(usable(), key=self._trajectories)
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        while not holds():
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _left(self, replica: Replica, error: VerstError) -> bool:
+        """Whether others roll what a replica could not: it leaves, or it is lost, which the error may be the first sign of."""
+        if replica.stage is Stage.SERVING and isinstance(error, WorkerDied | EngineFailure | DeadlineExceeded):
+            self.lose(replica, error)
+        return replica.stage in (Stage.LEAVING, Stage.LOST)
+
     async def _rolled(self, replica: Replica, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:
         """What one replica makes of a group, or a failed one."""
         finished, limit_s = replica.finished, self.deadline_s(replica.in_flight - replica.evaluating)
         rolling = asyncio.ensure_future(replica.worker.post("roll", seq, prompt, how))
+        lost = asyncio.ensure_future(replica.gone.wait())
         try:
-            await asyncio.wait({rolling}, timeout=limit_s)
+            await asyncio.wait({rolling, lost}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            if replica.error is not None and replica.stage is Stage.LOST:
+                raise replica.error
             awaited = "" if rolling.done() else (await self._standing(replica))[seq][0]  # asked before it is taken back
             if rolling.done():
                 encoded = await rolling
@@ -259,6 +182,7 @@ class Replicas:
                 return encoded, decode_group(encoded)
         finally:
             rolling.cancel()
+            lost.cancel()
         reason = f"waited {limit_s:g} s for {awaited}"
         if replica.finished == finished or replica.stage is Stage.LEAVING:
             raise DeadlineExceeded(f"{reason}: group {seq} ({prompt.id}), and no other came back from {replica.name} meanwhile")
@@ -285,55 +209,78 @@ class Replicas:
 
     async def pull(
         self, manifest: Manifest, probe_T: NDArray[np.int32], seats: Mapping[Replica, Seat] | None = None
-    ) -> dict[Replica, Pulled]:
-        """Every member loads and verifies one version, serves it and scores the probe. Without those that were refused over it.
+    ) -> dict[Replica, Pulled | VerstError]:
+        """Every member loads and verifies one version, serves it and scores the probe, or says why it did not.
 
-        `seats`: their places in a weight group that is formed first.
+        `seats`: their places in a weight group that is formed first. In a group, the failure of one holds up the others.
         """
         seats = seats or {}
         members = self.members
-        pulled = await gather_named({f"{r.name}: pull": self._pull(r, manifest, probe_T, seats.get(r)) for r in members})
-        return {replica: found for replica, found in zip(members, pulled, strict=True) if found is not None}
+        calls = {f"{r.name}: pull": self._pull(r, manifest, probe_T, seats.get(r)) for r in members}
+        pulled = await outcomes(calls, grace_s=GRACE_S if manifest.location == GROUP else None)
+        return dict(zip(members, pulled, strict=True))
 
-    async def _pull(self, replica: Replica, manifest: Manifest, probe_T: NDArray[np.int32], seat: Seat | None) -> Pulled | None:
+    async def _pull(self, replica: Replica, manifest: Manifest, probe_T: NDArray[np.int32], seat: Seat | None) -> Pulled:
         limit_s = self._config.weights.deadline_s + 5
         if seat is not None:
             limit_s += self._config.weights.deadline_s + 10  # a rank that waited in vain says so itself
-        try:
-            return (await self._all("pull", limit_s, manifest, probe_T, seat, of=[replica]))[0]
-        except VerstError as error:
-            if not self.refuse(replica, error):
-                raise
-            return None
+        return (await self._all("pull", limit_s, manifest, probe_T, seat, of=[replica]))[0]
+
+    async def sort_out(self, failed: Mapping[Replica, VerstError], *, last: bool) -> bool:
+        """Those who did not take a version: who is dead leaves the publish in progress; on the `last` attempt all of them do.
+
+        Returns whether any left. One that lives may have failed because of another.
+        """
+        before = self.members
+        found = await asyncio.gather(*(replica.answers() for replica in failed))
+        for (replica, error), dead in zip(failed.items(), found, strict=True):
+            if dead is not None or last:
+                self.drop(replica, error)
+        return self.members != before
 
     @asynccontextmanager
-    async def drained(self) -> AsyncIterator[None]:
+    async def drained(self, *, newcomers: bool = False) -> AsyncIterator[None]:
         """A publish: its members are settled, and nothing is in flight within, if it has to finish before a version (`weights.in_flight`).
 
         What comes meanwhile waits. On shared devices the engines are paused by then, and could finish nothing: their groups go on with
-        the new version.
+        the new version. `newcomers`: only those that do not serve yet are members.
         """
         limit_s = 0.0 if self._shared else drain_limit_s(self._config)
         async with self._publishing:
             await asyncio.gather(*(r.ask() for r in self._replicas if r.stage is Stage.READY))
-            self._members = [r for r in self._replicas if r.stage in (Stage.READY, Stage.SERVING)]
-            busy = self.active  # one that is new has nothing to finish
+            stages = (Stage.READY,) if newcomers else (Stage.READY, Stage.SERVING)
+            self._members = [r for r in self._replicas if r.stage in stages]
+            busy = [] if newcomers else self.active  # one that is new has nothing to finish
             try:
                 if limit_s:
-                    await self._all("drain", limit_s + 5, of=busy)
+                    await self._each("drain", limit_s + 5, of=busy)
                 try:
                     yield
                 finally:
                     if limit_s:
-                        await self._all("admit", _CLOSE_S, of=[r for r in busy if r in self._members])
+                        await self._each("admit", _CLOSE_S, of=[r for r in busy if r in self._members])
             finally:
                 self._members = []
 
+    async def _each(self, method: str, deadline_s: float, of: Sequence[Replica]) -> None:
+        """Without those that are lost over it."""
+        calls = {(who := f"{r.name}: {method}"): within(r.worker.call(method), deadline_s, who) for r in of if r.stage is not Stage.LOST}
+        answers = await outcomes(calls)
+        for replica, answer in zip([r for r in of if r.stage is not Stage.LOST], answers, strict=True):
+            if isinstance(answer, WorkerDied | EngineFailure | DeadlineExceeded):
+                self.drop(replica, answer)
+            elif isinstance(answer, VerstError):
+                raise answer
+
     async def release_memory(self) -> None:
-        await self._all("release_memory", self._config.weights.deadline_s)
+        await self._each("release_memory", self._config.weights.deadline_s, of=self._with_engines)
 
     async def resume_memory(self) -> None:
-        await self._all("resume_memory", self._config.weights.deadline_s)
+        await self._each("resume_memory", self._config.weights.deadline_s, of=self._with_engines)
+
+    @property
+    def _with_engines(self) -> list[Replica]:
+        return [replica for replica in self._replicas if replica.stage in (Stage.READY, Stage.SERVING)]
 
     async def probe_tokens(self, prompt: Prompt) -> NDArray[np.int32]:
         first = self.active[0]
@@ -341,39 +288,57 @@ class Replicas:
 
     # ---- a number that changes
 
-    def begin(self, spawn: Callable[[int], Worker]) -> Replica:
-        """A new replica, whose process `spawn` starts; `make_ready` is what follows."""
+    def begin(self, spawn: Callable[[int, int], Worker], instead_of: Replica | None = None) -> Replica:
+        """A new replica, whose process `spawn` starts by its number and slot; `make_ready` is what follows."""
         number = next(self._numbers)
-        replica = Replica(number, spawn(number), Stage.STARTING)
+        slot = number if instead_of is None else instead_of.slot
+        replica = Replica(number, spawn(number, slot), Stage.STARTING, slot)
         self._replicas.append(replica)
         return replica
 
     async def make_ready(self, replica: Replica) -> None:
-        """Starts a new replica's engine. From then on it waits for the next publish. Raises what the start raised."""
+        """Starts a new replica's engine. From then on it waits for a version. Raises what the start raised."""
         self._require_routes(await self._start(replica))
         replica.stage = Stage.READY
+        self._changed.set()
+
+    async def newcomers(self) -> None:
+        """Returns once there is a replica that waits for a version."""
+        await self._until(lambda: any(replica.stage is Stage.READY for replica in self._replicas))
 
     def welcome(self, replica: Replica, version: int) -> None:
         """It holds the version that is published: a new one is given groups from here on."""
         if replica.stage is Stage.READY:
             replica.stage, replica.first_version = Stage.SERVING, version
             replica.changed.set()
+            self._changed.set()
 
-    def refuse(self, replica: Replica, error: VerstError) -> bool:
-        """Takes a replica out of the publish in progress. False for one that serves: its failures are the run's.
+    def drop(self, replica: Replica, error: VerstError) -> None:
+        """Takes a replica out of the publish in progress: one that is new is refused, one that serves is lost.
 
         One that leaves is ended then, without the groups that it has: its engine stays paused.
         """
         if replica.stage is Stage.SERVING:
-            return False
+            self.lose(replica, error)
+            return
         replica.refuse(error)
         self._members = [member for member in self._members if member is not replica]
-        return True
 
-    def refuse_new(self, error: VerstError) -> None:
-        """The same for all that do not serve: where it cannot be known who failed, those who were there before go on without them."""
-        for replica in self.members:
-            self.refuse(replica, error)
+    def lose(self, replica: Replica, error: VerstError) -> None:
+        """One that serves is lost: its groups go to others, and it is replaced."""
+        replica.lose(error)
+        self._members = [member for member in self._members if member is not replica]
+        self._lost.put_nowait(replica)
+
+    async def next_lost(self) -> Replica:
+        """Returns when one is lost, each once. It is idle most of the time, so it has no deadline."""
+        return await self._lost.get()
+
+    async def bury(self, replica: Replica) -> None:
+        """Forgets one that is lost or was refused, with its process. Waits for the publish that it is part of."""
+        async with self._publishing:  # which has deadlines of its own
+            self._replicas.remove(replica)
+        replica.worker.kill()
 
     async def end(self, replica: Replica) -> None:
         """Ends a replica that has nothing in flight, with its process, which gives its GPU back. Waits for the publish that it is part of.

@@ -22,10 +22,10 @@ from verst.errors import ConfigError, JournalError
 from verst.journal.log import JournalReader
 from verst.runtime import batching
 from verst.runtime.actors import LocalWorker
-from verst.runtime.pools import Trainers
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.stored import newest_state
 from verst.runtime.trainer_worker import TrainerWorker
+from verst.runtime.trainers import Trainers
 
 if TYPE_CHECKING:
     from torch.profiler import profile
@@ -104,7 +104,7 @@ async def _profile(run: RunDirectory, config: Config, journal: JournalReader, st
     if checkpoint is not None:
         restored = checkpoint.step
         begun_from = f"the checkpoint of step {restored}" if restored else "the checkpoint that the run began from"
-    trainers = Trainers([LocalWorker("trainer rank 0", TrainerWorker(config, 0, device))], config, lambda value: value)
+    trainers = Trainers(lambda rank: LocalWorker(f"trainer rank {rank}", TrainerWorker(config, rank, device)), config, lambda value: value)
     await trainers.start()
     try:
         if checkpoint is not None:

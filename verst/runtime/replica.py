@@ -21,6 +21,7 @@ class Stage(StrEnum):
     READY = "ready"  # it waits for the next publish, and takes part in it
     SERVING = "serving"  # it holds a verified version, and is given groups
     REFUSED = "refused"  # it could not take the version it was to begin with
+    LOST = "lost"  # its process died, its engine broke, or it does not answer
     LEAVING = "leaving"  # it finishes the groups that it has, and takes part in no publish
 
 
@@ -31,6 +32,8 @@ class Replica:
     number: int
     worker: Worker
     stage: Stage = Stage.SERVING
+    slot: int = 0
+    """Its place: the server's URL, the GPU and the log that a replacement has after it."""
     in_flight: int = 0
     """Groups, evaluated prompts included."""
     evaluating: int = 0
@@ -44,11 +47,13 @@ class Replica:
     error: Exception | None = None
     """Why it was refused, or cannot finish what it has."""
     rolled_again: list[int] = field(default_factory=list)
-    """Admission numbers of groups that it did not finish after it was told to leave: others rolled them."""
+    """Admission numbers of groups that it did not finish after it was told to leave, or was lost: others rolled them."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when it serves or was refused."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while it leaves, and has nothing in flight or cannot finish what it has."""
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when it is lost: nobody waits for it any more."""
     _peak: int = 0  # in flight at a time, as far as one of them has ended
 
     @property
@@ -73,12 +78,26 @@ class Replica:
         if not self.in_flight:
             self.done.set()
 
-    async def ask(self) -> None:
-        """One that is new is refused if its process does not answer: the others would wait for it, with their engines paused."""
+    async def answers(self) -> VerstError | None:
+        """Why it cannot go on: its process does not answer, or its engine is broken. None if it can."""
         try:
-            await within(self.worker.call("weight_ranks"), ANSWER_S, f"{self.name} to answer before it joins")
+            await within(self.worker.call("check"), ANSWER_S, f"{self.name} to answer")
         except VerstError as error:
+            return error
+        return None
+
+    async def ask(self) -> None:
+        """One that is new is refused if it does not answer: the others would wait for it, with their engines paused."""
+        error = await self.answers()
+        if error is not None:
             self.refuse(error)
+
+    def lose(self, error: VerstError) -> None:
+        """It is given nothing from here on, and its process is ended, which may be stuck."""
+        self.stage, self.error = Stage.LOST, error
+        self.gone.set()
+        self.changed.set()
+        self.worker.kill()
 
     def refuse(self, error: VerstError) -> None:
         """It could not take a version. Not one that serves."""

@@ -64,13 +64,21 @@ class RolloutWorker:
     """
 
     def __init__(
-        self, config: Config, extensions: Extensions, replica: int, device: str, logs: Path, shared: bool = False, samples: int = 1
+        self,
+        config: Config,
+        extensions: Extensions,
+        replica: int,
+        device: str,
+        logs: Path,
+        shared: bool = False,
+        samples: int = 1,
+        slot: int | None = None,
     ) -> None:
-        """`samples`: trajectories of each prompt in an evaluation."""
+        """`samples`: trajectories of each prompt in an evaluation. `slot`: of its URL and log; default: its number."""
         self._config = config
         self._extensions = extensions
         self._device = device
-        self._replica = replica
+        self._replica, self._slot = replica, replica if slot is None else slot
         self._logs = logs
         self._shared = shared
         self._samples = samples
@@ -81,6 +89,7 @@ class RolloutWorker:
         self._clock = Clock()
         self._traffic = asyncio.Condition()
         self._draining = False
+        self._pulls = asyncio.Lock()
         self._waits = Waits()  # of groups by their numbers, of trajectories by their ids
 
     async def start(self, scores: bool) -> RoutedExperts | None:
@@ -108,8 +117,8 @@ class RolloutWorker:
         _require_vocabulary(tokenizer.vocab_size, config.model.path)
         self._renderer = ChatRenderer(tokenizer)
         self._environment = environment_factory(self._extensions.environment or rollout.environment, rollout.environment_options)
-        log = self._logs / f"replica-{self._replica}.log"
-        self.engine = make_engine(config, replica=self._replica, device=self._device, shared=self._shared, log=log)
+        log = self._logs / f"replica-{self._slot}.log"  # by which a server that outlived the one before in this place is found and ended
+        self.engine = make_engine(config, slot=self._slot, device=self._device, shared=self._shared, log=log)
 
     async def _start_scorer(self) -> None:
         from verst.rewards.scorer import Scorer
@@ -218,6 +227,10 @@ class RolloutWorker:
 
         `seat`: the engine takes its places in a new weight group before. A collective of trainer and replicas, which needs it paused.
         """
+        async with self._pulls:  # one that was given up may still wait for its tensors
+            return await self._pull(manifest, probe_T, seat)
+
+    async def _pull(self, manifest: Manifest, probe_T: NDArray[np.int32], seat: Seat | None) -> Pulled:
         from verst.weights.push import push
 
         self._clock.stop()  # until a version serves: after an error the engine stays paused
@@ -248,6 +261,11 @@ class RolloutWorker:
 
     async def resume_memory(self) -> None:
         await self.engine.resume_memory()
+
+    async def check(self) -> None:
+        """Answers while its process runs. Raises `EngineFailure` if its engine does not work any more."""
+        if self.engine is not None:
+            await self.engine.check()
 
     async def weight_ranks(self) -> int:
         """Members of the weight group that this replica's engine becomes."""

@@ -15,6 +15,7 @@ from verst.errors import CheckpointError
 from verst.observe.spans import Spans
 from verst.runtime.parts import Parts
 from verst.runtime.recovery import LoopState
+from verst.runtime.trainers import TrainersLost
 from verst.training.checkpoints import commit_checkpoint, discard_partial
 
 
@@ -25,6 +26,7 @@ class Saver:
         self._config = config
         self._parts = parts
         self._writing: asyncio.Task[None] | None = None
+        self._directories = [str(parts.run.checkpoints)] * config.train.ranks
         self._saved = saved  # step of the newest checkpoint
 
     async def after_step(self, state: LoopState) -> None:
@@ -54,9 +56,8 @@ class Saver:
 
     async def _begin(self, state: LoopState) -> None:
         await self._written()
-        directory = str(self._parts.run.checkpoints)
         try:
-            fingerprint = await self._parts.trainers.snapshot(directory, state.step)
+            fingerprint = await self._parts.trainers.snapshot(self._directories, state.step)
         except CheckpointError as error:
             self._parts.observer.checkpoint_failed(state.step, error)
             return
@@ -66,10 +67,10 @@ class Saver:
         directory = self._parts.run.checkpoints
         loop = {"seq": state.cursor.seq, "stream": state.cursor.stream, "config": self._config.model_dump(mode="json")}
         try:
-            records = await self._parts.trainers.written()
+            records = await self._parts.trainers.written(self._directories)
             keep = self._config.checkpoint.keep
             await _to_its_end(commit_checkpoint, directory, state.step, records, fingerprint=fingerprint, loop=loop, keep=keep)
-        except CheckpointError as error:
+        except (CheckpointError, TrainersLost) as error:  # whoever works with trainers that were lost finds that out too
             self._parts.observer.checkpoint_failed(state.step, error)
             await asyncio.to_thread(discard_partial, directory, state.step)
         else:

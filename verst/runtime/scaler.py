@@ -1,6 +1,6 @@
 """Another number of replicas while a run goes on: what is wished for in the run's directory is pursued here, in the loop's process.
 
-    more    a replica's process and engine start beside the run; it takes part in the next publish, and serves what it pulled then
+    more    a replica's process and engine start beside the run; it serves once the trainers have given it a version
     fewer   those that do not serve yet are ended first; then the least busy get no more groups, finish what they have, and end
 
 Nobody waits for any of it: the loop goes on with the replicas that serve (`verst.runtime.pools.Replicas`). What fails is told, and the run
@@ -32,7 +32,7 @@ _MARGIN_S = 10.0
 class Means:
     """What a scaler works with: how a replica's process is started, what is refused (`ConfigError`), who is told, which version it is."""
 
-    spawn: Callable[[int], Worker]
+    spawn: Callable[[int, int], Worker]
     check: Callable[[int], None]
     note: Callable[[str], None]
     version: Callable[[], int]
@@ -116,7 +116,7 @@ class Scaler:
     async def _come(self, replica: Replica) -> None:
         """Returns when a new replica serves. It waits for a publish as long as the trainer takes, or until the run ends."""
         await self._replicas.make_ready(replica)
-        self._tell(f"{replica.name} is ready, and joins with the next version that is published")
+        self._tell(f"{replica.name} is ready, and waits for the trainers to give it their weights")
         await replica.changed.wait()
         if replica.error is not None:
             raise replica.error

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verst.algorithms.table import algorithm_for
 from verst.data.sources import open_source
@@ -28,13 +29,17 @@ from verst.runtime.loop import Loop
 from verst.runtime.observer import Observer, fidelity_watch
 from verst.runtime.parts import Parts
 from verst.runtime.placement import Placement, place
-from verst.runtime.pools import Replicas, Trainers
+from verst.runtime.pools import Replicas
 from verst.runtime.recovery import recover
+from verst.runtime.replacer import Replacer
 from verst.runtime.rollout_worker import RolloutWorker
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.scaler import Means, Scaler
+from verst.runtime.snapshots import Snapshots
 from verst.runtime.trainer_worker import TrainerWorker
+from verst.runtime.trainers import Trainers
 from verst.runtime.transfer import Transfer
+from verst.training.snapshots import SnapshotHolder, snapshot_directory
 from verst.types import Prompt
 from verst.weights.location import held, publish_directory
 
@@ -48,7 +53,7 @@ class RunService:
         self._run, self._config = RunDirectory.open(root)
         self._spawn = spawn_worker
         self._placement = placement
-        self._spawn_replica: Callable[[int], Worker]
+        self._spawn_replica: Callable[[int, int], Worker]
         self._observer = Observer(self._run, self._config.run.steps, fidelity_watch(self._config))
         self._weights_location = publish_directory(self._run.run_id, self._config.weights.location)
         self._stop = False
@@ -123,10 +128,12 @@ class RunService:
         opened.callback(journal.close)
         self._placement = placement = self._placement or place(config, _cluster_gpus())
         on = await reserve(placement, config.train.ranks, opened, config.train.deadline_s)
-        trainers = Trainers(self._spawn_trainers(placement, on), config, ray.put if ray.is_initialized() else _same)
+        trainers = Trainers(partial(self._trainer, placement, on), config, ray.put if ray.is_initialized() else _same)
         self._spawn_replica = partial(self._replica, placement, on, extensions)
-        spawned = [self._spawn_replica(i) for i in range(config.rollout.replicas)]
+        spawned = [self._spawn_replica(i, i) for i in range(config.rollout.replicas)]
         replicas = Replicas(spawned, config, shared=placement.shared, timeline=self._observer.timeline)
+        snapshots = Snapshots(config, self._run.run_id, trainers, self._snapshot_holder, self._observer.note)
+        opened.push_async_callback(snapshots.close)
         for part in (trainers, replicas):
             opened.push_async_callback(self._close, part)
         source = open_source(config.data, extensions.rows)
@@ -139,6 +146,7 @@ class RunService:
         replicas.require_routes(trainers.routed_experts)
         transfer = Transfer(config, placement, trainers, replicas, str(self._weights_location))
         await transfer.open(self._run.run_id)
+        await snapshots.start()
         return Parts(
             config=config,
             run=self._run,
@@ -150,6 +158,8 @@ class RunService:
             probe_tokens=await replicas.probe_tokens(await asyncio.to_thread(_first, stream)),
             transfer=transfer,
             lease=lease,
+            snapshots=snapshots,
+            replacer=Replacer(replicas, self._spawn_replica, self._observer.note),
             eval_prompts=held_out,
         )
 
@@ -164,13 +174,15 @@ class RunService:
         path = self._run.extensions
         return Extensions.unpack(path.read_bytes() if path.exists() else None)
 
-    def _spawn_trainers(self, placement: Placement, on: Sequence[dict[str, Any]]) -> list[Worker]:
-        return [
-            self._spawn(f"trainer rank {r}", TrainerWorker, self._config, r, placement.device, gpus=placement.trainer_gpus, **on[r])
-            for r in range(self._config.train.ranks)
-        ]
+    def _trainer(self, placement: Placement, on: Sequence[dict[str, Any]], rank: int) -> Worker:
+        name = f"trainer rank {rank}"
+        return self._spawn(name, TrainerWorker, self._config, rank, placement.device, gpus=placement.trainer_gpus, **on[rank])
 
-    def _replica(self, placement: Placement, on: Sequence[dict[str, Any]], extensions: Extensions, number: int) -> Worker:
+    def _snapshot_holder(self, rank: int, node: str) -> Worker:
+        on = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)} if node else {}
+        return self._spawn(f"snapshot holder {rank}", SnapshotHolder, str(snapshot_directory(self._run.run_id, rank)), **on)
+
+    def _replica(self, placement: Placement, on: Sequence[dict[str, Any]], extensions: Extensions, number: int, slot: int) -> Worker:
         return self._spawn(
             f"replica {number}",
             RolloutWorker,
@@ -180,8 +192,10 @@ class RunService:
             placement.device,
             self._run.logs,
             placement.shared,
+            1,
+            slot,
             gpus=placement.replica_gpus,
-            **on[number % len(on)],
+            **on[slot % len(on)],
         )
 
 

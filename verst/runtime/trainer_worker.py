@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+import functools
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +24,11 @@ from verst.types import Manifest, RoutedExperts, RoutesWanted
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from verst.training.checkpoints import CheckpointWriter, FileRecord, LoadedState
     from verst.weights.group import GroupAddress, Member
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 GROUP = "group"
 """In place of a location: the version is broadcast, not written."""
@@ -52,14 +59,57 @@ class Scores:
     reference_kl: dict[int, float]
 
 
+def _collective(method: Callable[Concatenate[TrainerWorker, P], T]) -> Callable[Concatenate[TrainerWorker, P], T]:
+    """A method in which ranks talk to one another: what it raises if they cannot is a diagnosis (`verst.training.distributed`)."""
+
+    @functools.wraps(method)
+    def checked(self: TrainerWorker, *args: P.args, **options: P.kwargs) -> T:
+        from verst.training.distributed import collectives
+
+        with collectives(f"trainer rank {self._rank}: {method.__name__}"):
+            return method(self, *args, **options)
+
+    return checked
+
+
 class TrainerWorker:
-    """One trainer rank: backend, publishing and checkpoint files."""
+    """One trainer rank: backend, publishing, checkpoint files and snapshots.
+
+    A rank that outlives another one is told to `abandon` what it waits for and to `leave`; `start` then builds everything anew, in the same
+    process and on the same device context.
+    """
 
     def __init__(self, config: Config, rank: int, device: str) -> None:
         self._config = config
         self._rank = rank
         self._device = device
+        self.backend: Any = None
         self._group: Member | None = None
+        self._writers: dict[str, CheckpointWriter] = {}  # by directory
+
+    async def ping(self) -> None:
+        """Answers also while the rank works, as long as its process runs."""
+
+    async def abandon(self) -> None:
+        """Ends the collectives that this rank may be inside of, whose peers are lost. Beside its work, which fails then."""
+        if "verst.training.distributed" in sys.modules:  # else it has not begun to start
+            from verst.training.distributed import abort_distributed
+
+            abort_distributed()
+
+    def leave(self) -> None:
+        """Gives up everything that `start` has made. The rank's work is over when this begins."""
+        self._leave_group()
+        self.backend = None
+        if "torch" in sys.modules:
+            import torch
+
+            from verst.training.distributed import leave_distributed
+
+            leave_distributed()
+            gc.collect()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
 
     def rendezvous(self) -> str:
         """An address on this rank's machine where all ranks can meet."""
@@ -68,6 +118,7 @@ class TrainerWorker:
         self._rendezvous = Rendezvous()
         return self._rendezvous.address
 
+    @_collective
     def start(self, rendezvous: str | None) -> TrainerFacts:
         """Loads the model; joins the other ranks if there are any."""
         with large_imports():
@@ -81,6 +132,7 @@ class TrainerWorker:
             self.backend = make_backend(self._config, rank=self._rank, world=world, device=self._device)
         return TrainerFacts(self.backend.num_updates, self.backend.routed_experts, self.backend.routes_wanted)
 
+    @_collective
     def load_batch(self, encoded: bytes, routes: bytes | None) -> Scores:
         """`routes`: those that this rank wants, of the samples that it computes."""
         from verst.journal.codec import decode_batch, decode_routes
@@ -92,12 +144,15 @@ class TrainerWorker:
         scores = self.backend.load_batch(batch)
         return Scores(scores.tally, dict(scores.reference_kl))
 
+    @_collective
     def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
         return self.backend.forward_backward(update, advantages)
 
+    @_collective
     def optimizer_step(self, update: int) -> Tally:
         return self.backend.optimizer_step(update)
 
+    @_collective
     def publish(self, version: int, location: str | None, probe_T: NDArray[np.int32]) -> Published | None:
         """Hashes the weights and, given a location, writes them for the engines. Rank 0 returns what the engines need.
 
@@ -134,11 +189,15 @@ class TrainerWorker:
         """Becomes the sender of a group, and leaves the former one. A collective with the replicas."""
         from verst.weights.group import SENDER, enter
 
+        self._leave_group()
+        self._group = enter(self._store, address, SENDER, device=self._device, timeout_s=self._config.weights.deadline_s)
+
+    def _leave_group(self) -> None:
         if self._group is not None:
             self._group.close()
             self._group = None
-        self._group = enter(self._store, address, SENDER, device=self._device, timeout_s=self._config.weights.deadline_s)
 
+    @_collective
     def send(self, manifest: Manifest, probe_T: NDArray[np.int32], address: GroupAddress | None = None) -> NDArray[np.float32]:
         """Broadcasts the weights that `publish` described, before anything changes them, and scores the probe. A collective.
 
@@ -177,28 +236,40 @@ class TrainerWorker:
         self.backend.resume_memory()
 
     def snapshot(self, directory: str, step: int) -> dict[str, Any]:
-        """Copies this rank's state and begins to write it in the background. Returns the model's fingerprint."""
+        """Copies this rank's state and begins to write it there in the background. Returns the model's fingerprint."""
         from verst.training.checkpoints import CheckpointWriter, fingerprint
 
         state = self.backend.state()
-        self._writer = CheckpointWriter(Path(directory), step, rank=self._rank, world=self._config.train.ranks)
-        self._writer.begin(state)
+        writer = self._writers[directory] = CheckpointWriter(Path(directory), step, rank=self._rank, world=self._config.train.ranks)
+        writer.begin(state)
         return fingerprint(state)
 
-    async def written(self) -> Any:
-        """Waits for the file begun by `snapshot`, while training goes on. Returns its record for the manifest.
+    async def written(self, directory: str) -> FileRecord:
+        """Waits for the file begun there by `snapshot`, while training goes on. Returns its record.
 
         Raises `CheckpointError` if it could not be written.
         """
-        return await asyncio.to_thread(self._writer.finish)
+        return await asyncio.to_thread(self._writers.pop(directory).finish)
 
+    @_collective
     def restore(self, directory: str, step: int) -> None:
-        """Takes this rank's part of a verified checkpoint. The place in the schedule is that of this run's step."""
+        """Takes this rank's part of a verified checkpoint."""
         from verst.training.checkpoints import load_state
 
-        state = load_state(Path(directory), step, rank=self._rank, world=self._config.train.ranks)
+        self._take(load_state(Path(directory), step, rank=self._rank, world=self._config.train.ranks), step)
+
+    @_collective
+    def restore_snapshot(self, directory: str, step: int) -> None:
+        """Takes this rank's own state, from memory."""
+        from verst.training.snapshots import load_snapshot
+
+        self._take(load_snapshot(Path(directory), step, rank=self._rank, world=self._config.train.ranks), step)
+
+    def _take(self, state: LoadedState, step: int) -> None:
+        """The place in the schedule is that of this run's step."""
         self.backend.load_state(replace(state, values={**state.values, "update": step * self.backend.num_updates}))
 
+    @_collective
     def export(self, directory: str) -> None:
         """Writes the current weights with config and tokenizer as a Hugging Face directory. A collective."""
         from verst.training.export import export_model

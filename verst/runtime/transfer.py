@@ -4,7 +4,8 @@
     group   trainer rank 0 broadcasts it to the engines, which receive while it sends (`verst.weights.group`)
     shared  trainer rank 0 fills buffers that the engines on its device map (`verst.weights.shared`)
 
-Either way it is verified before it serves, and one that did not arrive whole is brought again whole, once: an engine cannot go back.
+Either way it is verified before it serves, and one that did not arrive whole is brought again whole, once: an engine cannot go back. One
+that does not take it then either is replaced.
 Right after, trainer and engines score the probe; what engines generate before its verdict is held back by the loop.
 
 A weight group is formed at the first version, and anew at the next one after replicas came or went: within the calls that bring it, so
@@ -13,6 +14,7 @@ that neither side can be held up between the meeting and the transfer.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,14 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verst.config.schema import Config
-from verst.errors import TrainingDiverged, VerstError, WeightMismatch
+from verst.errors import DeadlineExceeded, TrainingDiverged, VerstError
 from verst.observe.intervals import Interval
+from verst.runtime.limits import replacement_limit_s
 from verst.runtime.placement import Placement
-from verst.runtime.pools import Replicas, Trainers
-from verst.runtime.replica import Replica
+from verst.runtime.pools import Replicas
+from verst.runtime.replica import Replica, Stage
 from verst.runtime.rollout_worker import Pulled, Seat
 from verst.runtime.trainer_worker import GROUP, Published
-from verst.runtime.wait import gather_named
+from verst.runtime.trainers import Trainers
+from verst.runtime.wait import within
 from verst.types import Manifest
 from verst.weights.push import check_probe, compare_probe
 
@@ -61,6 +65,8 @@ class Transfer:
         transport = config.weights.transport or _default(placement, config.train.ranks)
         self._by_group, self._shared = transport != "file", transport == "shared"
         self.location = GROUP if self._by_group else location
+        self._replacement_s = replacement_limit_s(config)
+        self._run_id = ""
         self._place: GroupAddress | None = None
         self._groups = 0
         """Formed so far: each has a name of its own."""
@@ -74,67 +80,92 @@ class Transfer:
 
     async def open(self, run_id: str) -> None:
         """Opens the place where weight groups meet, once all parts have started. Raises `DeadlineExceeded`."""
+        self._run_id = run_id
+        await self.reopen()
+
+    async def reopen(self) -> None:
+        """The same, after trainer ranks were replaced: the place was in the process of one of them. Raises `TrainersLost`."""
+        self._seated = ()
         if self._by_group:
-            self._place = await self._trainers.host_group(f"{run_id}/0", 1, shared=self._shared)
+            self._place = await self._trainers.host_group(f"{self._run_id}/{self._groups}", 1, shared=self._shared)
 
     async def bring(self, published: Published, probe_T: NDArray[np.int32]) -> Brought:
         """All engines load, verify and serve a version, and agree with the trainer about the tokens of the probe.
 
-        A replica that is new is refused if it fails in this, and the others go on. Raises `WeightMismatch` after `ATTEMPTS`, the engines
-        are left paused then, and `TrainingDiverged` if they do not agree.
+        A replica that is new is refused if it fails in this, one that serves is lost, and the others go on; without any other, the version
+        waits for a replacement. Raises `TrainersLost`, and `TrainingDiverged` if trainer and engines do not agree.
         """
         began = time.perf_counter()
-        async with self._replicas.drained():
-            pulled, trainer_T, sending = await self._pull(published, probe_T)
-            differences = [self._compared(replica, found, trainer_T, published.manifest.version) for replica, found in pulled.items()]
-        stats = _together([found.stats for found in pulled.values()])
-        return Brought(max(differences), stats, (began, time.perf_counter()), sending)
+        while True:
+            async with self._replicas.drained():
+                brought = await self._brought(published, probe_T, began)
+            if brought is not None:
+                return brought
+            await within(self._replicas.newcomers(), self._replacement_s, "a replica in place of those that were lost")
 
-    def _compared(self, replica: Replica, found: Pulled, trainer_T: NDArray[np.float32], version: int) -> float:
+    async def bring_newcomers(self, published: Published, probe_T: NDArray[np.int32]) -> None:
+        """The same, of a version that others serve, to those that have none. What fails is refused. Raises `TrainersLost`."""
+        async with self._replicas.drained(newcomers=True):
+            await self._brought(published, probe_T, time.perf_counter())
+
+    async def _brought(self, published: Published, probe_T: NDArray[np.int32], began: float) -> Brought | None:
+        """To all members, or to none if all of them were lost."""
+        pulled, trainer_T, sending = await self._pull(published, probe_T)
+        differences = [self._compared(replica, found, trainer_T, published.manifest.version) for replica, found in pulled.items()]
+        if not pulled:
+            return None
+        return Brought(max(differences), _together([found.stats for found in pulled.values()]), (began, time.perf_counter()), sending)
+
+    def _compared(self, replica: Replica, found: Pulled, trainer_T: NDArray[np.float32] | None, version: int) -> float:
         """How far a replica is from the trainer; one that is new serves if that is near enough."""
+        assert trainer_T is not None, "who pulled has something to compare with"
         difference = compare_probe(trainer_T, found.probe_T)
         try:
             check_probe(difference, self._probe_limit, version)
         except TrainingDiverged as error:
-            if not self._replicas.refuse(replica, error):
+            if replica.stage is Stage.SERVING:
                 raise
+            self._replicas.drop(replica, error)
             return 0.0
         self._replicas.welcome(replica, version)
         return difference
 
     async def _pull(
         self, published: Published, probe_T: NDArray[np.int32]
-    ) -> tuple[dict[Replica, Pulled], NDArray[np.float32], Interval | None]:
+    ) -> tuple[dict[Replica, Pulled], NDArray[np.float32] | None, Interval | None]:
         """What the replicas report, the trainer's log-probabilities of the probe, and when it sent if it did."""
-        manifest = published.manifest
-        for attempt in range(1, ATTEMPTS + 1):
-            members = self._replicas.members
-            try:
-                if published.probe_T is not None:
-                    return await self._replicas.pull(manifest, probe_T), published.probe_T, None
-                return await self._pull_by_group(manifest, probe_T)
-            except WeightMismatch as error:
-                if attempt == ATTEMPTS:
-                    raise WeightMismatch(f"after {ATTEMPTS} whole pushes the engines are left paused: {error}") from error
-            except VerstError as error:
-                self._seated = ()
-                self._replicas.refuse_new(error)
-                if attempt == ATTEMPTS or self._replicas.members == members:  # it was none of theirs
-                    raise
-        raise AssertionError("unreachable")
+        attempts = 0
+        while self._replicas.members:
+            found, trainer_T, sending = await self._attempt(published, probe_T)
+            failed = {replica: outcome for replica, outcome in found.items() if isinstance(outcome, VerstError)}
+            if not failed and trainer_T is not None:
+                return {r: f for r, f in found.items() if isinstance(f, Pulled)}, trainer_T, sending
+            self._seated = ()
+            attempts += 1
+            if await self._replicas.sort_out(failed, last=attempts == ATTEMPTS):
+                attempts = 0
+        return {}, None, None
 
-    async def _pull_by_group(
-        self, manifest: Manifest, probe_T: NDArray[np.int32]
-    ) -> tuple[dict[Replica, Pulled], NDArray[np.float32], Interval]:
+    async def _attempt(
+        self, published: Published, probe_T: NDArray[np.int32]
+    ) -> tuple[dict[Replica, Pulled | VerstError], NDArray[np.float32] | None, Interval | None]:
+        """Once. Without the trainer's log-probabilities if what it sent did not reach all members."""
+        if published.probe_T is not None:
+            return await self._replicas.pull(published.manifest, probe_T), published.probe_T, None
         members = self._replicas.members
         address, seats = (None, {}) if members == self._seated else self._seats(members)
-        calls = {
-            "the replicas": self._replicas.pull(manifest, probe_T, seats),
-            "the trainers": self._send(manifest, probe_T, address),
-        }
-        pulled, (trainer_T, sending) = await gather_named(calls)
+        pulling = asyncio.ensure_future(self._replicas.pull(published.manifest, probe_T, seats))
+        try:
+            trainer_T, sending = await self._send(published.manifest, probe_T, address)
+        except DeadlineExceeded:
+            found = await pulling
+            if all(isinstance(outcome, Pulled) for outcome in found.values()):
+                raise  # it was not theirs
+            return found, None, None
+        finally:
+            await asyncio.wait({pulling})  # what it waits for has limits
         self._seated = members
-        return pulled, trainer_T, sending
+        return await pulling, trainer_T, sending
 
     async def _send(
         self, manifest: Manifest, probe_T: NDArray[np.int32], address: GroupAddress | None
@@ -146,9 +177,8 @@ class Transfer:
         """The address of a new group, and each replica's places in it; rank 0 is the trainer."""
         assert self._place is not None, "open() comes first"
         *firsts, world = accumulate((replica.weight_ranks for replica in members), initial=1)
-        run_id = self._place.name.partition("/")[0]
         self._groups += 1
-        address = replace(self._place, name=f"{run_id}/{self._groups}", world=world)
+        address = replace(self._place, name=f"{self._run_id}/{self._groups}", world=world)
         return address, {replica: Seat(address, first) for replica, first in zip(members, firsts, strict=True)}
 
 

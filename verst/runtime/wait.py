@@ -15,6 +15,11 @@ T = TypeVar("T")
 GRACE_S = 10.0
 """How long the others may still take once a call has failed: time to notice that a peer is gone, where they can notice it."""
 
+
+class NoAnswer(DeadlineExceeded):
+    """The limit of a wait of this process has passed; not one that somebody else tells of."""
+
+
 _WAITS: ContextVar[Waits | None] = ContextVar("waits", default=None)
 
 
@@ -29,7 +34,7 @@ async def within(awaitable: Awaitable[T], deadline_s: float, who: str, *, idle: 
     """Awaits for at most `deadline_s` seconds. `idle`: a wait that says nothing about what the run stands still for.
 
     Raises:
-        DeadlineExceeded: names `who` (for example "trainer rank 1: optimizer_step") and the limit.
+        NoAnswer: a `DeadlineExceeded` that names `who` (for example "trainer rank 1: optimizer_step") and the limit.
     """
     limit = asyncio.timeout(deadline_s)
     waits, key = None if idle else _WAITS.get(), object()
@@ -41,7 +46,7 @@ async def within(awaitable: Awaitable[T], deadline_s: float, who: str, *, idle: 
     except TimeoutError:
         if not limit.expired():
             raise  # a time-out of the awaited code itself, not of this wait
-        raise DeadlineExceeded(f"waited {deadline_s:g} s for {who}") from None
+        raise NoAnswer(f"waited {deadline_s:g} s for {who}") from None
     finally:
         if waits is not None:
             waits.end(key)
@@ -80,6 +85,38 @@ async def gather_named(calls: Mapping[str, Awaitable[T]], *, grace_s: float = GR
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def outcomes(calls: Mapping[str, Awaitable[T]], *, grace_s: float | None = None) -> list[T | VerstError]:
+    """Runs calls together, each with a deadline of its own; what each of them returned or, of diagnoses, raised, in order.
+
+    `grace_s`: for how long the others are waited for once one of them has failed; those who did not answer by then have `NoAnswer`. Raises
+    what is no diagnosis.
+    """
+    tasks: dict[asyncio.Future[T], str] = {asyncio.ensure_future(call): who for who, call in calls.items()}
+    running = set(tasks)
+    try:
+        while running:
+            ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            if grace_s is not None and _failures(tasks, ended):
+                _, running = await asyncio.wait(running, timeout=grace_s) if running else (set(), running)
+                break
+        return [_outcome(task, who) for task, who in tasks.items()]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _outcome(task: asyncio.Future[T], who: str) -> T | VerstError:
+    if not task.done():
+        return NoAnswer(f"{who}: no answer, after another one had failed")
+    error = task.exception()
+    if error is None:
+        return task.result()
+    if isinstance(error, VerstError):
+        return error
+    raise error
 
 
 def _failures(tasks: Mapping[asyncio.Future[T], str], ended: set[asyncio.Future[T]]) -> list[BaseException]:

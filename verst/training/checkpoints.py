@@ -26,10 +26,11 @@ if TYPE_CHECKING:  # the loop's process reads manifests only: it must not need t
     from verst.protocols import BackendState
 
 FORMAT = 1
+PARTIAL = ".partial"
+"""Ends the name of a directory that is not complete yet."""
 
 _LOOP = "loop.json"
 _MANIFEST = "manifest.json"
-_PARTIAL = ".partial"
 _CHUNK_BYTES = 1 << 22
 _NAMED = 5  # tensors a message names
 
@@ -84,16 +85,16 @@ class LoadedState:
 
 
 class CheckpointWriter:
-    """Writes one rank's file of one checkpoint in a background thread."""
+    """Writes one rank's file of one checkpoint, or snapshot, in a background thread."""
 
     def __init__(self, directory: Path, step: int, *, rank: int, world: int) -> None:
-        self._path = step_path(directory, step, _PARTIAL) / _rank_name(rank, world)
+        self._path = step_path(directory, step, PARTIAL) / rank_name(rank, world)
         self._result: Future[FileRecord] | None = None
 
     def begin(self, state: BackendState) -> None:
         """Begins to write `state`, which must stay as it is until `finish` returns. Never raises for the disk's sake."""
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._result = thread.submit(_write, self._path, _safetensors(state))
+        self._result = thread.submit(write_file, self._path, _safetensors(state))
         thread.shutdown(wait=False)
 
     def finish(self) -> FileRecord:
@@ -124,9 +125,9 @@ def commit_checkpoint(
     `records` come from `CheckpointWriter.finish`, one for each rank; `loop` holds JSON values. Returns the checkpoint's directory.
     Raises `CheckpointError` if a rank's file is missing or something could not be written; former checkpoints are then untouched.
     """
-    partial, final = step_path(directory, step, _PARTIAL), step_path(directory, step)
+    partial, final = step_path(directory, step, PARTIAL), step_path(directory, step)
     _require_all_ranks(partial, records)
-    loop_record = _write(partial / _LOOP, [json.dumps(dict(loop), indent=1).encode()])
+    loop_record = write_file(partial / _LOOP, [json.dumps(dict(loop), indent=1).encode()])
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -134,7 +135,7 @@ def commit_checkpoint(
         "files": [asdict(record) for record in (*records, loop_record)],
         "fingerprint": dict(fingerprint),
     }
-    _write(partial / _MANIFEST, [_sealed(manifest)])
+    write_file(partial / _MANIFEST, [_sealed(manifest)])
     try:
         for stray in {path.name for path in partial.iterdir()} - {_MANIFEST, *(item["name"] for item in manifest["files"])}:
             (partial / stray).unlink()  # of an attempt with another number of ranks
@@ -151,7 +152,7 @@ def commit_checkpoint(
 
 def discard_partial(directory: Path, step: int) -> None:
     """Removes what a failed attempt has left of this step's checkpoint."""
-    shutil.rmtree(step_path(directory, step, _PARTIAL), ignore_errors=True)
+    shutil.rmtree(step_path(directory, step, PARTIAL), ignore_errors=True)
 
 
 def latest_checkpoint(directory: Path, fingerprint: Mapping[str, str] | None = None) -> tuple[Checkpoint | None, list[str]]:
@@ -160,7 +161,7 @@ def latest_checkpoint(directory: Path, fingerprint: Mapping[str, str] | None = N
     Raises `CheckpointError` naming the tensors that differ if it is of another model than `fingerprint` tells (None: not compared).
     """
     skipped: list[str] = []
-    for path in sorted((path for path in directory.glob("step-*") if path.suffix != _PARTIAL), reverse=True):
+    for path in sorted((path for path in directory.glob("step-*") if path.suffix != PARTIAL), reverse=True):
         try:
             checkpoint = verified(path)
         except CheckpointError as error:
@@ -185,15 +186,15 @@ def load_state(directory: Path, step: int, *, rank: int, world: int) -> LoadedSt
     path = step_path(directory, step)
     manifest = _read_manifest(path)
     saved_world = manifest["world"]
-    names = [_rank_name(saved, saved_world) for saved in range(saved_world)]
+    names = [rank_name(saved, saved_world) for saved in range(saved_world)]
     for record in manifest["files"]:
         if record["name"] in names:
             _require_size(path, FileRecord(**record))
     files = tuple(path / name for name in names)
-    own = replace(_read_state(files[rank if rank < saved_world else 0]), files=files)
+    own = replace(read_state(files[rank if rank < saved_world else 0]), files=files)
     if saved_world == world or not own.full_shapes:
         return own
-    states = [_read_state(file) for file in files]
+    states = [read_state(file) for file in files]
     tensors = {}
     for name in dict.fromkeys(name for state in states for name in state.tensors):
         parts = [state.tensors[name] for state in states if name in state.tensors]
@@ -206,7 +207,8 @@ def step_path(directory: Path, step: int, suffix: str = "") -> Path:
     return Path(directory) / f"step-{step:08d}{suffix}"
 
 
-def _rank_name(rank: int, world: int) -> str:
+def rank_name(rank: int, world: int) -> str:
+    """The name of one rank's file."""
     return f"rank-{rank:05d}-of-{world:05d}.safetensors"
 
 
@@ -236,7 +238,8 @@ def _safetensors(state: BackendState) -> Iterator[bytes | memoryview]:
         yield tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _read_state(path: Path) -> LoadedState:
+def read_state(path: Path) -> LoadedState:
+    """The state in one rank's file."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -257,7 +260,8 @@ def _join(what: str, parts: Sequence[torch.Tensor], full_shape: tuple[int, ...])
     return torch.cat(list(parts))
 
 
-def _write(path: Path, pieces: Iterator[bytes | memoryview] | Sequence[bytes | memoryview]) -> FileRecord:
+def write_file(path: Path, pieces: Iterator[bytes | memoryview] | Sequence[bytes | memoryview]) -> FileRecord:
+    """Writes a file, durable on return. Raises `CheckpointError`; its remains are removed."""
     digest, nbytes = hashlib.sha256(), 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -284,7 +288,7 @@ def _write_error(path: Path, nbytes: int, error: OSError) -> CheckpointError:
 
 
 def _require_all_ranks(partial: Path, records: Sequence[FileRecord]) -> None:
-    needed = [_rank_name(rank, len(records)) for rank in range(len(records))]
+    needed = [rank_name(rank, len(records)) for rank in range(len(records))]
     if sorted(record.name for record in records) != needed or not records:
         raise CheckpointError(f"{partial}: ranks have written {[record.name for record in records]}, all of {needed} are needed")
     for record in records:
@@ -323,7 +327,7 @@ def verified(path: Path) -> Checkpoint:
     """The checkpoint in this directory, once every byte was looked at. Raises `CheckpointError`."""
     manifest = _read_manifest(path)
     for record in manifest["files"]:
-        _check_file(path, FileRecord(**record))
+        check_file(path, FileRecord(**record))
     loop = json.loads((path / _LOOP).read_bytes())
     return Checkpoint(path, manifest["step"], manifest["world"], loop, manifest["fingerprint"])
 
@@ -337,7 +341,8 @@ def _require_size(path: Path, record: FileRecord) -> None:
         raise CheckpointError(f"{path / record.name} has {found_bytes} bytes instead of {record.nbytes}")
 
 
-def _check_file(path: Path, record: FileRecord) -> None:
+def check_file(path: Path, record: FileRecord) -> None:
+    """Raises `CheckpointError` unless the file of this record in the directory `path` has every byte that was written."""
     _require_size(path, record)
     digest = hashlib.sha256()
     try:
@@ -369,17 +374,17 @@ def _prune(directory: Path, step: int, keep: int) -> None:
     """Removes older checkpoints than the newest `keep`, and what crashes have left. What cannot be removed is tried again next time."""
     newest = step_path(directory, step).name
     known = sorted(path for path in directory.glob("step-*") if path.name[: len(newest)] <= newest)
-    for path in [path for path in known if path.suffix != _PARTIAL][:-keep]:
+    for path in [path for path in known if path.suffix != PARTIAL][:-keep]:
         with suppress(OSError):
             _remove(path)
     for path in known:
-        if path.suffix == _PARTIAL:
+        if path.suffix == PARTIAL:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
     """Takes a checkpoint out of sight first, so that a half-removed one is never mistaken for one that went bad."""
-    doomed = path.with_name(f"{path.name}.removed{_PARTIAL}")
+    doomed = path.with_name(f"{path.name}.removed{PARTIAL}")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)

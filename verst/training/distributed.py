@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -14,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from verst.errors import DeadlineExceeded, InvariantViolation
+from verst.errors import CollectiveFailed, DeadlineExceeded, DeviceFailed, InvariantViolation, first_line
 from verst.training.model import Policy
 
 
@@ -77,6 +78,35 @@ def leave_distributed() -> None:
     """Leaves the group, whatever state its peers are in; `init_distributed` may be called again."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def abort_distributed() -> None:
+    """Makes collectives that wait for lost peers return, from another thread than theirs. Gloo's do so by themselves when a peer dies."""
+    if dist.is_initialized() and "nccl" in dist.get_backend_config():
+        dist.distributed_c10d._abort_process_group()  # pyright: ignore[reportPrivateImportUsage] - it has no public name
+
+
+_BROKEN_LINK = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+_BROKEN_DEVICE = "CUDA error"
+
+
+@contextlib.contextmanager
+def collectives(what: str) -> Iterator[None]:
+    """Around what talks to other ranks: a broken link or device becomes a diagnosis, which says that computing may be tried again.
+
+    Raises `CollectiveFailed` or `DeviceFailed`; everything else as it is.
+    """
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        said = first_line(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        if _BROKEN_DEVICE in said:
+            raise DeviceFailed(f"{what}: {said}") from error
+        if isinstance(error, dist.DistError) or any(sign in str(error) for sign in _BROKEN_LINK):
+            raise CollectiveFailed(f"{what}: {said}") from error
+        raise
 
 
 def require_group(rank: int, world: int) -> None:

@@ -17,7 +17,8 @@ from verst.errors import ConfigError
 _SHARED_MEMORY = Path("/dev/shm")
 _SUFFIX = ".weights"
 _PREFIX = "verst-"
-_LOCK = "owner.lock"
+LOCK = "owner.lock"
+"""Held by the process that looks after the directory."""
 _REMOVAL_S = 60.0
 
 
@@ -68,12 +69,12 @@ def remove_abandoned() -> None:
         try:
             if directory.stat().st_uid != os.getuid():
                 continue
-            owner = os.open(directory / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+            owner = os.open(directory / LOCK, os.O_RDWR | os.O_CLOEXEC)
         except OSError:  # not one of ours, or gone meanwhile
             continue
         try:
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(owner), os.stat(directory / _LOCK)):  # else its run was resumed a moment ago
+            if os.path.samestat(os.fstat(owner), os.stat(directory / LOCK)):  # else its run was resumed a moment ago
                 remove_directory(directory)
         except OSError:  # its owner lives, or another run removes it at this moment
             continue
@@ -96,7 +97,7 @@ def _claim(directory: Path) -> int:
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        owner = os.open(staging / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        owner = os.open(staging / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with contextlib.suppress(OSError):  # a file system without locks; in shared memory there are always
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
         while not _replaced(staging, directory):

@@ -145,6 +145,9 @@ class HFEngine:
         processed = values["generated_tokens"] + values["prefill_tokens"]
         return values | {"processed_tokens": processed, "waiting": float(len(decoder.waiting) if decoder is not None else 0)}
 
+    async def check(self) -> None:
+        self._live_thread()
+
     async def close(self) -> None:
         """Ends the thread and fails what is pending. Raises `DeadlineExceeded` if a forward pass does not end in a minute."""
         if self._thread is not None:

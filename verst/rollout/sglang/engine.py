@@ -268,6 +268,10 @@ class SGLangEngine:
         gauges = {"running": len(self._calls.sent) - queued, "waiting": len(self._runs) - len(self._calls.sent) + queued}
         return {"decode_steps": 0.0, "decode_s": 0.0, "prefill_s": 0.0, **server, **own, **gauges, **self._loading}
 
+    async def check(self) -> None:
+        """See `Engine.check`: its server has ended, or has not answered for long."""
+        self._calls.live()
+
     async def close(self) -> None:
         """Ends the server and fails what is pending."""
         self._ended(EngineFailure(f"the sglang engine {self._settings.model_path} is closed"))

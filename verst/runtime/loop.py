@@ -25,7 +25,6 @@ from verst.algorithms.table import algorithm_for
 from verst.config.schema import Config
 from verst.errors import DataError, InvariantViolation, VerstError
 from verst.journal.index import BatchRecord, CommitRecord
-from verst.observe.metrics import Tally
 from verst.observe.spans import Spans
 from verst.runtime import batching
 from verst.runtime.bias import Bias
@@ -36,6 +35,7 @@ from verst.runtime.saving import Saver
 from verst.runtime.slots import GroupSlots, Ready
 from verst.runtime.standing import Standing
 from verst.runtime.trainer_worker import Published
+from verst.runtime.training_step import journaled_groups, train_batch
 from verst.runtime.wait import within
 from verst.types import Group, Prompt
 
@@ -237,7 +237,7 @@ class Loop:
 
     async def _step(self, groups: Sequence[Group], journaled: JournaledBatch | None = None) -> None:
         """One step: batch, updates, commit, and the pull that frees the slots. `journaled`: the step is trained again after a restart."""
-        step, spans, trainers = self.version + 1, self._spans, self._parts.trainers
+        step, spans = self.version + 1, self._spans
         batch = batching.assemble(step, groups)
         batching.require_fresh(batch, self.version, self._config.worst_staleness)
         if journaled is None:
@@ -246,19 +246,14 @@ class Loop:
             await asyncio.to_thread(self._parts.journal.append_batch, BatchRecord(step, batch.groups, tuple(self._dropped)))
         dropped, self._dropped = list(self._dropped.values()), {}
         async with self._parts.lease.training(spans, then=self._pulled):
-            with spans("load"):
-                scores = await trainers.load_batch(batch)
-            advantages = batching.advantages(batch, self._config.algorithm, scores.reference_kl)
-            tally = Tally().merge(scores.tally)
-            for update in range(trainers.num_updates):
-                with spans("forward_backward"):
-                    tally.merge(await trainers.forward_backward(update, advantages))
-                self._parts.observer.measured(step, tally.report())
-                if self._parts.transfer.reads_trainers:
-                    with spans("pull_wait"):
-                        await self._pulled()  # else an update could come before its weights have left
-                with spans("optimizer"):
-                    tally.merge(await trainers.optimizer_step(update))
+            trained = await train_batch(
+                self._parts.trainers,
+                batch,
+                self._config.algorithm,
+                spans,
+                measured=lambda metrics: self._parts.observer.measured(step, metrics),
+                before_update=self._weights_have_left,
+            )
             with spans("publish"):
                 published = await self._publish(step)
             with spans("commit"):
@@ -273,10 +268,16 @@ class Loop:
             with spans("checkpoint"):
                 await self._saver.after_step(self._state())
         replaced, self._signalless = self._signalless, 0
-        metrics = batching.describe([*groups, *dropped], advantages, step - 1) | tally.report()
+        metrics = batching.describe([*groups, *dropped], trained.advantages, step - 1) | trained.tally.report()
         metrics |= self._bias.trained(groups, step - 1)
         metrics |= {"groups/dropped": float(len(dropped) - replaced), "groups/replaced": float(replaced)}
         await self._after([*groups, *dropped], metrics)
+
+    async def _weights_have_left(self) -> None:
+        """Waits, where engines read the trainers' weights: an update must not come before those of the last version have left."""
+        if self._parts.transfer.reads_trainers:
+            with self._spans("pull_wait"):
+                await self._pulled()
 
     async def _commit(self, step: int, digest: str, journaled: JournaledBatch | None) -> None:
         """Makes the step durable; or, when it was committed before, checks that the same weights came out."""
@@ -356,8 +357,7 @@ class Loop:
             if self._stop.is_set():
                 return
             self._spans = Spans()
-            needed = self._parts.trainers.routed_experts
-            groups = [batching.refused(self._parts.journal.group(seq), needed) for seq in batch.groups]
+            groups = journaled_groups(self._parts.journal, batch.groups, self._parts.trainers.routed_experts)
             for group in groups:
                 self._bias.generated(group)
             await self._step(groups, journaled=batch)

@@ -80,7 +80,7 @@ def train(  # noqa: PLR0913 - each is a choice of the caller
     packed = extensions.pack()
     from verst.runtime.preflight import preflight
 
-    echo = echo or _to_stderr
+    echo = echo or to_stderr
     found = preflight(resolved, extensions)
     branch = None if begin_from is None else open_branch(begin_from, resolved)
     for warning in found.warnings:
@@ -114,7 +114,7 @@ def resume(
         ConfigError: an override names an option that must stay as it is.
     """
     run, config = RunDirectory.open(path)
-    echo = echo or _to_stderr
+    echo = echo or to_stderr
     with contextlib.ExitStack() as opened:
         if address is not None:
             connect(address, opened)
@@ -137,7 +137,7 @@ def connect(address: str, opened: contextlib.ExitStack) -> None:
     cluster.connect(address)
 
 
-def _to_stderr(line: str) -> None:
+def to_stderr(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 

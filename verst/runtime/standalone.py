@@ -16,6 +16,13 @@ from verst.runtime.shown import Echo
 from verst.runtime.trainer_worker import TrainerWorker
 
 
+def device_here() -> str:
+    """The GPU, if there is one that PyTorch can use."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @asynccontextmanager
 async def rank_here(config: Config, device: str) -> AsyncIterator[Trainers]:
     """One rank in this process, with the run's number of CPU threads."""

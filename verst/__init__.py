@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from verst.runtime.launch import RunResult as RunResult
     from verst.runtime.launch import resume as resume
     from verst.runtime.launch import train as train
+    from verst.runtime.replay import replay as replay
+    from verst.runtime.replayed import Replayed as Replayed
 
 __version__ = "0.1.0"
 
@@ -19,6 +21,8 @@ _WHERE = {
     "train": "verst.runtime.launch",
     "resume": "verst.runtime.launch",
     "RunResult": "verst.runtime.launch",
+    "replay": "verst.runtime.replay",
+    "Replayed": "verst.runtime.replayed",
     "load_config": "verst.config.load",
 }
 

@@ -113,7 +113,7 @@ def test_ray_is_started_in_the_directory_the_run_began_in(run: RunDirectory, tmp
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     monkeypatch.setattr(ray, "init", lambda **options: seen.append((Path.cwd(), options["address"])))
-    assert launch._start_ray(run, {}, told.append)
+    assert launch.start_ray(run, {}, told.append)
     assert (seen, told, Path.cwd()) == ([(began, "local")], [], elsewhere)  # also where RAY_ADDRESS names a cluster
     assert launch.worker_env(1, run.module_path)["PYTHONPATH"].split(os.pathsep)[0] == str(began)
 
@@ -137,7 +137,7 @@ def test_a_directory_that_is_gone_is_told(run: RunDirectory, monkeypatch: pytest
     told: list[str] = []
     monkeypatch.setattr(ray, "init", lambda **_: None)
     monkeypatch.setattr(RunDirectory, "cwd", Path("/gone"))
-    launch._start_ray(run, {}, told.append)
+    launch.start_ray(run, {}, told.append)
     assert told == [f"warning: the run began in /gone, which is gone: its modules are looked for in {Path.cwd()} and on PYTHONPATH"]
 
 

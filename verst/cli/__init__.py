@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import verst
-from verst.cli import completion, machine, models, running, start, stored, timeline
+from verst.cli import completion, machine, models, replay, running, start, stored, timeline
 from verst.cli.common import one_line
 
 EXIT_CODES = """exit codes:
@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"verst {verst.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (start, running, stored, timeline, models, machine):
+    for group in (start, running, stored, timeline, replay, models, machine):
         group.add(commands)
     completion.add(commands, build_parser)
     return parser

@@ -49,7 +49,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _profile(options: argparse.Namespace) -> int:
     quiet_libraries()
     from verst.runtime.profiling import profile_step
-    from verst.runtime.targets import device_here
+    from verst.runtime.standalone import device_here
 
     out = options.out or Path(f"profile-{options.path.name}-{options.step}")
     found = profile_step(options.path, options.step, out, device=device_here())

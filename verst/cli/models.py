@@ -94,7 +94,8 @@ def _eval(options: argparse.Namespace) -> int:
     from verst.cli.common import to_stderr
     from verst.errors import ConfigError
     from verst.runtime.evaluation import EvalSampling, evaluate
-    from verst.runtime.targets import device_here, measured_targets
+    from verst.runtime.standalone import device_here
+    from verst.runtime.targets import measured_targets
 
     out = options.out or Path(datetime.now().strftime("eval-%Y%m%d-%H%M%S.json"))
     words = [word for word in options.overrides if "=" not in word]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from verst.config.load import load_config
@@ -11,6 +12,7 @@ from verst.errors import ConfigError
 from verst.journal.lock import RunLock
 from verst.journal.log import JournalReader
 from verst.runtime.rundir import RunDirectory
+from verst.runtime.stored import checkpoint_steps
 
 CHANGEABLE = frozenset(
     {
@@ -22,8 +24,9 @@ CHANGEABLE = frozenset(
     }
 )
 """Options that may be changed, beside Megatron's layout; `run.steps` only while the learning rate does not depend on it."""
+_MEGATRON = "train.megatron."
 _LAYOUT = frozenset(
-    f"train.megatron.{name}"
+    f"{_MEGATRON}{name}"
     for name in (
         *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
         *("expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel"),
@@ -69,10 +72,16 @@ def change(run: RunDirectory, config: Config, overrides: Sequence[str], echo: Ca
                 raise ConfigError(
                     f"run.steps {new.run.steps}: {run.root} has committed {committed} steps already: give {committed} or more"
                 )
-            run.change(new, changed, step=committed)
+            run.change(new, changed, step=committed, checkpoint=max(checkpoint_steps(run), default=0))
     for key, (before, after) in changed.items():
         echo(f"{key}: {before} -> {after}")
     return new
+
+
+def altered(before: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """Options that must stay as they are in a run and are others now than in `before`, an earlier resolved configuration of it."""
+    found = differences(before, config.model_dump(mode="json"))
+    return {key: values for key, values in found.items() if _reason(key, config) is not None}
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -89,8 +98,42 @@ def reordered_since(run: RunDirectory, step: int) -> set[str]:
     return {key for change in run.changes if change["step"] > step for key in change["options"] if _reorders_sums(key)}
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Steps that a run trained on the same ranks and threads, in the same layout.
+
+    It went on from the state of step `begun`, as the stretch before had left it. The steps from there to `committed` had been committed by
+    that one, and were trained again: up to rounding the same, and what the later steps are built on.
+    """
+
+    config: Config
+    begun: int = 0
+    committed: int = 0
+
+
+def stretches(run: RunDirectory, config: Config) -> list[Stretch]:
+    """The stretches of a run whose configuration is `config` now, in order: for each committed step, how the run has computed it."""
+    found = [Stretch(config)]
+    for change in reversed(run.changes):
+        options = {key: before for key, (before, _) in change["options"].items() if _reorders_sums(key)}
+        if options:
+            begun = change.get("checkpoint", change["step"])  # those of earlier versions do not say it
+            later = replace(found[0], begun=begun, committed=change["step"])
+            found[:1] = [Stretch(_with(later.config, options)), later]
+    return found
+
+
+def _with(config: Config, options: Mapping[str, Any]) -> Config:
+    """The configuration with other ranks, threads and layout. None takes one of Megatron's arguments out."""
+    own = {key.removeprefix("train."): value for key, value in options.items() if not key.startswith(_MEGATRON)}
+    megatron = {argument.replace("-", "_"): value for argument, value in config.train.megatron.items()}
+    megatron |= {key.removeprefix(_MEGATRON): value for key, value in options.items() if key.startswith(_MEGATRON)}
+    given = {argument: value for argument, value in megatron.items() if value is not None}
+    return config.model_copy(update={"train": config.train.model_copy(update={**own, "megatron": given})})
+
+
 def _reorders_sums(key: str) -> bool:
-    return key in ("train.ranks", "train.threads") or key.startswith("train.megatron.")
+    return key in ("train.ranks", "train.threads") or key.startswith(_MEGATRON)
 
 
 def _reason(key: str, config: Config) -> str | None:
@@ -99,7 +142,7 @@ def _reason(key: str, config: Config) -> str | None:
         return f"train.schedule {config.train.schedule} reaches 0 at run.steps, so every learning rate would be another"
     if key in CHANGEABLE or key in _LAYOUT:
         return None
-    if key.startswith("train.megatron."):
+    if key.startswith(_MEGATRON):
         return "it may change what is computed, and does not only say which rank holds what"
     return _REASONS[key.split(".")[0]]
 

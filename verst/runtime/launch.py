@@ -80,14 +80,14 @@ def train(  # noqa: PLR0913 - each is a choice of the caller
     packed = extensions.pack()
     from verst.runtime.preflight import preflight
 
-    echo = echo or _to_stderr
+    echo = echo or to_stderr
     found = preflight(resolved, extensions)
     branch = None if begin_from is None else open_branch(begin_from, resolved)
     for warning in found.warnings:
         echo(f"warning: {warning}")
     with contextlib.ExitStack() as opened:
         if address is not None:
-            _connect(address, opened)  # before there is a directory that a wrong address would leave behind
+            connect(address, opened)  # before there is a directory that a wrong address would leave behind
         run = create_run(resolved, packed, found.stream, branch)
         if branch is not None:
             echo(branch.line(found.stream))
@@ -114,10 +114,10 @@ def resume(
         ConfigError: an override names an option that must stay as it is.
     """
     run, config = RunDirectory.open(path)
-    echo = echo or _to_stderr
+    echo = echo or to_stderr
     with contextlib.ExitStack() as opened:
         if address is not None:
-            _connect(address, opened)
+            connect(address, opened)
         if overrides:
             from verst.runtime.changes import change
 
@@ -125,7 +125,7 @@ def resume(
         return _supervise(run, config, address, echo, live=live)
 
 
-def _connect(address: str, opened: contextlib.ExitStack) -> None:
+def connect(address: str, opened: contextlib.ExitStack) -> None:
     """Connects to the cluster for as long as `opened` is, unless the caller is connected already."""
     _quiet_ray()
     import ray
@@ -137,7 +137,7 @@ def _connect(address: str, opened: contextlib.ExitStack) -> None:
     cluster.connect(address)
 
 
-def _to_stderr(line: str) -> None:
+def to_stderr(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
@@ -261,7 +261,7 @@ def _ray(run: RunDirectory, address: str | None, env: Mapping[str, str], echo: E
         return
     _require_unlocked(run)
     try:
-        started = _start_ray(run, env, echo)
+        started = start_ray(run, env, echo)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted before the run began; start it with: verst resume {run.root}") from None
     try:
@@ -273,7 +273,7 @@ def _ray(run: RunDirectory, address: str | None, env: Mapping[str, str], echo: E
             ray.shutdown()
 
 
-def _start_ray(run: RunDirectory, env: Mapping[str, str], echo: Echo) -> bool:
+def start_ray(run: RunDirectory, env: Mapping[str, str], echo: Echo) -> bool:
     """Whether Ray was started here. Its processes live in the directory the run began in, where its modules are found, and inherit `env`:
     for an actor with an environment of its own Ray would first ask an agent, and then start and import itself twice.
     """

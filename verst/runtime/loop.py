@@ -29,7 +29,6 @@ from verst.algorithms.table import algorithm_for
 from verst.config.schema import Config
 from verst.errors import DataError, InvariantViolation, VerstError
 from verst.journal.index import BatchRecord, CommitRecord
-from verst.observe.metrics import Tally
 from verst.observe.spans import Spans
 from verst.runtime import batching
 from verst.runtime.bias import Bias
@@ -42,6 +41,7 @@ from verst.runtime.slots import GroupSlots, Ready
 from verst.runtime.standing import Standing
 from verst.runtime.trainer_worker import Published
 from verst.runtime.trainers import TrainersLost
+from verst.runtime.training_step import journaled_groups, train_batch
 from verst.runtime.wait import within
 from verst.types import Batch, Group, Prompt
 
@@ -298,22 +298,22 @@ class Loop:
 
     async def _compute(self, batch: Batch) -> Trained:
         """The updates of one step, up to the hash of its weights. Nothing outside the trainers changes: it may be done again."""
-        trainers, spans = self._parts.trainers, self._spans
-        with spans("load"):
-            scores = await trainers.load_batch(batch)
-        advantages = batching.advantages(batch, self._config.algorithm, scores.reference_kl)
-        tally = Tally().merge(scores.tally)
-        for update in range(trainers.num_updates):
-            with spans("forward_backward"):
-                tally.merge(await trainers.forward_backward(update, advantages))
-            self._parts.observer.measured(batch.step, tally.report())
-            if self._parts.transfer.reads_trainers:
-                with spans("pull_wait"):
-                    await self._publisher.served()  # else an update could come before its weights have left
-            with spans("optimizer"):
-                tally.merge(await trainers.optimizer_step(update))
-        with spans("publish"):
-            return Trained(advantages, tally, await self._publish(batch.step))
+        trained = await train_batch(
+            self._parts.trainers,
+            batch,
+            self._config.algorithm,
+            self._spans,
+            measured=lambda metrics: self._parts.observer.measured(batch.step, metrics),
+            before_update=self._weights_have_left,
+        )
+        with self._spans("publish"):
+            return Trained(trained.advantages, trained.tally, await self._publish(batch.step))
+
+    async def _weights_have_left(self) -> None:
+        """Waits, where engines read the trainers' weights: an update must not come before those of the last version have left."""
+        if self._parts.transfer.reads_trainers:
+            with self._spans("pull_wait"):
+                await self._publisher.served()
 
     async def _commit(self, step: int, digest: str, journaled: JournaledBatch | None) -> None:
         """Makes the step durable; or, when it was committed before, checks that the same weights came out."""
@@ -395,10 +395,8 @@ class Loop:
             self._publisher.begin(self._tasks, published, [])
 
     def _journaled_batch(self, step: int) -> Batch:
-        return batching.assemble(step, self._journaled_groups(self._parts.journal.batch(step).groups))
-
-    def _journaled_groups(self, seqs: Sequence[int]) -> list[Group]:
-        return [batching.refused(self._parts.journal.group(seq), self._parts.trainers.routed_experts) for seq in seqs]
+        groups = journaled_groups(self._parts.journal, self._parts.journal.batch(step).groups, self._parts.trainers.routed_experts)
+        return batching.assemble(step, groups)
 
     async def _replay(self) -> None:
         """Trains again the journaled batches after the checkpoint; each must reach the weights that were committed."""
@@ -406,7 +404,7 @@ class Loop:
             if self._stop.is_set():
                 return
             self._spans = Spans()
-            groups = self._journaled_groups(batch.groups)
+            groups = journaled_groups(self._parts.journal, batch.groups, self._parts.trainers.routed_experts)
             for group in groups:
                 self._bias.generated(group)
             await self._step(groups, journaled=batch)

@@ -15,17 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from verst.config.schema import Config
 from verst.errors import ConfigError, JournalError
 from verst.journal.log import JournalReader
 from verst.runtime import batching
-from verst.runtime.actors import LocalWorker
 from verst.runtime.rundir import RunDirectory
+from verst.runtime.standalone import rank_here
 from verst.runtime.stored import newest_state
-from verst.runtime.trainer_worker import TrainerWorker
 from verst.runtime.trainers import Trainers
+from verst.runtime.training_step import journaled_groups, train_batch, weights_digest
 
 if TYPE_CHECKING:
     from torch.profiler import profile
@@ -85,8 +83,7 @@ def profile_step(path: str | Path, step: int, out: str | Path, *, device: str) -
         out.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(f"{out} cannot be made ({error.strerror}): give another --out") from error
-    with _threads(config.train.threads):
-        return asyncio.run(_profile(run, config, journal, step, out, device))
+    return asyncio.run(_profile(run, config, journal, step, out, device))
 
 
 def _require_one_rank(run: RunDirectory, config: Config) -> None:
@@ -104,38 +101,27 @@ async def _profile(run: RunDirectory, config: Config, journal: JournalReader, st
     if checkpoint is not None:
         restored = checkpoint.step
         begun_from = f"the checkpoint of step {restored}" if restored else "the checkpoint that the run began from"
-    trainers = Trainers(lambda rank: LocalWorker(f"trainer rank {rank}", TrainerWorker(config, rank, device)), config, lambda value: value)
-    await trainers.start()
-    try:
+    async with rank_here(config, device) as trainers:
         if checkpoint is not None:
             await trainers.restore(str(checkpoint.path.parent), checkpoint.step)
         for earlier in range(restored + 1, step):
             await _train(trainers, config, journal, earlier)
         with _recording_memory(device, out / "memory.pickle") as memory, _profiler(device) as profiler:
             phases = await _train(trainers, config, journal, step)
-        manifest = (await trainers.publish(step, None, np.zeros(0, np.int32))).manifest
-    finally:
-        await trainers.close()
+        digest = await weights_digest(trainers, step)
     profiler.export_chrome_trace(str(out / "trace.json"))
     operators = _operators(profiler, device)
     (out / "operators.txt").write_text(_operator_text(operators), encoding="utf-8")
     committed = journal.commit(step).digest if step in journal.index.commits else None
-    same = None if committed is None else committed == manifest.digest
+    same = None if committed is None else committed == digest
     return Profiled(step, begun_from, out / "trace.json", memory, out / "operators.txt", phases, tuple(operators[:_TOP]), same)
 
 
 async def _train(trainers: Trainers, config: Config, journal: JournalReader, step: int) -> dict[str, float]:
-    """The trainers' part of a step, as the loop has it. Returns the seconds of each phase, which the trace shows under the same names."""
+    """The trainers' part of a step. Returns the seconds of each phase, which the trace shows under the same names."""
     seconds: dict[str, float] = {}
-    batch = batching.assemble(step, [batching.refused(journal.group(s), trainers.routed_experts) for s in journal.batch(step).groups])
-    with _phase("load_batch", seconds):
-        scores = await trainers.load_batch(batch)
-    advantages = batching.advantages(batch, config.algorithm, scores.reference_kl)
-    for update in range(trainers.num_updates):
-        with _phase("forward_backward", seconds):
-            await trainers.forward_backward(update, advantages)
-        with _phase("optimizer_step", seconds):
-            await trainers.optimizer_step(update)
+    batch = batching.assemble(step, journaled_groups(journal, journal.batch(step).groups, trainers.routed_experts))
+    await train_batch(trainers, batch, config.algorithm, lambda name: _phase(name, seconds))
     return seconds
 
 
@@ -171,19 +157,6 @@ def _recording_memory(device: str, file: Path) -> Iterator[Path | None]:
         memory._dump_snapshot(str(file))
     finally:
         memory._record_memory_history(enabled=None)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """The run's number of CPU threads, which is part of what makes bits repeat."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _operators(profiler: profile, device: str) -> list[Operator]:

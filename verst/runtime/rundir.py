@@ -124,6 +124,11 @@ class RunDirectory:
         return self._described().get("lineage")
 
     @property
+    def packages(self) -> Mapping[str, str]:
+        """Versions that the run began with, by package."""
+        return self._described()["packages"]
+
+    @property
     def cwd(self) -> Path:
         """The directory the run began in."""
         return Path(self._described()["cwd"])
@@ -135,17 +140,20 @@ class RunDirectory:
 
     @property
     def changes(self) -> Sequence[Mapping[str, Any]]:
-        """What `change` has recorded: `{"at": time, "step": last one committed, "options": {name: [before, after]}}` each."""
+        """What `change` has recorded: `{"at": time, "step": last one committed, "checkpoint": step that the run goes on from, if it had
+        ended, "options": {name: [before, after]}}` each.
+        """
         return self._described().get("changes", [])
 
-    def change(self, config: Config, options: Mapping[str, tuple[Any, Any]], *, step: int) -> None:
-        """Gives the run another configuration from here on, and records which options changed. The caller holds the run's lock.
+    def change(self, config: Config, options: Mapping[str, tuple[Any, Any]], *, step: int, checkpoint: int | None = None) -> None:
+        """Gives the run another configuration from here on, and records which options changed (see `changes`). The caller holds the lock.
 
         Raises `ConfigError` if it cannot be written; the run is then as it was, or has the record without the configuration.
         """
         described = self._described()
         at = datetime.now().astimezone().isoformat(timespec="seconds")
-        described["changes"] = [*self.changes, {"at": at, "step": step, "options": options}]
+        begins = {} if checkpoint is None else {"checkpoint": checkpoint}
+        described["changes"] = [*self.changes, {"at": at, "step": step, **begins, "options": options}]
         for path, content in ((self.root / "run.json", _json(described)), (self.config, dump_config(config).encode())):
             try:
                 replace_file(path, content)

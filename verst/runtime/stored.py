@@ -53,8 +53,12 @@ def checkpoint_of(run: RunDirectory, step: int | None) -> Checkpoint:
             f"{run.root} has no checkpoint of step {step}: {there}. checkpoint.every_steps says how often one is made, checkpoint.keep how "
             "many stay"
         )
+    path = step_path(run.checkpoints, step)
     try:
-        return verified(step_path(run.checkpoints, step))
+        found = verified(path)
+        if found.step != step:
+            raise CheckpointError(f"{path} holds the checkpoint of step {found.step}: a directory was renamed")
+        return found
     except CheckpointError as error:
         others = ", ".join(str(other) for other in steps if other != step) or "none"
         raise CheckpointError(f"{error}. {_FROM_A_COPY}, or take the checkpoint of another step ({others})") from error

@@ -56,13 +56,6 @@ def measured_targets(words: Sequence[str], files: Sequence[str], overrides: Sequ
         yield Target(word, model, sets)
 
 
-def device_here() -> str:
-    """The GPU, if there is one that PyTorch can use."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _model_of(run: RunDirectory, step: int | None, scratch: Path) -> Path:
     return export_run(run.root, scratch, step).path
 

@@ -184,6 +184,7 @@ class FakeParts:
         self.watch = FidelityWatch(config.fidelity.limit, config.fidelity.action)
         self.serving = -1
         self.active = [self]
+        self.number = 0
         self.pull_s = 0.0
         self._roll = roll or group
         self._random = random.Random(seed)

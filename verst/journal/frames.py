@@ -28,6 +28,14 @@ class Kind(IntEnum):
     GROUP = 2  # an Arrow stream of `codec.encode_group`; key: the group's seq
     BATCH = 3  # JSON of a `BatchRecord`; key: step
     COMMIT = 4  # JSON of a `CommitRecord`; key: step
+    ADMIT = 5  # JSON of an `AdmitRecord`; key: the group's seq
+    PUBLISH = 6  # JSON of a `PublishRecord`; key: version
+    CONFIG = 7  # JSON of a `ConfigRecord`; key: the last committed step
+    FAULT = 8  # JSON of a `FaultRecord`; key: the last committed step
+    RECOVERY = 9  # JSON of a `RecoveryRecord`; key: the step that was restored
+
+
+_KINDS = frozenset(map(int, Kind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +134,6 @@ def _parse_header(raw: bytes, offset: int) -> Frame | None:
     if _CRC.unpack_from(raw, _HEADER.size)[0] != zlib.crc32(raw[: _HEADER.size]):
         return None
     _, kind, key, durable_bytes, length, payload_crc = _HEADER.unpack_from(raw)
-    if not Kind.SEGMENT <= kind <= Kind.COMMIT:
+    if kind not in _KINDS:
         return None
     return Frame(Kind(kind), key, durable_bytes, length, payload_crc, offset)

@@ -5,12 +5,11 @@ Sequence numbers count from 0, steps from 1; step S makes policy version S.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from verst.errors import InvariantViolation, JournalError
+from verst.journal.records import AdmitRecord, BatchRecord, CommitRecord, ConfigRecord, FaultRecord, PublishRecord, Record, RecoveryRecord
 
 
 class Location(NamedTuple):
@@ -18,40 +17,6 @@ class Location(NamedTuple):
 
     segment: int
     offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class BatchRecord:
-    """The groups that one step consumed, and what else its samples were made from."""
-
-    step: int
-    groups: tuple[int, ...]  # `seq` of each group, in training order
-    dropped: tuple[int, ...] = ()  # groups this step took and left out (all members failed, a filter): never offered again
-    plan: Mapping[str, Any] = field(default_factory=dict)  # JSON values: what makes assembly repeatable, such as seed and version
-
-    def to_json(self) -> bytes:
-        return json.dumps({"step": self.step, "groups": self.groups, "dropped": self.dropped, "plan": dict(self.plan)}).encode()
-
-    @classmethod
-    def from_json(cls, payload: bytes) -> BatchRecord:
-        values = json.loads(payload)
-        return cls(values["step"], tuple(values["groups"]), tuple(values["dropped"]), values["plan"])
-
-
-@dataclass(frozen=True, slots=True)
-class CommitRecord:
-    """A step whose optimizer updates are done on all ranks."""
-
-    step: int
-    digest: str  # the weights hash after the step; training the step again must give it again
-    info: Mapping[str, Any] = field(default_factory=dict)  # JSON values, such as metrics
-
-    def to_json(self) -> bytes:
-        return json.dumps({"step": self.step, "digest": self.digest, "info": dict(self.info)}).encode()
-
-    @classmethod
-    def from_json(cls, payload: bytes) -> CommitRecord:
-        return cls(**json.loads(payload))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +36,11 @@ class Index:
         self.groups: dict[int, Location] = {}
         self.batches: dict[int, Location] = {}
         self.commits: dict[int, Location] = {}
+        self.admitted: dict[int, Location] = {}  # the newest admission of each group
+        self.published: dict[int, Location] = {}  # the newest publish of each version
+        self.configured: list[Location] = []  # in the order in which they were written, as the two below
+        self.faults: list[Location] = []
+        self.recoveries: list[Location] = []
         self._digests: dict[int, str] = {}
         self._taken: dict[int, int] = {}  # seq → the step that took it
 
@@ -84,16 +54,56 @@ class Index:
         """The newest committed step, or 0."""
         return len(self.commits)
 
+    def take(self, record: Record, where: Location) -> None:
+        """Adds a record. Raises `InvariantViolation` if it does not follow from those before it."""
+        self.check(record)
+        self.add(record, where)
+
+    def check(self, record: Record) -> None:
+        """Raises `InvariantViolation` if a record does not follow from those before it."""
+        match record:
+            case AdmitRecord():
+                self.check_group(record.seq)
+            case BatchRecord():
+                self._check_batch(record)
+            case CommitRecord():
+                self._check_commit(record)
+            case PublishRecord():
+                self._check_published(record)
+
+    def add(self, record: Record, where: Location) -> None:
+        match record:
+            case AdmitRecord():
+                self.admitted[record.seq] = where
+            case BatchRecord():
+                self.batches[record.step] = where
+                self._taken.update(dict.fromkeys(record.taken, record.step))
+            case CommitRecord():
+                self.commits[record.step] = where
+                self._digests[record.step] = record.digest
+            case PublishRecord():
+                self.published[record.version] = where
+            case ConfigRecord():
+                self.configured.append(where)
+            case FaultRecord():
+                self.faults.append(where)
+            case RecoveryRecord():
+                self.recoveries.append(where)
+
     def check_group(self, seq: int) -> None:
         if seq < 0:
             raise InvariantViolation(f"group seq {seq} is negative: seq counts from 0")
         if seq in self.groups:
             raise InvariantViolation(f"group {seq} is in the journal already")
 
-    def check_batch(self, record: BatchRecord) -> None:
+    def _check_published(self, record: PublishRecord) -> None:
+        if not 0 <= record.version <= self.last_commit:
+            raise InvariantViolation(f"version {record.version} cannot be served: the last commit is of step {self.last_commit}")
+
+    def _check_batch(self, record: BatchRecord) -> None:
         if record.step != self.last_batch + 1:
             raise InvariantViolation(f"batch of step {record.step} cannot follow that of step {self.last_batch}")
-        seqs = (*record.groups, *record.dropped)
+        seqs = record.taken
         if len(set(seqs)) != len(seqs):
             raise InvariantViolation(f"batch of step {record.step} names a group twice: {list(seqs)}")
         for seq in seqs:
@@ -102,7 +112,7 @@ class Index:
             if seq in self._taken:
                 raise InvariantViolation(f"batch of step {record.step} names group {seq}, which step {self._taken[seq]} has taken")
 
-    def check_commit(self, record: CommitRecord) -> None:
+    def _check_commit(self, record: CommitRecord) -> None:
         if record.step != self.last_commit + 1:
             raise InvariantViolation(f"commit of step {record.step} cannot follow that of step {self.last_commit}")
         if record.step not in self.batches:
@@ -110,14 +120,6 @@ class Index:
 
     def add_group(self, seq: int, where: Location) -> None:
         self.groups[seq] = where
-
-    def add_batch(self, record: BatchRecord, where: Location) -> None:
-        self.batches[record.step] = where
-        self._taken.update(dict.fromkeys((*record.groups, *record.dropped), record.step))
-
-    def add_commit(self, record: CommitRecord, where: Location) -> None:
-        self.commits[record.step] = where
-        self._digests[record.step] = record.digest
 
     def recovery(self, after_step: int) -> Recovery:
         """What to do after restoring the state of `after_step` (0: the initial model).
@@ -130,7 +132,7 @@ class Index:
                 f"the restored state is of step {after_step}, but the journal's last commit is of step {self.last_commit}: "
                 "they do not belong together. Restore an older checkpoint or start another run"
             )
-        next_seq = max(self.groups, default=-1) + 1
+        next_seq = max(max(self.groups, default=-1), max(self.admitted, default=-1)) + 1
         return Recovery(
             retrain=tuple((step, self._digests.get(step)) for step in range(after_step + 1, self.last_batch + 1)),
             pending=tuple(sorted(seq for seq in self.groups if seq not in self._taken)),

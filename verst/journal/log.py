@@ -13,23 +13,42 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from verst.errors import InvariantViolation, JournalError
 from verst.journal.codec import decode_group
 from verst.journal.frames import HEADER_BYTES, BadFrame, Frame, Kind, durable_after, pack_header, read_payload, scan
-from verst.journal.index import BatchRecord, CommitRecord, Index, Location, Recovery
+from verst.journal.index import Index, Location, Recovery
+from verst.journal.records import (
+    RECORDS,
+    AdmitRecord,
+    BatchRecord,
+    CommitRecord,
+    ConfigRecord,
+    FaultRecord,
+    PublishRecord,
+    Record,
+    RecoveryRecord,
+)
+from verst.journal.segments import (
+    FORMAT,
+    SUFFIX,
+    create_segment,
+    opened,
+    segment_numbers,
+    segment_path,
+    sync_directory,
+    write_all,
+    write_error,
+)
 from verst.types import Group
 
-FORMAT = 1
 SEGMENT_BYTES = 256 * 2**20
 
-_SUFFIX = ".journal"
+R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +86,7 @@ class JournalReader:
 
     def refresh(self) -> None:
         """Takes in all records written since the last look. Raises as the constructor does."""
-        for number in _segment_numbers(self.directory):
+        for number in segment_numbers(self.directory):
             if number >= self._segment:
                 self._read_segment(number)
 
@@ -97,14 +116,36 @@ class JournalReader:
     def commit(self, step: int) -> CommitRecord:
         return CommitRecord.from_json(self._payload(self.index.commits, step, "commit of step"))
 
+    def admission(self, seq: int) -> AdmitRecord:
+        """The newest admission of a group."""
+        return AdmitRecord.from_json(self._payload(self.index.admitted, seq, "admission of group"))
+
+    def publish(self, version: int) -> PublishRecord:
+        """The newest publish of a version."""
+        return PublishRecord.from_json(self._payload(self.index.published, version, "publish of version"))
+
+    def changes(self) -> list[ConfigRecord]:
+        """Every change of options, in order; so are the two below."""
+        return self._all(ConfigRecord, self.index.configured)
+
+    def faults(self) -> list[FaultRecord]:
+        return self._all(FaultRecord, self.index.faults)
+
+    def recoveries(self) -> list[RecoveryRecord]:
+        return self._all(RecoveryRecord, self.index.recoveries)
+
+    def _all(self, kind: type[R], places: list[Location]) -> list[R]:
+        by_number = dict(enumerate(places))
+        return [kind.from_json(self._payload(by_number, i, kind.kind.name)) for i in by_number]
+
     def _path(self, number: int) -> Path:
-        return self.directory / f"{number:08d}{_SUFFIX}"
+        return segment_path(self.directory, number)
 
     def _payload(self, places: dict[int, Location], key: int, what: str) -> bytes:
         if key not in places:
             raise JournalError(f"{self.directory} holds no {what} {key}")
         segment, offset = places[key]
-        with _opened(self._path(segment)) as file:
+        with opened(self._path(segment)) as file:
             try:
                 return read_payload(file, offset)
             except BadFrame as error:
@@ -116,7 +157,7 @@ class JournalReader:
         start = self._end if number == self._segment else 0
         path = self._path(number)
         self.torn = None
-        with _opened(path) as file:
+        with opened(path) as file:
             size = os.fstat(file).st_size
             try:
                 for frame in scan(file, start, size):
@@ -140,14 +181,8 @@ class JournalReader:
             elif frame.kind is Kind.GROUP:
                 self.index.check_group(frame.key)
                 self.index.add_group(frame.key, where)
-            elif frame.kind is Kind.BATCH:
-                batch = BatchRecord.from_json(read_payload(file, frame.offset))
-                self.index.check_batch(batch)
-                self.index.add_batch(batch, where)
             else:
-                commit = CommitRecord.from_json(read_payload(file, frame.offset))
-                self.index.check_commit(commit)
-                self.index.add_commit(commit, where)
+                self.index.take(_parsed(frame, read_payload(file, frame.offset)), where)
         except InvariantViolation as error:
             raise JournalError(f"{self._path(number)}, byte {frame.offset}: {error}") from error
 
@@ -175,10 +210,10 @@ class Journal(JournalReader):
         """A new journal. Raises `JournalError` if the directory holds one already."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        if any(directory.glob(f"*{_SUFFIX}")):
+        if any(directory.glob(f"*{SUFFIX}")):
             raise JournalError(f"{directory} holds a journal already: resume that run, or choose another run.name")
-        _create_segment(directory, 1, run_id, previous_bytes=0)
-        _sync_directory(directory.parent)
+        create_segment(directory, 1, run_id, previous_bytes=0)
+        sync_directory(directory.parent)
         return cls(directory, run_id, segment_bytes=segment_bytes)
 
     @classmethod
@@ -211,25 +246,31 @@ class Journal(JournalReader):
 
     def append_batch(self, record: BatchRecord) -> None:
         """Writes which groups a step trains. Durable on return, and with it all groups before it."""
-        with self._syncing:
-            with self._lock:
-                self.index.check_batch(record)
-                self._roll_if_full()
-                where = self._append(Kind.BATCH, record.step, record.to_json())
-            self._sync()
-            with self._lock:
-                self.index.add_batch(record, where)
+        self._append_durably(record)
 
     def append_commit(self, record: CommitRecord) -> None:
         """Writes that a step is done. Durable on return."""
-        with self._syncing:
-            with self._lock:
-                self.index.check_commit(record)
-                self._roll_if_full()
-                where = self._append(Kind.COMMIT, record.step, record.to_json())
-            self._sync()
-            with self._lock:
-                self.index.add_commit(record, where)
+        self._append_durably(record)
+
+    def append_admitted(self, record: AdmitRecord) -> None:
+        """Writes that a prompt was admitted; durable with the next batch or commit, as the records below."""
+        self._append_record(record)
+
+    def append_published(self, record: PublishRecord) -> None:
+        """Writes that all engines hold a version, and have verified it."""
+        self._append_record(record)
+
+    def append_configured(self, record: ConfigRecord) -> None:
+        """Writes that options were changed."""
+        self._append_record(record)
+
+    def append_fault(self, record: FaultRecord) -> None:
+        """Writes that a process or part of the run failed."""
+        self._append_record(record)
+
+    def append_recovery(self, record: RecoveryRecord) -> None:
+        """Writes how it came back."""
+        self._append_record(record)
 
     def sync(self) -> None:
         """Makes everything appended so far durable."""
@@ -245,6 +286,21 @@ class Journal(JournalReader):
                     self._broken = "it is closed"
                     os.close(self._file)
 
+    def _append_durably(self, record: BatchRecord | CommitRecord) -> None:
+        with self._syncing:
+            with self._lock:
+                self.index.check(record)
+                self._roll_if_full()
+                where = self._append(record.kind, record.key, record.to_json())
+            self._sync()
+            with self._lock:  # it counts once it is durable
+                self.index.add(record, where)
+
+    def _append_record(self, record: Record) -> None:
+        with self._lock:
+            self.index.check(record)
+            self.index.add(record, self._append(record.kind, record.key, record.to_json()))
+
     def _append(self, kind: Kind, key: int, payload: bytes | memoryview) -> Location:
         if self._broken is not None:
             raise JournalError(f"{self.directory} takes no more records: {self._broken}")
@@ -253,10 +309,10 @@ class Journal(JournalReader):
         header = pack_header(kind, key, payload, durable_bytes=self._durable)
         where = Location(self._segment, self._end)
         try:
-            _write_all(self._file, [header, payload], self._end)
+            write_all(self._file, [header, payload], self._end)
         except OSError as error:
             self._discard_partial(error)
-            raise _write_error(self._path(self._segment), length, error) from error
+            raise write_error(self._path(self._segment), length, error) from error
         self._end += length
         return where
 
@@ -268,7 +324,7 @@ class Journal(JournalReader):
             os.ftruncate(self._file, self._end)
             os.fsync(self._file)
         except OSError as error:
-            raise _write_error(self._path(self._segment), 0, error) from error
+            raise write_error(self._path(self._segment), 0, error) from error
         self._uncut = False
 
     def _sync(self) -> None:
@@ -287,7 +343,7 @@ class Journal(JournalReader):
             return
         self._cut()
         self._sync()
-        _create_segment(self.directory, self._segment + 1, self.run_id, previous_bytes=self._end)
+        create_segment(self.directory, self._segment + 1, self.run_id, previous_bytes=self._end)
         os.close(self._file)
         self._segment += 1
         self._file = os.open(self._path(self._segment), os.O_RDWR | os.O_CLOEXEC)
@@ -300,66 +356,12 @@ class Journal(JournalReader):
             self._broken = f"a partial record could not be removed ({error.strerror}) after a failed write ({cause.strerror})"
 
 
-def _segment_numbers(directory: Path) -> list[int]:
-    names = sorted(path.name for path in directory.glob(f"*{_SUFFIX}"))
-    if not names:
-        raise JournalError(f"{directory} holds no journal: put it back from a copy; without it the run cannot be continued")
-    for number, name in enumerate(names, start=1):
-        if name != f"{number:08d}{_SUFFIX}":
-            raise JournalError(f"{directory / f'{number:08d}{_SUFFIX}'} is missing, though {name} is there: restore the file from a copy")
-    return list(range(1, len(names) + 1))
-
-
-def _create_segment(directory: Path, number: int, run_id: str, *, previous_bytes: int) -> None:
-    """Makes a segment with its first record. It appears under its name only once both are durable."""
-    path = directory / f"{number:08d}{_SUFFIX}"
-    partial = path.with_suffix(".partial")
-    payload = json.dumps({"format": FORMAT, "run_id": run_id, "previous_bytes": previous_bytes}).encode()
-    header = pack_header(Kind.SEGMENT, number, payload, durable_bytes=0)
+def _parsed(frame: Frame, payload: bytes) -> Record:
+    """Raises `InvariantViolation` if an intact payload is no such record."""
     try:
-        file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        try:
-            _write_all(file, [header, payload], 0)
-            os.fsync(file)
-        finally:
-            os.close(file)
-        partial.rename(path)
-        _sync_directory(directory)
-    except OSError as error:
-        raise _write_error(path, len(header) + len(payload), error) from error
-
-
-def _write_all(file: int, parts: Sequence[bytes | memoryview], offset: int) -> None:
-    pending = [memoryview(part).cast("B") for part in parts]
-    while pending:
-        written = os.pwritev(file, pending, offset)
-        offset += written
-        while pending and written >= len(pending[0]):
-            written -= len(pending.pop(0))
-        if pending:
-            pending[0] = pending[0][written:]
-
-
-def _write_error(path: Path, needed_bytes: int, error: OSError) -> JournalError:
-    free_bytes = shutil.disk_usage(path.parent).free
-    return JournalError(
-        f"{path}: could not write {needed_bytes} bytes ({error.strerror}; {free_bytes} bytes free on that disk). "
-        "Nothing was lost: free some space and try again, or resume the run later"
-    )
-
-
-def _sync_directory(directory: Path) -> None:
-    with _opened(directory) as file:
-        os.fsync(file)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise JournalError(f"{path} cannot be opened: {error.strerror}") from error
-    try:
-        yield file
-    finally:
-        os.close(file)
+        record = RECORDS[frame.kind].from_json(payload)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InvariantViolation(f"a record {frame.kind.name} cannot be read ({error}): it was written by another program") from error
+    if record.key != frame.key:
+        raise InvariantViolation(f"a record {frame.kind.name} of {record.key} has the key {frame.key}")
+    return record

@@ -9,7 +9,8 @@ from verst.config.load import load_config
 from verst.config.schema import Config
 from verst.errors import ConfigError
 from verst.journal.lock import RunLock
-from verst.journal.log import JournalReader
+from verst.journal.log import Journal, JournalReader
+from verst.journal.records import ConfigRecord
 from verst.runtime.rundir import RunDirectory
 
 CHANGEABLE = frozenset(
@@ -73,6 +74,12 @@ def change(run: RunDirectory, config: Config, overrides: Sequence[str], echo: Ca
     for key, (before, after) in changed.items():
         echo(f"{key}: {before} -> {after}")
     return new
+
+
+def journal_changes(run: RunDirectory, journal: Journal) -> None:
+    """Writes to the journal the changes that it has not: those made since it was last open, or that a loss of power took from it."""
+    for change in run.changes[len(journal.index.configured) :]:
+        journal.append_configured(ConfigRecord(change["step"], change["options"]))
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

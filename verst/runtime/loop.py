@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from verst.algorithms.table import algorithm_for
 from verst.config.schema import Config
 from verst.errors import DataError, InvariantViolation, VerstError
-from verst.journal.index import BatchRecord, CommitRecord
+from verst.journal.records import AdmitRecord, BatchRecord, CommitRecord, PublishRecord
 from verst.observe.metrics import Tally
 from verst.observe.spans import Spans
 from verst.runtime import batching
@@ -57,12 +57,13 @@ class Loop:
         self._cursors: dict[int, Cursor] = {}  # where to feed from again, for each admitted group that no batch has consumed
         self._next = restored.cursor  # of the next prompt to admit
         self._unread: asyncio.Queue[tuple[Cursor, Cursor, Prompt | DataError]] = asyncio.Queue(config.capacity_groups)
-        self._dropped: dict[int, Group] = {}  # since the last batch
+        self._dropped: dict[int, tuple[Group, str]] = {}  # since the last batch, each with the reason
         self._drops_in_a_row = 0
         self._signalless = 0  # groups dropped for their equal rewards since the last batch
         self._bias = Bias()
         self._pulling: asyncio.Task[None] | None = None
         self._pulled_version = restored.step  # of the newest pull, in progress or done
+        self._served_version = restored.step  # of the newest pull that is done
         self._stop = asyncio.Event()
         self._standing = Standing(self._slots, parts.replicas)
         self._saver = Saver(config, parts, saved=restored.step)
@@ -131,6 +132,7 @@ class Loop:
                 if cursor.seq in self._restored.finished:
                     await self._finished(self._journaled(cursor.seq, prompt))
                 else:
+                    self._parts.journal.append_admitted(AdmitRecord(cursor.seq, prompt.id, self._served_version))
                     self._admitted.put_nowait((cursor.seq, prompt))
             self._next = after
 
@@ -208,13 +210,13 @@ class Loop:
     async def _replace(self, group: Group) -> None:
         """Drops a group that has no gradient. That is a measure of the task, not a failure, but it must not go on for ever."""
         self._signalless += 1
+        reward = group.trainable[0].reward
         if self._signalless > _REPLACED_BATCHES * self._config.train.groups_per_step:
-            reward = group.trainable[0].reward
             raise DataError(
                 f"step {self.version + 1}: {self._signalless} groups were dropped because all their rewards were equal (the last: {reward})"
                 " before a batch was whole: the task is too easy or too hard for the model. Change the data, or algorithm.dynamic_sampling"
             )
-        await self._give_up(group)
+        await self._give_up(group, f"all its rewards are equal ({reward})")
 
     async def _drop(self, group: Group, reason: str) -> None:
         """Gives up a group that cannot be trained, and tells of it. Too many in a row end the run."""
@@ -226,11 +228,11 @@ class Loop:
                 f"{self._drops_in_a_row} groups in a row could not be trained; the last one (group {group.seq}, prompt {group.prompt.id}): "
                 f"{reason}. Mend what made them fail, then go on with: verst resume {self._parts.run.root}"
             )
-        await self._give_up(group)
+        await self._give_up(group, reason)
 
-    async def _give_up(self, group: Group) -> None:
+    async def _give_up(self, group: Group, reason: str) -> None:
         """Recorded with the next batch, and its slot goes to another prompt."""
-        self._dropped[group.seq] = group
+        self._dropped[group.seq] = (group, reason)
         self._bias.dropped(group.seq)
         self._cursors.pop(group.seq)
         await self._free([group.seq])
@@ -243,8 +245,9 @@ class Loop:
         if journaled is None:
             for seq in batch.groups:
                 self._standing.group(seq, f"the end of step {step}")
-            await asyncio.to_thread(self._parts.journal.append_batch, BatchRecord(step, batch.groups, tuple(self._dropped)))
-        dropped, self._dropped = list(self._dropped.values()), {}
+            reasons = {seq: reason for seq, (_, reason) in self._dropped.items()}
+            await asyncio.to_thread(self._parts.journal.append_batch, BatchRecord(step, batch.groups, reasons))
+        dropped, self._dropped = [group for group, _ in self._dropped.values()], {}
         async with self._parts.lease.training(spans, then=self._pulled):
             with spans("load"):
                 scores = await trainers.load_batch(batch)
@@ -326,7 +329,11 @@ class Loop:
         if published.manifest.location:
             async with self._parts.lease.transfer(reads_trainers=self._parts.transfer.reads_trainers):
                 brought = await self._parts.transfer.bring(published, self._parts.probe_tokens)
-            self._parts.observer.published(published.manifest.version, brought)
+            serving = tuple(replica.number for replica in self._parts.replicas.active)
+            manifest = published.manifest
+            self._parts.journal.append_published(PublishRecord(manifest.version, manifest.digest, serving))
+            self._served_version = manifest.version
+            self._parts.observer.published(manifest.version, brought)
         await self._free(seqs)
 
     async def _free(self, seqs: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,14 +21,31 @@ def segment_path(directory: Path, number: int) -> Path:
     return directory / f"{number:08d}{SUFFIX}"
 
 
+def index_path(directory: Path, number: int) -> Path:
+    """Of the index file of a finished segment."""
+    return directory / f"{number:08d}.index"
+
+
 def segment_numbers(directory: Path) -> list[int]:
-    names = sorted(path.name for path in directory.glob(f"*{SUFFIX}"))
+    """Those of a journal, ascending from 1. One whose payloads were given up has only its index file.
+
+    Raises `JournalError` if there is no journal, or a segment between the others has neither file.
+    """
+    names = {path.name for path in directory.glob(f"*{SUFFIX}")}
     if not names:
         raise JournalError(f"{directory} holds no journal: put it back from a copy; without it the run cannot be continued")
-    for number, name in enumerate(names, start=1):
-        if name != segment_path(directory, number).name:
-            raise JournalError(f"{segment_path(directory, number)} is missing, though {name} is there: restore the file from a copy")
-    return list(range(1, len(names) + 1))
+    numbers = []
+    while names:
+        path = segment_path(directory, len(numbers) + 1)
+        if path.name not in names and not index_path(directory, len(numbers) + 1).exists():
+            raise missing(path, min(names))
+        names.discard(path.name)
+        numbers.append(len(numbers) + 1)
+    return numbers
+
+
+def missing(path: Path, other: str) -> JournalError:
+    return JournalError(f"{path} is missing, though {other} is there: restore the file from a copy")
 
 
 def create_segment(directory: Path, number: int, run_id: str, *, previous_bytes: int) -> None:
@@ -61,11 +79,13 @@ def write_all(file: int, parts: Sequence[bytes | memoryview], offset: int) -> No
 
 
 def write_error(path: Path, needed_bytes: int, error: OSError) -> JournalError:
+    """What to tell of a disk that refused to take `needed_bytes` (0: it was not asked to)."""
     free_bytes = shutil.disk_usage(path.parent).free
-    return JournalError(
-        f"{path}: could not write {needed_bytes} bytes ({error.strerror}; {free_bytes} bytes free on that disk). "
-        "Nothing was lost: free some space and try again, or resume the run later"
-    )
+    what = f"write {needed_bytes} bytes" if needed_bytes else "open or change the journal"
+    todo = "free some space and try again, or resume the run later"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        todo = "make the disk writable for this user (one with errors becomes read-only: see the kernel's log), then resume the run"
+    return JournalError(f"{path}: could not {what} ({error.strerror}; {free_bytes} bytes free on that disk). Nothing was lost: {todo}")
 
 
 def sync_directory(directory: Path) -> None:

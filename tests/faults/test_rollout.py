@@ -136,7 +136,7 @@ async def test_a_failed_group_is_not_rolled_again_by_a_resumed_run(tmp_path: Pat
     asked.clear()
     await run.go()
     assert not {group_of(request) for request in asked} & journaled
-    assert JournalReader(run.run.journal).batch(1).dropped == (1,)
+    assert JournalReader(run.run.journal).batch(1).dropped == {1: f"4 of 4 trajectories failed: {STALLED}"}
 
 
 async def test_a_held_out_prompt_that_never_ends_counts_as_failed(tmp_path: Path, model: Path, stall: Any):

@@ -18,6 +18,7 @@ from verst.journal.codec import encode_group
 from verst.journal.log import Journal
 from verst.observe.limits import FidelityWatch
 from verst.observe.metrics import Tally
+from verst.runtime.faults import Faults
 from verst.runtime.lease import Lease
 from verst.runtime.pools import Replicas
 from verst.runtime.trainer_worker import Published, Scores
@@ -185,6 +186,7 @@ class FakeParts:
         self.transfer = self
         self.snapshots = self
         self.replacer = SimpleNamespace(run=asyncio.Event().wait)
+        self.faults = Faults(self.journal, self.note)
         self.kept: dict[int, list[int]] = {}  # snapshots: what was trained by then
         self.location = "somewhere"
         self.reads_trainers = False
@@ -193,6 +195,7 @@ class FakeParts:
         self.watch = FidelityWatch(config.fidelity.limit, config.fidelity.action)
         self.serving = -1
         self.active = [self]
+        self.number = 0
         self.pull_s = 0.0
         self._roll = roll or group
         self._random = random.Random(seed)

@@ -14,6 +14,7 @@ from tests.loop.fakes import EndingStream, FakeParts, FakeStream, config, group
 from verst.config.schema import Config
 from verst.errors import DataError, DeadlineExceeded, EngineFailure, InvariantViolation, TrainingDiverged
 from verst.journal.codec import encode_group
+from verst.journal.records import PublishRecord
 from verst.runtime.loop import Loop
 from verst.runtime.parts import Parts
 from verst.runtime.recovery import Cursor, JournaledBatch, Restored
@@ -53,6 +54,19 @@ async def test_the_commit_is_durable_before_the_engines_see_the_version(tmp_path
     parts.bring = checked_pull
     await run(config(), parts)
     assert committed == [0, 1, 2, 3]  # version v is pulled when commit v is in the journal
+
+
+async def test_admissions_and_publishes_are_journaled(tmp_path: Path):
+    """Each with the version that the engines served, and in the order of events."""
+    cfg = config(rollout={"group_size": 2, "capacity_groups": 4})
+    parts = FakeParts(cfg, tmp_path)
+    await run(cfg, parts)
+    journal = parts.journal
+    assert sorted(journal.index.admitted) == list(range(6))
+    assert [journal.publish(v) for v in range(4)] == [PublishRecord(v, " ".join(map(str, range(2 * v))), (0,)) for v in range(4)]
+    for seq, version in parts.rolled:
+        assert journal.admission(seq).version <= version
+        assert journal.index.published[journal.admission(seq).version] < journal.index.admitted[seq] < journal.index.groups[seq]
 
 
 async def test_what_was_generated_before_the_probe_was_compared_is_held_back(tmp_path: Path):
@@ -147,7 +161,7 @@ async def test_a_group_that_failed_is_dropped_recorded_and_replaced(tmp_path: Pa
     parts = FakeParts(config(), tmp_path, roll=lambda seq, v: group(seq, v, (None, 1.0) if seq == 1 else (0.0, 1.0)))
     await run(config(), parts)
     assert parts.trainers.trained == [0, 2, 3, 4, 5, 6]
-    assert parts.journal.batch(1).dropped == (1,)
+    assert parts.journal.batch(1).dropped == {1: "1 of 2 trajectories failed: the reward raised"}
     assert any("group 1 (p1) dropped: 1 of 2 trajectories failed: the reward raised" in n for n in parts.notes)
 
 
@@ -174,7 +188,7 @@ async def test_groups_without_signal_are_replaced_and_counted(tmp_path: Path):
     assert [parts.rows[s]["groups/replaced"] for s in (1, 2, 3)] == [6, 6, 6]
     assert {parts.rows[s]["groups/dropped"] for s in (1, 2, 3)} == {0}
     assert parts.rows[1]["reward"] == pytest.approx((2 * 0.5 + 2 * (0 + 1 + 0)) / 8)  # of all that was generated, not of what was kept
-    assert parts.journal.batch(1).dropped == (0, 1, 2, 4, 5, 6)
+    assert parts.journal.batch(1).dropped == {seq: f"all its rewards are equal ({float(seq % 2)})" for seq in (0, 1, 2, 4, 5, 6)}
     plain = FakeParts(config(), tmp_path / "plain", flat)
     await run(config(), plain)
     assert plain.trainers.trained == [0, 1, 2, 3, 4, 5]

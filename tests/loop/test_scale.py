@@ -21,6 +21,7 @@ from verst.errors import ConfigError, DeadlineExceeded, EngineFailure, ModelErro
 from verst.journal.codec import encode_group
 from verst.runtime import replica, scaler
 from verst.runtime.actors import LocalWorker, WorkerDied
+from verst.runtime.changes import journal_changes
 from verst.runtime.loop import Loop
 from verst.runtime.parts import Parts
 from verst.runtime.placement import Placement
@@ -168,7 +169,9 @@ class Scaled:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The loop and the scaler go on within, and end in order after it, as they do in a run."""
-        means = Means(self._spawn, self._check, self.parts.note, lambda: self.loop.version)
+        means = Means(
+            self._spawn, self._check, self.parts.note, lambda: self.loop.version, lambda: journal_changes(self.run, self.parts.journal)
+        )
         _, read = RunDirectory.open(self.run.root)
 
         async def run() -> None:
@@ -227,7 +230,8 @@ class Scaled:
         return [int(kill.split()[1]) for kill in kills]
 
     def recorded(self) -> list[list[int]]:
-        """Changes of the number that a resumed run begins with."""
+        """Changes of the number that a resumed run begins with. The journal has each too."""
+        assert [change.options for change in self.parts.journal.changes()] == [change["options"] for change in self.run.changes]
         return [change["options"]["rollout.replicas"] for change in self.run.changes]
 
 

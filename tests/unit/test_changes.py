@@ -12,9 +12,9 @@ import pytest
 from verst.config.load import load_config, option_names
 from verst.config.schema import Config
 from verst.errors import ConfigError, RunLocked
-from verst.journal.index import BatchRecord, CommitRecord
 from verst.journal.lock import RunLock
-from verst.journal.log import Journal
+from verst.journal.log import Journal, JournalReader
+from verst.journal.records import BatchRecord, CommitRecord
 from verst.runtime import changes
 from verst.runtime.changes import change
 from verst.runtime.rundir import RunDirectory
@@ -127,3 +127,15 @@ def test_a_full_disk_leaves_the_run_as_it_was(tmp_path: Path, when: str):
     assert run.config.read_bytes() == before
     (run.root / when).unlink()
     assert change(run, config, ["train.ranks=2"], print).train.ranks == 2
+
+
+def test_the_journal_has_each_change_once(tmp_path: Path):
+    """A run that is opened anew writes what it has not: changes made in between, or lost with the end of the journal."""
+    run, config = made(tmp_path)
+    for override in ("run.steps=20", "train.ranks=2"):
+        config = change(run, config, [override], print)
+        with closing(Journal.open(run.journal, run.run_id)) as journal:
+            changes.journal_changes(run, journal)
+            changes.journal_changes(run, journal)
+    found = JournalReader(run.journal, run.run_id).changes()
+    assert [(record.step, record.options) for record in found] == [(0, {"run.steps": [10, 20]}), (0, {"train.ranks": [1, 2]})]

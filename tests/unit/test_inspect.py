@@ -14,9 +14,9 @@ from tests.loop.local import LocalRun
 from verst import cli
 from verst.errors import DataError
 from verst.journal.codec import encode_group
-from verst.journal.index import BatchRecord, CommitRecord
 from verst.journal.log import Journal, JournalReader
 from verst.journal.query import Query, find_trajectory, last_of, select, steps_of, token_rows
+from verst.journal.records import BatchRecord, CommitRecord
 from verst.types import NO_VERSION, Status
 
 
@@ -29,7 +29,7 @@ def journal(tmp_path: Path) -> JournalReader:
         written.append_group(seq, encode_group(group(seq, seq // 2, of_group)))
     written.append_batch(BatchRecord(1, (0, 1)))
     written.append_commit(CommitRecord(1, "d1"))
-    written.append_batch(BatchRecord(2, (2,), (3,)))
+    written.append_batch(BatchRecord(2, (2,), {3: "no signal"}))
     return JournalReader(tmp_path / "journal")  # while it is open for writing
 
 
@@ -52,10 +52,10 @@ def test_filters(journal: JournalReader):
 
 
 def test_who_took_a_group_is_known(journal: JournalReader):
-    assert steps_of(journal) == {0: (1, False), 1: (1, False), 2: (2, False), 3: (2, True)}
+    assert steps_of(journal) == {0: (1, None), 1: (1, None), 2: (2, None), 3: (2, "no signal")}
     found = {f.group.seq: (f.step, f.dropped) for f in select(journal, Query())}
-    assert found[3] == (2, True)
-    assert found[4] == (None, False)
+    assert found[3] == (2, "no signal")
+    assert found[4] == (None, None)
 
 
 def test_order_and_limit(journal: JournalReader):

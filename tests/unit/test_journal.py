@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verst.errors import InvariantViolation, JournalError, RunLocked
-from verst.journal import log
+from verst.journal import segments
 from verst.journal.codec import encode_group
-from verst.journal.index import BatchRecord, CommitRecord, Recovery
+from verst.journal.index import Recovery
 from verst.journal.lock import RunLock
 from verst.journal.log import Journal, JournalReader
+from verst.journal.records import AdmitRecord, BatchRecord, CommitRecord, ConfigRecord, FaultRecord, PublishRecord, RecoveryRecord
 from verst.types import Group, Message, Prompt, Status, Trajectory
 
 FIRST = "00000001.journal"
@@ -58,6 +60,48 @@ def test_what_was_appended_is_read_back(tmp_path: Path):
     assert JournalReader(tmp_path).group_payload(7) == b"seven"
 
 
+def append_extra(journal: Journal) -> None:
+    journal.append_admitted(AdmitRecord(6, "prompt-6", 2))
+    journal.append_admitted(AdmitRecord(6, "prompt-6", 2))  # again, after a crash
+    journal.append_published(PublishRecord(0, "initial", (0, 1)))
+    journal.append_published(PublishRecord(2, "digest-2", (0,)))
+    journal.append_configured(ConfigRecord(2, {"rollout.replicas": [1, 2]}))
+    journal.append_fault(FaultRecord("replica 1", "exit code 137", 2, 12.5))
+    journal.append_recovery(RecoveryRecord("replica 1", 2, "replacement", 0.5, 13.0))
+
+
+def test_what_happened_beside_the_steps_is_read_back(tmp_path: Path):
+    journal = Journal.create(tmp_path, "r")
+    fill(journal, 2)
+    append_extra(journal)
+    journal.close()
+    for again in (JournalReader(tmp_path), journal):
+        assert again.admission(6) == AdmitRecord(6, "prompt-6", 2)
+        assert again.publish(2) == PublishRecord(2, "digest-2", (0,))
+        assert again.changes() == [ConfigRecord(2, {"rollout.replicas": [1, 2]})]
+        assert again.faults() == [FaultRecord("replica 1", "exit code 137", 2, 12.5)]
+        assert again.recoveries() == [RecoveryRecord("replica 1", 2, "replacement", 0.5, 13.0)]
+        assert again.recovery(2) == Recovery(retrain=(), pending=(), missing=(4, 5, 6), next_seq=7)  # admitted, not finished
+
+
+@pytest.mark.parametrize(
+    ("append", "message"),
+    [
+        (lambda j: j.append_admitted(AdmitRecord(1, "p", 0)), "group 1 is in the journal already"),
+        (lambda j: j.append_admitted(AdmitRecord(-1, "p", 0)), "group seq -1 is negative"),
+        (lambda j: j.append_published(PublishRecord(3, "d", (0,))), "version 3 cannot be served: the last commit is of step 2"),
+        (lambda j: j.append_published(PublishRecord(-1, "d", (0,))), "version -1 cannot be served"),
+    ],
+)
+def test_what_cannot_have_happened_is_refused(tmp_path: Path, append: Callable[[Journal], None], message: str):
+    journal = Journal.create(tmp_path, "r")
+    fill(journal, 2)
+    before = (tmp_path / FIRST).read_bytes()
+    with pytest.raises(InvariantViolation, match=message):
+        append(journal)
+    assert (tmp_path / FIRST).read_bytes() == before
+
+
 def test_a_group_survives_as_it_was(tmp_path: Path):
     tokens_T = np.arange(4, dtype=np.int32)
     row = Trajectory("0/0", tokens_T, tokens_T > 1, np.zeros(4, np.float32), tokens_T, (), (Message("user", "€"),), Status.FINISHED, 1)
@@ -83,7 +127,7 @@ def test_recovery_retrains_what_was_batched_and_keeps_what_was_not(tmp_path: Pat
     fill(journal, 2)  # steps 1 and 2 of groups 0 to 3
     for seq in (4, 5, 6, 8, 9):  # 7 was in flight
         journal.append_group(seq, b"x")
-    journal.append_batch(BatchRecord(3, (4, 6), dropped=(5,)))
+    journal.append_batch(BatchRecord(3, (4, 6), dropped={5: "failed"}))
     expected = Recovery(retrain=((2, "digest-2"), (3, None)), pending=(8, 9), missing=(7,), next_seq=10)
     assert journal.recovery(1) == expected
     assert JournalReader(tmp_path).recovery(1) == expected
@@ -104,7 +148,7 @@ def test_a_state_newer_than_the_journal_is_refused(tmp_path: Path):
         (BatchRecord(3, (2,)), "batch of step 3 cannot follow that of step 1"),
         (BatchRecord(1, (2,)), "batch of step 1 cannot follow"),
         (BatchRecord(2, (2, 1)), "names group 1, which step 1 has taken"),
-        (BatchRecord(2, (2,), dropped=(2,)), "names a group twice"),
+        (BatchRecord(2, (2,), dropped={2: "failed"}), "names a group twice"),
         (BatchRecord(2, (2, 9)), "names group 9, which is not in the journal"),
         (CommitRecord(2, "d"), "commit of step 2 has no batch"),
         (CommitRecord(1, "d"), "commit of step 1 cannot follow that of step 1"),
@@ -134,9 +178,9 @@ def test_another_run_format_or_place_is_refused(tmp_path: Path):
 
 def test_another_format_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
-        patch.setattr(log, "FORMAT", 2)
-        Journal.create(tmp_path, "r").close()
-    with pytest.raises(JournalError, match="has journal format 2, this version of Verst reads 1"):
+        patch.setattr(segments, "FORMAT", 1)
+        segments.create_segment(tmp_path, 1, "r", previous_bytes=0)
+    with pytest.raises(JournalError, match="has journal format 1, this version of Verst reads 2"):
         Journal.open(tmp_path)
 
 
@@ -413,7 +457,7 @@ def test_a_segment_that_cannot_be_made_is_told_and_retried(tmp_path: Path, monke
     journal = Journal.create(tmp_path, "r", segment_bytes=400)
     fill(journal, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(log, "_sync_directory", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(segments, "sync_directory", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(JournalError, match=r"00000002.journal: could not write"):
             fill(journal, 2, first=2)
     journal.append_batch(BatchRecord(2, (2, 3)))  # the groups were taken: only batches and commits begin segments
@@ -456,7 +500,7 @@ def test_commits_are_fsynced_before_append_returns_and_groups_are_not(tmp_path: 
 WRITER = textwrap.dedent(
     """
     import sys
-    from verst.journal.index import BatchRecord, CommitRecord
+    from verst.journal.records import AdmitRecord, BatchRecord, CommitRecord, ConfigRecord, FaultRecord, PublishRecord, RecoveryRecord
     from verst.journal.log import Journal
     journal = Journal.create(sys.argv[1], "r", segment_bytes=200_000)
     for step in range(1, 10_000):

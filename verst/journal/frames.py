@@ -28,6 +28,15 @@ class Kind(IntEnum):
     GROUP = 2  # an Arrow stream of `codec.encode_group`; key: the group's seq
     BATCH = 3  # JSON of a `BatchRecord`; key: step
     COMMIT = 4  # JSON of a `CommitRecord`; key: step
+    ADMIT = 5  # JSON of an `AdmitRecord`; key: the group's seq
+    PUBLISH = 6  # JSON of a `PublishRecord`; key: version
+    CONFIG = 7  # JSON of a `ConfigRecord`; key: the last committed step
+    FAULT = 8  # JSON of a `FaultRecord`; key: the last committed step
+    RECOVERY = 9  # JSON of a `RecoveryRecord`; key: the step that was restored
+    INDEX = 10  # alone in an index file: a `SegmentIndex`; key: number of its segment, whose size is in place of the durable bytes
+
+
+_KINDS = frozenset(map(int, Kind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +71,18 @@ def pack_header(kind: Kind, key: int, payload: bytes | memoryview, *, durable_by
     return head + _CRC.pack(zlib.crc32(head))
 
 
+def parse_header(raw: bytes, offset: int) -> Frame | None:
+    """The frame that begins with these bytes, at `offset` of its file; None if they are no intact header."""
+    if len(raw) != HEADER_BYTES or raw[:4] != _MAGIC:
+        return None
+    if _CRC.unpack_from(raw, _HEADER.size)[0] != zlib.crc32(raw[: _HEADER.size]):
+        return None
+    _, kind, key, durable_bytes, length, payload_crc = _HEADER.unpack_from(raw)
+    if kind not in _KINDS:
+        return None
+    return Frame(Kind(kind), key, durable_bytes, length, payload_crc, offset)
+
+
 def read_payload(file: int, offset: int) -> bytes:
     """Payload of the frame at `offset` of an open segment, verified. Raises `BadFrame`."""
     frame = _read_header(file, offset)
@@ -93,7 +114,7 @@ def durable_after(file: int, start: int, size: int) -> int:
             break
         found = chunk.find(_MAGIC)
         while found >= 0:
-            frame = _parse_header(os.pread(file, HEADER_BYTES, position + found), position + found)
+            frame = parse_header(os.pread(file, HEADER_BYTES, position + found), position + found)
             durable = max(durable, frame.durable_bytes if frame else 0)
             found = chunk.find(_MAGIC, found + 1)
         at_end = position + len(chunk) >= size
@@ -114,18 +135,7 @@ def _payload_crc(file: int, frame: Frame) -> int:
 
 def _read_header(file: int, offset: int) -> Frame:
     raw = os.pread(file, HEADER_BYTES, offset)
-    frame = _parse_header(raw, offset)
+    frame = parse_header(raw, offset)
     if frame is None:
         raise BadFrame(offset, "incomplete header" if len(raw) < HEADER_BYTES else "corrupt header")
     return frame
-
-
-def _parse_header(raw: bytes, offset: int) -> Frame | None:
-    if len(raw) != HEADER_BYTES or raw[:4] != _MAGIC:
-        return None
-    if _CRC.unpack_from(raw, _HEADER.size)[0] != zlib.crc32(raw[: _HEADER.size]):
-        return None
-    _, kind, key, durable_bytes, length, payload_crc = _HEADER.unpack_from(raw)
-    if not Kind.SEGMENT <= kind <= Kind.COMMIT:
-        return None
-    return Frame(Kind(kind), key, durable_bytes, length, payload_crc, offset)

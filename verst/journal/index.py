@@ -5,53 +5,19 @@ Sequence numbers count from 0, steps from 1; step S makes policy version S.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from verst.errors import InvariantViolation, JournalError
+from verst.journal.frames import Kind
+from verst.journal.places import Column, Location, Places
+from verst.journal.records import AdmitRecord, BatchRecord, CommitRecord, ConfigRecord, FaultRecord, PublishRecord, Record, RecoveryRecord
+from verst.journal.sidecar import SegmentIndex
 
-
-class Location(NamedTuple):
-    """Where a frame starts."""
-
-    segment: int
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class BatchRecord:
-    """The groups that one step consumed, and what else its samples were made from."""
-
-    step: int
-    groups: tuple[int, ...]  # `seq` of each group, in training order
-    dropped: tuple[int, ...] = ()  # groups this step took and left out (all members failed, a filter): never offered again
-    plan: Mapping[str, Any] = field(default_factory=dict)  # JSON values: what makes assembly repeatable, such as seed and version
-
-    def to_json(self) -> bytes:
-        return json.dumps({"step": self.step, "groups": self.groups, "dropped": self.dropped, "plan": dict(self.plan)}).encode()
-
-    @classmethod
-    def from_json(cls, payload: bytes) -> BatchRecord:
-        values = json.loads(payload)
-        return cls(values["step"], tuple(values["groups"]), tuple(values["dropped"]), values["plan"])
-
-
-@dataclass(frozen=True, slots=True)
-class CommitRecord:
-    """A step whose optimizer updates are done on all ranks."""
-
-    step: int
-    digest: str  # the weights hash after the step; training the step again must give it again
-    info: Mapping[str, Any] = field(default_factory=dict)  # JSON values, such as metrics
-
-    def to_json(self) -> bytes:
-        return json.dumps({"step": self.step, "digest": self.digest, "info": dict(self.info)}).encode()
-
-    @classmethod
-    def from_json(cls, payload: bytes) -> CommitRecord:
-        return cls(**json.loads(payload))
+_MOST_BEYOND = 1 << 24
+"""How far a group's number may be from those before it: numbers are given one by one, so any other is not of this program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +34,16 @@ class Index:
     """Groups by seq, batches and commits by step. Refuses whatever would train a group twice or leave a step out."""
 
     def __init__(self) -> None:
-        self.groups: dict[int, Location] = {}
-        self.batches: dict[int, Location] = {}
-        self.commits: dict[int, Location] = {}
-        self._digests: dict[int, str] = {}
-        self._taken: dict[int, int] = {}  # seq → the step that took it
+        self.groups = Places()
+        self.batches = Places()
+        self.commits = Places()
+        self.admitted = Places()  # the newest admission of each group
+        self.published = Places()  # the newest publish of each version
+        self.configured: list[Location] = []  # in the order in which they were written, as the two below
+        self.faults: list[Location] = []
+        self.recoveries: list[Location] = []
+        self._digests: list[str] = []  # of each commit
+        self._taken = Column(np.int32)  # by seq: the step that took it
 
     @property
     def last_batch(self) -> int:
@@ -84,40 +55,123 @@ class Index:
         """The newest committed step, or 0."""
         return len(self.commits)
 
+    def steps_of(self, seqs_N: NDArray[np.int64]) -> NDArray[np.int32]:
+        """The step that took each of some groups, 0 where none did yet."""
+        return self._taken.get_all(seqs_N)
+
+    def take(self, record: Record, where: Location) -> None:
+        """Adds a record. Raises `InvariantViolation` if it does not follow from those before it."""
+        self.check(record)
+        self.add(record, where)
+
+    def check(self, record: Record) -> None:
+        """Raises `InvariantViolation` if a record does not follow from those before it."""
+        match record:
+            case AdmitRecord():
+                self.check_group(record.seq)
+            case BatchRecord():
+                self._check_batch(record)
+            case CommitRecord():
+                self._check_commit(record)
+            case PublishRecord():
+                self._check_published(record)
+
+    def add(self, record: Record, where: Location) -> None:
+        """Adds a record that was checked."""
+        match record:
+            case AdmitRecord():
+                self.admitted.add(record.seq, where)
+            case BatchRecord():
+                self.batches.add(record.step, where)
+                self._taken.set_all(np.array(record.taken, np.int64), record.step)
+            case CommitRecord():
+                self.commits.add(record.step, where)
+                self._digests.append(record.digest)
+            case PublishRecord():
+                self.published.add(record.version, where)
+            case ConfigRecord():
+                self.configured.append(where)
+            case FaultRecord():
+                self.faults.append(where)
+            case RecoveryRecord():
+                self.recoveries.append(where)
+
     def check_group(self, seq: int) -> None:
         if seq < 0:
             raise InvariantViolation(f"group seq {seq} is negative: seq counts from 0")
+        if seq >= self._next_seq + _MOST_BEYOND:
+            raise InvariantViolation(f"group seq {seq} is far beyond the {self._next_seq} before it: no group was given such a number")
         if seq in self.groups:
             raise InvariantViolation(f"group {seq} is in the journal already")
 
-    def check_batch(self, record: BatchRecord) -> None:
+    def add_group(self, seq: int, where: Location) -> None:
+        self.groups.add(seq, where)
+
+    def _check_published(self, record: PublishRecord) -> None:
+        if not 0 <= record.version <= self.last_commit:
+            raise InvariantViolation(f"version {record.version} cannot be served: the last commit is of step {self.last_commit}")
+
+    def _check_batch(self, record: BatchRecord) -> None:
         if record.step != self.last_batch + 1:
             raise InvariantViolation(f"batch of step {record.step} cannot follow that of step {self.last_batch}")
-        seqs = (*record.groups, *record.dropped)
+        seqs = record.taken
         if len(set(seqs)) != len(seqs):
             raise InvariantViolation(f"batch of step {record.step} names a group twice: {list(seqs)}")
         for seq in seqs:
             if seq not in self.groups:
                 raise InvariantViolation(f"batch of step {record.step} names group {seq}, which is not in the journal")
-            if seq in self._taken:
-                raise InvariantViolation(f"batch of step {record.step} names group {seq}, which step {self._taken[seq]} has taken")
+            if step := self._taken.get(seq):
+                raise InvariantViolation(f"batch of step {record.step} names group {seq}, which step {step} has taken")
 
-    def check_commit(self, record: CommitRecord) -> None:
+    def _check_commit(self, record: CommitRecord) -> None:
         if record.step != self.last_commit + 1:
             raise InvariantViolation(f"commit of step {record.step} cannot follow that of step {self.last_commit}")
         if record.step not in self.batches:
             raise InvariantViolation(f"commit of step {record.step} has no batch in the journal")
 
-    def add_group(self, seq: int, where: Location) -> None:
-        self.groups[seq] = where
+    def take_segment(self, segment: SegmentIndex) -> None:
+        """Adds all records of a segment at once. Raises `InvariantViolation`, and adds nothing, if they do not follow from those before.
 
-    def add_batch(self, record: BatchRecord, where: Location) -> None:
-        self.batches[record.step] = where
-        self._taken.update(dict.fromkeys((*record.groups, *record.dropped), record.step))
+        Says less about what is wrong than the records do one by one.
+        """
+        batches = [BatchRecord.from_json(payload) for payload in segment.payloads(Kind.BATCH)]
+        taken_N = np.array([seq for batch in batches for seq in batch.taken], np.int64)
+        steps_N = np.array([batch.step for batch in batches for _ in batch.taken], np.int32)
+        self._check_segment(segment, taken_N)
+        for places, kind in ((self.groups, Kind.GROUP), (self.batches, Kind.BATCH), (self.commits, Kind.COMMIT)):
+            places.add_all(segment.keys(kind), segment.number, segment.offsets(kind))
+        for places, kind in ((self.admitted, Kind.ADMIT), (self.published, Kind.PUBLISH)):
+            places.add_all(segment.keys(kind), segment.number, segment.offsets(kind))
+        for found, kind in ((self.configured, Kind.CONFIG), (self.faults, Kind.FAULT), (self.recoveries, Kind.RECOVERY)):
+            found.extend(Location(segment.number, offset) for offset in segment.offsets(kind).tolist())
+        self._digests.extend(CommitRecord.from_json(payload).digest for payload in segment.payloads(Kind.COMMIT))
+        self._taken.set_all(taken_N, steps_N)
 
-    def add_commit(self, record: CommitRecord, where: Location) -> None:
-        self.commits[record.step] = where
-        self._digests[record.step] = record.digest
+    def _check_segment(self, segment: SegmentIndex, taken_N: NDArray[np.int64]) -> None:
+        seqs_N, batches_N, commits_N = (segment.keys(kind) for kind in (Kind.GROUP, Kind.BATCH, Kind.COMMIT))
+        named_N = np.concatenate([seqs_N, segment.keys(Kind.ADMIT), taken_N])
+        last_batch = self.last_batch + len(batches_N)
+        last_commit = self.last_commit + len(commits_N)
+        versions_N = segment.keys(Kind.PUBLISH)
+        sound = (
+            bool(((named_N >= 0) & (named_N < self._next_seq + _MOST_BEYOND)).all())
+            and _distinct(seqs_N)
+            and not self.groups.holds(seqs_N).any()
+            and np.array_equal(batches_N, np.arange(self.last_batch + 1, last_batch + 1))
+            and np.array_equal(commits_N, np.arange(self.last_commit + 1, last_commit + 1))
+            and last_commit <= last_batch
+            and _distinct(taken_N)
+            and not self._taken.get_all(taken_N).any()
+            and bool((self.groups.holds(taken_N) | np.isin(taken_N, seqs_N)).all())
+            and bool(((versions_N >= 0) & (versions_N <= last_commit)).all())
+        )
+        if not sound:
+            raise InvariantViolation(f"the records of segment {segment.number} do not follow from those before them")
+
+    @property
+    def _next_seq(self) -> int:
+        """The first that was neither finished nor admitted."""
+        return max(self.groups.end, self.admitted.end)
 
     def recovery(self, after_step: int) -> Recovery:
         """What to do after restoring the state of `after_step` (0: the initial model).
@@ -130,10 +184,16 @@ class Index:
                 f"the restored state is of step {after_step}, but the journal's last commit is of step {self.last_commit}: "
                 "they do not belong together. Restore an older checkpoint or start another run"
             )
-        next_seq = max(self.groups, default=-1) + 1
+        next_seq = self._next_seq
+        finished_S = self.groups.holds_up_to(next_seq)
+        digests = dict(enumerate(self._digests, start=1))
         return Recovery(
-            retrain=tuple((step, self._digests.get(step)) for step in range(after_step + 1, self.last_batch + 1)),
-            pending=tuple(sorted(seq for seq in self.groups if seq not in self._taken)),
-            missing=tuple(seq for seq in range(next_seq) if seq not in self.groups),
+            retrain=tuple((step, digests.get(step)) for step in range(after_step + 1, self.last_batch + 1)),
+            pending=tuple(np.flatnonzero(finished_S & (self._taken.up_to(next_seq) == 0)).tolist()),
+            missing=tuple(np.flatnonzero(~finished_S).tolist()),
             next_seq=next_seq,
         )
+
+
+def _distinct(keys_N: NDArray[np.int64]) -> bool:
+    return len(np.unique(keys_N)) == len(keys_N)

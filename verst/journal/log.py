@@ -1,6 +1,7 @@
 """The run's append-only journal, which is also the store of its trajectories.
 
-`DIR/00000001.journal`, `DIR/00000002.journal`, … hold frames (`frames.py`); a segment that reached its size limit is followed by another.
+`DIR/00000001.journal`, `DIR/00000002.journal`, … hold frames (`frames.py`); a segment that reached its size limit is followed by another,
+and gets an index file (`sidecar.py`). `docs/journal.md` has the layout byte by byte.
 Groups are written at once and reach the disk with the next batch or commit; those two are fsynced before `append_*` returns. So after a
 loss of power the groups since the last batch may be gone (they are generated again), after a mere crash of processes nothing is.
 
@@ -11,157 +12,24 @@ checkpoint; then nothing is changed on disk.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from verst.errors import InvariantViolation, JournalError
-from verst.journal.codec import decode_group
-from verst.journal.frames import HEADER_BYTES, BadFrame, Frame, Kind, durable_after, pack_header, read_payload, scan
-from verst.journal.index import BatchRecord, CommitRecord, Index, Location, Recovery
-from verst.types import Group
+from verst.errors import JournalError
+from verst.journal.frames import HEADER_BYTES, BadFrame, Kind, pack_header, parse_header
+from verst.journal.places import Location
+from verst.journal.reader import JournalReader
+from verst.journal.records import AdmitRecord, BatchRecord, CommitRecord, ConfigRecord, FaultRecord, PublishRecord, Record, RecoveryRecord
+from verst.journal.segments import SUFFIX, create_segment, sync_directory, write_all, write_error
+from verst.journal.sidecar import SegmentIndex, index_of, read_index
 
-FORMAT = 1
+__all__ = ["Journal", "JournalReader"]
+
 SEGMENT_BYTES = 256 * 2**20
-
-_SUFFIX = ".journal"
-
-
-@dataclass(frozen=True, slots=True)
-class TornTail:
-    """The end of the last segment that a crash left unfinished."""
-
-    path: Path
-    offset: int
-    bytes_cut: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.bytes_cut} bytes at byte {self.offset} are left out: a crash left them unfinished ({self.reason})"
-
-
-class JournalReader:
-    """Reads a journal, also while another process writes it: an unfinished tail is left alone, `refresh` sees what came since."""
-
-    def __init__(self, directory: str | Path, run_id: str | None = None) -> None:
-        """Verifies every byte. `run_id` None accepts any run.
-
-        Raises `JournalError` if there is no journal, it is of another run or format, a segment is missing, or anything is damaged.
-        """
-        self.directory = Path(directory)
-        self.index = Index()
-        self.torn: TornTail | None = None
-        self._run_id = run_id
-        self._segment = 1
-        self._end = 0  # verified bytes of that segment
-        self.refresh()
-
-    @property
-    def run_id(self) -> str:
-        return self._run_id or ""
-
-    def refresh(self) -> None:
-        """Takes in all records written since the last look. Raises as the constructor does."""
-        for number in _segment_numbers(self.directory):
-            if number >= self._segment:
-                self._read_segment(number)
-
-    def recovery(self, after_step: int) -> Recovery:
-        """What remains to be done after the state of `after_step` was restored (0: the initial model); see `Index.recovery`.
-
-        Raises `JournalError` as that does, and if what seemed a torn tail had the commit of that step: a commit precedes its checkpoint.
-        """
-        if self.torn is not None and after_step > self.index.last_commit:
-            raise JournalError(
-                f"{self.torn.path}: {self.torn.reason} at byte {self.torn.offset}, though a checkpoint of step {after_step} was made after "
-                f"it and the last commit before it is of step {self.index.last_commit}: restore the file from a copy, or resume from an "
-                "older checkpoint by moving newer ones away"
-            )
-        return self.index.recovery(after_step)
-
-    def group_payload(self, seq: int) -> bytes:
-        """The group as it was journaled, encoded. Raises `JournalError` if it is unknown or its bytes went bad."""
-        return self._payload(self.index.groups, seq, "group")
-
-    def group(self, seq: int) -> Group:
-        return decode_group(self.group_payload(seq))
-
-    def batch(self, step: int) -> BatchRecord:
-        return BatchRecord.from_json(self._payload(self.index.batches, step, "batch of step"))
-
-    def commit(self, step: int) -> CommitRecord:
-        return CommitRecord.from_json(self._payload(self.index.commits, step, "commit of step"))
-
-    def _path(self, number: int) -> Path:
-        return self.directory / f"{number:08d}{_SUFFIX}"
-
-    def _payload(self, places: dict[int, Location], key: int, what: str) -> bytes:
-        if key not in places:
-            raise JournalError(f"{self.directory} holds no {what} {key}")
-        segment, offset = places[key]
-        with _opened(self._path(segment)) as file:
-            try:
-                return read_payload(file, offset)
-            except BadFrame as error:
-                raise JournalError(f"{self._path(segment)}: {what} {key} has {error}") from error
-
-    def _read_segment(self, number: int) -> None:
-        if number > self._segment and self.torn is not None:
-            raise JournalError(f"{self.torn.path}: {self.torn.reason} at byte {self.torn.offset}, though segment {number} follows")
-        start = self._end if number == self._segment else 0
-        path = self._path(number)
-        self.torn = None
-        with _opened(path) as file:
-            size = os.fstat(file).st_size
-            try:
-                for frame in scan(file, start, size):
-                    self._take(file, frame, number)
-                    self._segment, self._end = number, frame.end
-            except BadFrame as bad:
-                if bad.offset == 0 or durable_after(file, bad.offset + 1, size) > bad.offset:
-                    raise JournalError(f"{path}: {bad}, in a part that had been written completely: restore the file from a copy") from bad
-                self.torn = TornTail(path, bad.offset, size - bad.offset, bad.reason)
-        if self._segment != number or not self._end:
-            raise JournalError(f"{path} is empty: restore the file from a copy")
-
-    def _take(self, file: int, frame: Frame, number: int) -> None:
-        """Puts one intact frame into the index."""
-        where = Location(number, frame.offset)
-        try:
-            if (frame.kind is Kind.SEGMENT) != (frame.offset == 0):
-                raise InvariantViolation("a segment starts with its segment record, and has no other")
-            if frame.kind is Kind.SEGMENT:
-                self._check_segment(json.loads(read_payload(file, 0)), frame.key, number)
-            elif frame.kind is Kind.GROUP:
-                self.index.check_group(frame.key)
-                self.index.add_group(frame.key, where)
-            elif frame.kind is Kind.BATCH:
-                batch = BatchRecord.from_json(read_payload(file, frame.offset))
-                self.index.check_batch(batch)
-                self.index.add_batch(batch, where)
-            else:
-                commit = CommitRecord.from_json(read_payload(file, frame.offset))
-                self.index.check_commit(commit)
-                self.index.add_commit(commit, where)
-        except InvariantViolation as error:
-            raise JournalError(f"{self._path(number)}, byte {frame.offset}: {error}") from error
-
-    def _check_segment(self, record: dict[str, object], key: int, number: int) -> None:
-        path = self._path(number)
-        if record["format"] != FORMAT:
-            raise JournalError(f"{path} has journal format {record['format']}, this version of Verst reads {FORMAT}: use the other version")
-        if self._run_id is not None and record["run_id"] != self._run_id:
-            raise JournalError(f"{path} belongs to run {record['run_id']!r}, not {self._run_id!r}: choose another run.name or run.dir")
-        if key != number:
-            raise JournalError(f"{path} was written as segment {key}: a file was renamed")
-        if record["previous_bytes"] != self._end:
-            raise JournalError(f"{self._path(number - 1)} ends at byte {self._end}, but {record['previous_bytes']} bytes had been written")
-        self._run_id = str(record["run_id"])
 
 
 class Journal(JournalReader):
@@ -175,10 +43,10 @@ class Journal(JournalReader):
         """A new journal. Raises `JournalError` if the directory holds one already."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        if any(directory.glob(f"*{_SUFFIX}")):
+        if any(directory.glob(f"*{SUFFIX}")):
             raise JournalError(f"{directory} holds a journal already: resume that run, or choose another run.name")
-        _create_segment(directory, 1, run_id, previous_bytes=0)
-        _sync_directory(directory.parent)
+        create_segment(directory, 1, run_id, previous_bytes=0)
+        sync_directory(directory.parent)
         return cls(directory, run_id, segment_bytes=segment_bytes)
 
     @classmethod
@@ -192,10 +60,14 @@ class Journal(JournalReader):
         self._lock = threading.Lock()  # of everything below
         self._syncing = threading.Lock()  # held through an fsync, and taken before `_lock`
         self._broken: str | None = None
-        for leftover in self.directory.glob("*.partial"):
-            leftover.unlink()
-        self._file = os.open(self._path(self._segment), os.O_RDWR | os.O_CLOEXEC)
-        os.fsync(self._file)
+        self._write_s = 0.0
+        try:
+            for leftover in self.directory.glob("*.partial"):
+                leftover.unlink()
+            self._file = os.open(self._path(self._segment), os.O_RDWR | os.O_CLOEXEC)
+            os.fsync(self._file)
+        except OSError as error:
+            raise write_error(self._path(self._segment), 0, error) from error
         self._durable = self._end
         self._uncut = self.torn is not None
 
@@ -205,31 +77,37 @@ class Journal(JournalReader):
         Like the other appends, raises `InvariantViolation` for a record that does not follow from those before it, and `JournalError`
         if it could not be written: after a full disk the journal stays usable and the record may be appended again.
         """
-        with self._lock:
+        with self._timed(), self._lock:
             self.index.check_group(seq)
             self.index.add_group(seq, self._append(Kind.GROUP, seq, payload))
 
     def append_batch(self, record: BatchRecord) -> None:
         """Writes which groups a step trains. Durable on return, and with it all groups before it."""
-        with self._syncing:
-            with self._lock:
-                self.index.check_batch(record)
-                self._roll_if_full()
-                where = self._append(Kind.BATCH, record.step, record.to_json())
-            self._sync()
-            with self._lock:
-                self.index.add_batch(record, where)
+        self._append_durably(record)
 
     def append_commit(self, record: CommitRecord) -> None:
         """Writes that a step is done. Durable on return."""
-        with self._syncing:
-            with self._lock:
-                self.index.check_commit(record)
-                self._roll_if_full()
-                where = self._append(Kind.COMMIT, record.step, record.to_json())
-            self._sync()
-            with self._lock:
-                self.index.add_commit(record, where)
+        self._append_durably(record)
+
+    def append_admitted(self, record: AdmitRecord) -> None:
+        """Writes that a prompt was admitted; durable with the next batch or commit, as the records below."""
+        self._append_record(record)
+
+    def append_published(self, record: PublishRecord) -> None:
+        """Writes that all engines hold a version, and have verified it."""
+        self._append_record(record)
+
+    def append_configured(self, record: ConfigRecord) -> None:
+        """Writes that options were changed."""
+        self._append_record(record)
+
+    def append_fault(self, record: FaultRecord) -> None:
+        """Writes that a process or part of the run failed."""
+        self._append_record(record)
+
+    def append_recovery(self, record: RecoveryRecord) -> None:
+        """Writes how it came back."""
+        self._append_record(record)
 
     def sync(self) -> None:
         """Makes everything appended so far durable."""
@@ -245,6 +123,79 @@ class Journal(JournalReader):
                     self._broken = "it is closed"
                     os.close(self._file)
 
+    def report(self) -> dict[str, float]:
+        """`journal/bytes`, and `journal/write_s`: how long appending has held those who call it since the last report."""
+        with self._lock:
+            write_s, self._write_s = self._write_s, 0.0
+        return {"journal/bytes": float(self.size_bytes), "journal/write_s": write_s}
+
+    def give_up(self, through_step: int, limit_bytes: int) -> list[int]:
+        """Gives up payloads of groups until the journal takes no more than `limit_bytes`, segment by segment from the oldest.
+
+        Only of finished segments without a group that no step up to `through_step` took, and without a batch after it: with the state of
+        that step, nothing needs them. Returns the numbers of the segments. Raises `JournalError` if the disk refuses.
+        """
+        released = []
+        for number in range(1, self._segment):
+            if self.size_bytes <= limit_bytes:
+                break
+            if number in self.given_up:
+                continue
+            found = self._index_of(number)
+            if self._needs(found, through_step):
+                continue
+            try:
+                held = found.without_payloads().write(self.directory, durably=True)
+                with self._lock:
+                    self.given_up.add(number)
+                    self._held[number] = held
+                self._path(number).unlink(missing_ok=True)
+            except OSError as error:
+                raise write_error(self._path(number), 0, error) from error
+            released.append(number)
+        return released
+
+    def _needs(self, found: SegmentIndex, through_step: int) -> bool:
+        with self._lock:
+            steps_N = self.index.steps_of(found.keys(Kind.GROUP))
+        batches_N = found.keys(Kind.BATCH)
+        return bool((steps_N == 0).any() or (steps_N > through_step).any() or (batches_N > through_step).any())
+
+    def _index_of(self, number: int) -> SegmentIndex:
+        try:
+            return read_index(self.directory, number)
+        except (BadFrame, OSError):
+            return index_of(self.directory, number)
+
+    def _finish(self, number: int) -> None:
+        with suppress(OSError):  # on a full disk it is made when the journal is opened again
+            self._rows.finished(number).write(self.directory)
+        super()._finish(number)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._write_s += time.perf_counter() - began
+
+    def _append_durably(self, record: BatchRecord | CommitRecord) -> None:
+        with self._timed(), self._syncing:
+            with self._lock:
+                self.index.check(record)
+                self._roll_if_full()
+                where = self._append(record.kind, record.key, record.to_json())
+            self._sync()
+            with self._lock:  # it counts once it is durable
+                self.index.add(record, where)
+
+    def _append_record(self, record: Record) -> None:
+        with self._timed(), self._lock:
+            self.index.check(record)
+            self.index.add(record, self._append(record.kind, record.key, record.to_json()))
+
     def _append(self, kind: Kind, key: int, payload: bytes | memoryview) -> Location:
         if self._broken is not None:
             raise JournalError(f"{self.directory} takes no more records: {self._broken}")
@@ -253,10 +204,13 @@ class Journal(JournalReader):
         header = pack_header(kind, key, payload, durable_bytes=self._durable)
         where = Location(self._segment, self._end)
         try:
-            _write_all(self._file, [header, payload], self._end)
+            write_all(self._file, [header, payload], self._end)
         except OSError as error:
             self._discard_partial(error)
-            raise _write_error(self._path(self._segment), length, error) from error
+            raise write_error(self._path(self._segment), length, error) from error
+        frame = parse_header(header, self._end)
+        assert frame is not None, "it was just made"
+        self._rows.add(frame, payload)
         self._end += length
         return where
 
@@ -268,7 +222,7 @@ class Journal(JournalReader):
             os.ftruncate(self._file, self._end)
             os.fsync(self._file)
         except OSError as error:
-            raise _write_error(self._path(self._segment), 0, error) from error
+            raise write_error(self._path(self._segment), 0, error) from error
         self._uncut = False
 
     def _sync(self) -> None:
@@ -287,79 +241,20 @@ class Journal(JournalReader):
             return
         self._cut()
         self._sync()
-        _create_segment(self.directory, self._segment + 1, self.run_id, previous_bytes=self._end)
+        number = self._segment + 1
+        create_segment(self.directory, number, self.run_id, previous_bytes=self._end)
+        try:
+            file = os.open(self._path(number), os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise write_error(self._path(number), 0, error) from error
         os.close(self._file)
-        self._segment += 1
-        self._file = os.open(self._path(self._segment), os.O_RDWR | os.O_CLOEXEC)
-        self._end = self._durable = os.fstat(self._file).st_size
+        self._file = file
+        self._finish(self._segment)
+        self._scan(number, 0)
+        self._durable = self._end
 
     def _discard_partial(self, cause: OSError) -> None:
         try:
             os.ftruncate(self._file, self._end)
         except OSError as error:
             self._broken = f"a partial record could not be removed ({error.strerror}) after a failed write ({cause.strerror})"
-
-
-def _segment_numbers(directory: Path) -> list[int]:
-    names = sorted(path.name for path in directory.glob(f"*{_SUFFIX}"))
-    if not names:
-        raise JournalError(f"{directory} holds no journal: put it back from a copy; without it the run cannot be continued")
-    for number, name in enumerate(names, start=1):
-        if name != f"{number:08d}{_SUFFIX}":
-            raise JournalError(f"{directory / f'{number:08d}{_SUFFIX}'} is missing, though {name} is there: restore the file from a copy")
-    return list(range(1, len(names) + 1))
-
-
-def _create_segment(directory: Path, number: int, run_id: str, *, previous_bytes: int) -> None:
-    """Makes a segment with its first record. It appears under its name only once both are durable."""
-    path = directory / f"{number:08d}{_SUFFIX}"
-    partial = path.with_suffix(".partial")
-    payload = json.dumps({"format": FORMAT, "run_id": run_id, "previous_bytes": previous_bytes}).encode()
-    header = pack_header(Kind.SEGMENT, number, payload, durable_bytes=0)
-    try:
-        file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        try:
-            _write_all(file, [header, payload], 0)
-            os.fsync(file)
-        finally:
-            os.close(file)
-        partial.rename(path)
-        _sync_directory(directory)
-    except OSError as error:
-        raise _write_error(path, len(header) + len(payload), error) from error
-
-
-def _write_all(file: int, parts: Sequence[bytes | memoryview], offset: int) -> None:
-    pending = [memoryview(part).cast("B") for part in parts]
-    while pending:
-        written = os.pwritev(file, pending, offset)
-        offset += written
-        while pending and written >= len(pending[0]):
-            written -= len(pending.pop(0))
-        if pending:
-            pending[0] = pending[0][written:]
-
-
-def _write_error(path: Path, needed_bytes: int, error: OSError) -> JournalError:
-    free_bytes = shutil.disk_usage(path.parent).free
-    return JournalError(
-        f"{path}: could not write {needed_bytes} bytes ({error.strerror}; {free_bytes} bytes free on that disk). "
-        "Nothing was lost: free some space and try again, or resume the run later"
-    )
-
-
-def _sync_directory(directory: Path) -> None:
-    with _opened(directory) as file:
-        os.fsync(file)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise JournalError(f"{path} cannot be opened: {error.strerror}") from error
-    try:
-        yield file
-    finally:
-        os.close(file)

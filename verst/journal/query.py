@@ -18,12 +18,12 @@ from verst.types import NO_VERSION, Group, Status, Trajectory
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One trajectory. `step` consumed its group (None: no step yet), or `dropped` it untrained."""
+    """One trajectory. `step` consumed its group (None: no step yet), or dropped it untrained, with the reason in `dropped`."""
 
     group: Group
     trajectory: Trajectory
     step: int | None
-    dropped: bool
+    dropped: str | None
 
     @property
     def mean_logprob(self) -> float | None:
@@ -107,7 +107,7 @@ def select(journal: JournalReader, query: Query, *, newest_first: bool = False) 
         raise DataError(f"{journal.directory} has no group {query.group}; it has {_span(sorted(journal.index.groups))}")
     taken = steps_of(journal)
     for seq in sorted(journal.index.groups if query.group is None else [query.group], reverse=newest_first):
-        step, dropped = taken.get(seq, (None, False))
+        step, dropped = taken.get(seq, (None, None))
         if not query.admits_step(step):
             continue
         group = journal.group(seq)
@@ -157,12 +157,12 @@ def token_rows(trajectory: Trajectory, decode: Callable[[int], str | None]) -> l
     return rows
 
 
-def steps_of(journal: JournalReader) -> dict[int, tuple[int, bool]]:
-    """By group: the step that took it, and whether it dropped it."""
-    taken: dict[int, tuple[int, bool]] = {}
+def steps_of(journal: JournalReader) -> dict[int, tuple[int, str | None]]:
+    """By group: the step that took it, and why that dropped it if it did."""
+    taken: dict[int, tuple[int, str | None]] = {}
     for step in journal.index.batches:
         batch = journal.batch(step)
-        taken |= dict.fromkeys(batch.groups, (step, False)) | dict.fromkeys(batch.dropped, (step, True))
+        taken |= dict.fromkeys(batch.groups, (step, None)) | {seq: (step, reason) for seq, reason in batch.dropped.items()}
     return taken
 
 

@@ -10,7 +10,8 @@ from verst.config.load import load_config
 from verst.config.schema import Config
 from verst.errors import ConfigError
 from verst.journal.lock import RunLock
-from verst.journal.log import JournalReader
+from verst.journal.log import Journal, JournalReader
+from verst.journal.records import ConfigRecord
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.stored import checkpoint_steps
 
@@ -82,6 +83,12 @@ def altered(before: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, A
     """Options that must stay as they are in a run and are others now than in `before`, an earlier resolved configuration of it."""
     found = differences(before, config.model_dump(mode="json"))
     return {key: values for key, values in found.items() if _reason(key, config) is not None}
+
+
+def journal_changes(run: RunDirectory, journal: Journal) -> None:
+    """Writes to the journal the changes that it has not: those made since it was last open, or that a loss of power took from it."""
+    for change in run.changes[len(journal.index.configured) :]:
+        journal.append_configured(ConfigRecord(change["step"], change["options"]))
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -28,10 +28,12 @@ from typing import Any, TypeVar
 from verst.algorithms.table import algorithm_for
 from verst.config.schema import Config
 from verst.errors import DataError, InvariantViolation, VerstError
-from verst.journal.index import BatchRecord, CommitRecord
+from verst.journal.records import AdmitRecord, BatchRecord, CommitRecord
+from verst.observe.metrics import Tally
 from verst.observe.spans import Spans
 from verst.runtime import batching
 from verst.runtime.bias import Bias
+from verst.runtime.intake import Intake
 from verst.runtime.parts import Parts
 from verst.runtime.publisher import Publisher
 from verst.runtime.recovery import Cursor, JournaledBatch, LoopState, Restored
@@ -42,13 +44,9 @@ from verst.runtime.standing import Standing
 from verst.runtime.trainer_worker import Published
 from verst.runtime.trainers import TrainersLost
 from verst.runtime.training_step import journaled_groups, train_batch
-from verst.runtime.wait import within
 from verst.types import Batch, Group, Prompt
 
 T = TypeVar("T")
-
-_REPLACED_BATCHES = 20
-"""Batches' worth of groups without signal that end a run before one whole batch was found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +72,10 @@ class Loop:
         self._cursors: dict[int, Cursor] = {}  # where to feed from again, for each admitted group that no batch has consumed
         self._next = restored.cursor  # of the next prompt to admit
         self._unread: asyncio.Queue[tuple[Cursor, Cursor, Prompt | DataError]] = asyncio.Queue(config.capacity_groups)
-        self._dropped: dict[int, Group] = {}  # since the last batch
-        self._drops_in_a_row = 0
-        self._signalless = 0  # groups dropped for their equal rewards since the last batch
         self._bias = Bias()
         self._stop = asyncio.Event()
         self._standing = Standing(self._slots, parts.replicas)
+        self._intake = Intake(config, parts, self._ready, self._standing, self._give_up, restored.finished)
         self._publisher = Publisher(config, parts, self._standing, self._free, restored.step)
         self._saver = Saver(config, parts, saved=restored.step)
         self._revival = Revival(parts)
@@ -149,6 +145,7 @@ class Loop:
                 if cursor.seq in self._restored.finished:
                     await self._finished(self._journaled(cursor.seq, prompt))
                 else:
+                    self._parts.journal.append_admitted(AdmitRecord(cursor.seq, prompt.id, self._publisher.served_version))
                     self._admitted.put_nowait((cursor.seq, prompt))
             self._next = after
 
@@ -195,7 +192,7 @@ class Loop:
         """The next P trainable groups; None if asked to stop first. Groups that cannot be trained are dropped."""
         self._spans = Spans()
         with self._spans("rollout"):
-            taking = asyncio.ensure_future(self._take(self._config.train.groups_per_step))
+            taking = asyncio.ensure_future(self._intake.take(self._config.train.groups_per_step, self.version + 1))
             stopping = asyncio.ensure_future(self._stop.wait())
             telling = asyncio.ensure_future(self._standing.tell_of_a_long_wait(self.version + 1, self._parts.observer.note))
             try:
@@ -220,63 +217,22 @@ class Loop:
             await self._surviving(self._publisher.served)
             await self._surviving(self._publisher.bring_newcomers)
 
-    async def _take(self, count: int) -> list[Group]:
-        groups: list[Group] = []
-        while len(groups) < count:
-            limit = self._parts.group_deadline_s
-            group = await within(self._ready.pop(), limit, f"the next of {count} groups ({len(groups)} are ready)")
-            group = batching.refused(group, self._parts.trainers.routed_experts)
-            reason = batching.unusable(group, self._algorithm.min_members)
-            if reason is not None:
-                await self._drop(group, reason)
-            elif self._algorithm.needs_signal(self._config.algorithm) and batching.without_signal(group):
-                await self._replace(group)
-            else:
-                groups.append(group)
-                self._standing.group(group.seq, "the rest of its batch")
-                self._drops_in_a_row = 0
-        return groups
-
-    async def _replace(self, group: Group) -> None:
-        """Drops a group that has no gradient. That is a measure of the task, not a failure, but it must not go on for ever."""
-        self._signalless += 1
-        if self._signalless > _REPLACED_BATCHES * self._config.train.groups_per_step:
-            reward = group.trainable[0].reward
-            raise DataError(
-                f"step {self.version + 1}: {self._signalless} groups were dropped because all their rewards were equal (the last: {reward})"
-                " before a batch was whole: the task is too easy or too hard for the model. Change the data, or algorithm.dynamic_sampling"
-            )
-        await self._give_up(group)
-
-    async def _drop(self, group: Group, reason: str) -> None:
-        """Gives up a group that cannot be trained, and tells of it. Too many in a row end the run."""
-        if group.seq not in self._restored.finished:  # else it failed before the restart, and what made it fail may be mended
-            self._drops_in_a_row += 1
-        self._parts.observer.note(f"group {group.seq} ({group.prompt.id}) dropped: {reason}")
-        if self._drops_in_a_row > 2 * self._slots.capacity:
-            raise DataError(
-                f"{self._drops_in_a_row} groups in a row could not be trained; the last one (group {group.seq}, prompt {group.prompt.id}): "
-                f"{reason}. Mend what made them fail, then go on with: verst resume {self._parts.run.root}"
-            )
-        await self._give_up(group)
-
-    async def _give_up(self, group: Group) -> None:
-        """Recorded with the next batch, and its slot goes to another prompt."""
-        self._dropped[group.seq] = group
-        self._bias.dropped(group.seq)
-        self._cursors.pop(group.seq)
-        await self._free([group.seq])
+    async def _give_up(self, seq: int) -> None:
+        """A group that is dropped: its slot goes to another prompt."""
+        self._bias.dropped(seq)
+        self._cursors.pop(seq)
+        await self._free([seq])
 
     async def _step(self, groups: Sequence[Group], journaled: JournaledBatch | None = None) -> None:
         """One step: batch, updates, commit, and the pull that frees the slots. `journaled`: the step is trained again after a restart."""
         step, spans = self.version + 1, self._spans
         batch = batching.assemble(step, groups)
         batching.require_fresh(batch, self.version, self._config.worst_staleness)
+        dropped = self._intake.dropped()
         if journaled is None:
             for seq in batch.groups:
                 self._standing.group(seq, f"the end of step {step}")
-            await asyncio.to_thread(self._parts.journal.append_batch, BatchRecord(step, batch.groups, tuple(self._dropped)))
-        dropped, self._dropped = list(self._dropped.values()), {}
+            await asyncio.to_thread(self._parts.journal.append_batch, BatchRecord(step, batch.groups, dropped.reasons))
         async with self._parts.lease.training(spans, then=lambda: self._surviving(self._publisher.served)):
             trained = await self._surviving(lambda: self._compute(batch))
             with spans("commit"):
@@ -290,11 +246,10 @@ class Loop:
             self._publisher.begin(self._tasks, trained.published, [] if journaled else batch.groups)
             with spans("checkpoint"):
                 await self._surviving(lambda: self._saver.after_step(self._state()))
-        replaced, self._signalless = self._signalless, 0
-        metrics = batching.describe([*groups, *dropped], trained.advantages, step - 1) | trained.tally.report()
-        metrics |= self._bias.trained(groups, step - 1)
-        metrics |= {"groups/dropped": float(len(dropped) - replaced), "groups/replaced": float(replaced)}
-        await self._after([*groups, *dropped], metrics)
+        told = [*groups, *dropped.groups]
+        metrics = batching.describe(told, trained.advantages, step - 1) | trained.tally.report() | self._bias.trained(groups, step - 1)
+        metrics |= {"groups/dropped": float(len(dropped.groups) - dropped.replaced), "groups/replaced": float(dropped.replaced)}
+        await self._after(told, metrics)
 
     async def _compute(self, batch: Batch) -> Trained:
         """The updates of one step, up to the hash of its weights. Nothing outside the trainers changes: it may be done again."""

@@ -11,6 +11,7 @@ from itertools import islice
 from verst.algorithms.table import algorithm_for
 from verst.config.plan import read_config
 from verst.config.schema import Config
+from verst.errors import VerstError
 from verst.observe.limits import FidelityWatch
 from verst.observe.sinks import JsonlSink, read_rows
 from verst.observe.spans import Spans

@@ -12,6 +12,7 @@ from verst.config.schema import Config
 from verst.data.stream import PromptStream
 from verst.journal.log import Journal
 from verst.observe.metrics import Tally
+from verst.runtime.faults import Faults
 from verst.runtime.lease import Lease
 from verst.runtime.observer import Observer
 from verst.runtime.pools import Replicas
@@ -39,6 +40,7 @@ class Parts:
     lease: Lease
     snapshots: Snapshots
     replacer: Replacer
+    faults: Faults
     eval_prompts: list[Prompt]
 
     @property

@@ -308,6 +308,7 @@ class Replicas:
 
     def welcome(self, replica: Replica, version: int) -> None:
         """It holds the version that is published: a new one is given groups from here on."""
+        replica.version = version
         if replica.stage is Stage.READY:
             replica.stage, replica.first_version = Stage.SERVING, version
             replica.changed.set()

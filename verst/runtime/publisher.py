@@ -16,6 +16,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from verst.config.schema import Config
+from verst.journal.records import PublishRecord
 from verst.runtime.limits import pull_limit_s, recovery_limit_s
 from verst.runtime.parts import Parts
 from verst.runtime.standing import Standing
@@ -41,6 +42,8 @@ class Publisher:
         self._why: TrainersLost | None = None
         self.version = version
         """The newest, served or on its way."""
+        self.served_version = version
+        """The newest that all engines serve."""
 
     @property
     def unserved(self) -> bool:
@@ -74,7 +77,10 @@ class Publisher:
         """All engines load, verify and serve a version."""
         async with self._parts.lease.transfer(reads_trainers=self._parts.transfer.reads_trainers):
             brought = await self._parts.transfer.bring(published, self._parts.probe_tokens)
-        self._parts.observer.published(published.manifest.version, brought)
+        manifest, serving = published.manifest, tuple(replica.number for replica in self._parts.replicas.active)
+        self._parts.journal.append_published(PublishRecord(manifest.version, manifest.digest, serving))
+        self.served_version = manifest.version
+        self._parts.observer.published(manifest.version, brought)
 
     async def bring_newcomers(self) -> None:
         """Gives the served version to replicas that have started since, while the trainers hold it and do nothing else.

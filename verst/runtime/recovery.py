@@ -63,8 +63,9 @@ async def recover(parts: Parts) -> Restored:
         JournalError: journal and checkpoint do not belong together.
     """
     note, journal = parts.observer.note, parts.journal
-    if journal.torn:
-        note(f"journal: {journal.torn}")
+    for line in (journal.torn, *journal.remade):
+        if line:
+            note(f"journal: {line}")
     checkpoint, warnings = await asyncio.to_thread(newest_state, parts.run)
     for warning in warnings:
         note(f"warning: {warning}")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from verst.errors import EngineFailure, VerstError, first_line
 from verst.runtime.actors import Worker
+from verst.runtime.faults import Faults
 from verst.runtime.pools import Replicas
 from verst.runtime.replica import Replica
 
@@ -20,10 +21,10 @@ PAUSES_S = (0.0, 2.0, 10.0)
 
 
 class Replacer:
-    """Of one run. `spawn` starts the process of a replica by its number and slot; `note` takes what a person should know."""
+    """Of one run. `spawn` starts the process of a replica by its number and slot."""
 
-    def __init__(self, replicas: Replicas, spawn: Callable[[int, int], Worker], note: Callable[[str], None]) -> None:
-        self._replicas, self._spawn, self._note = replicas, spawn, note
+    def __init__(self, replicas: Replicas, spawn: Callable[[int, int], Worker], faults: Faults) -> None:
+        self._replicas, self._spawn, self._faults = replicas, spawn, faults
 
     async def run(self) -> None:
         """Replaces what is lost, for ever. Raises `EngineFailure` if a replica cannot be replaced and no other serves."""
@@ -35,7 +36,7 @@ class Replacer:
     async def _replace(self, lost: Replica) -> None:
         began, groups = time.monotonic(), lost.in_flight
         assert lost.error is not None
-        self._note(f"{lost.name} was lost{_with(groups)}: {first_line(lost.error)}")
+        self._faults.lost(lost.name, lost.version, lost.error, _with(groups))
         await self._replicas.bury(lost)
         error: Exception | None = lost.error
         for pause_s in PAUSES_S:
@@ -46,7 +47,9 @@ class Replacer:
         serving = len(self._replicas.active)
         if not serving:
             raise EngineFailure(f"{lost.name} was lost ({first_line(lost.error)}) and could not be replaced: {error}") from error
-        self._note(f"warning: {lost.name} is not replaced after {len(PAUSES_S)} attempts: the run goes on with {serving} replica(s)")
+        self._faults.failed(
+            f"warning: {lost.name} is not replaced after {len(PAUSES_S)} attempts: the run goes on with {serving} replica(s)"
+        )
 
     async def _tried(self, lost: Replica, began: float) -> Exception | None:
         """One attempt. Returns what it failed by."""
@@ -58,9 +61,10 @@ class Replacer:
             replica.error = error
         if replica.error is None:
             after_s = time.monotonic() - began
-            self._note(f"{replica.name} takes the place of {lost.name} from version {replica.first_version} on, {after_s:.1f} s later")
+            line = f"{replica.name} takes the place of {lost.name} from version {replica.first_version} on, {after_s:.1f} s later"
+            self._faults.recovered(lost.name, replica.first_version, "replacement", after_s, line)
             return None
-        self._note(f"{replica.name} could not take the place of {lost.name}: {first_line(replica.error)}")
+        self._faults.failed(f"{replica.name} could not take the place of {lost.name}: {first_line(replica.error)}")
         await self._replicas.bury(replica)
         return replica.error
 

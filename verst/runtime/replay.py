@@ -141,8 +141,9 @@ def replay(path: str | Path, begin: int, to: int | None = None, *, address: str 
 
 async def _saved(trainers: Trainers, directory: Path, step: int) -> tuple[Path, int]:
     """Writes the trainers' state as the run did it before it was resumed."""
-    fingerprint = await trainers.snapshot(str(directory), step)
-    commit_checkpoint(directory, step, await trainers.written(), fingerprint=fingerprint, loop={}, keep=1)
+    directories = [str(directory)] * trainers.ranks
+    fingerprint = await trainers.snapshot(directories, step)
+    commit_checkpoint(directory, step, await trainers.written(directories), fingerprint=fingerprint, loop={}, keep=1)
     return directory, step
 
 

@@ -44,6 +44,8 @@ class Replica:
     """Members of a weight group that its engine becomes."""
     first_version: int = 0
     """The one that it began to serve with."""
+    version: int = 0
+    """The newest that it has taken."""
     error: Exception | None = None
     """Why it was refused, or cannot finish what it has."""
     rolled_again: list[int] = field(default_factory=list)

@@ -14,13 +14,18 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from verst.errors import first_line
 from verst.runtime.limits import REPLACEMENTS
 from verst.runtime.stored import newest_state
 from verst.runtime.trainers import TrainersLost
 
 if TYPE_CHECKING:
     from verst.runtime.parts import Parts
+
+_SOURCES = {
+    "snapshot": "memory",
+    "checkpoint": "the disk, because there is no snapshot in memory",
+    "model": "the model that the run began with, because there is no snapshot and no checkpoint",
+}
 
 PAUSES_S = (0.0, 2.0, 10.0)
 """Before the first, second, … attempt without a committed step between them."""
@@ -48,10 +53,11 @@ class Revival:
                 lost = again
             else:
                 break
-        self._parts.observer.note(
-            f"trainers: {_said(replaced)}restored to step {step} from {source} after {time.monotonic() - began:.1f} s"
-            + (f"; steps {step + 1} to {version} are trained again from the journal" if step < version else "")
-        )
+        seconds = time.monotonic() - began
+        line = f"trainers: {_said(replaced)}restored to step {step} from {_SOURCES[source]} after {seconds:.1f} s"
+        if step < version:
+            line += f"; steps {step + 1} to {version} are trained again from the journal"
+        self._parts.faults.recovered(", ".join(replaced) or "trainers", step, source, seconds, line)
         return step
 
     async def _count(self, lost: TrainersLost, version: int) -> None:
@@ -63,7 +69,7 @@ class Revival:
                 f"{lost}; the trainers were lost {self._losses} times in step {version + 1}, which was begun again each time. What was "
                 f"committed is safe: mend the cause, then go on with: verst resume {self._parts.run.root}"
             ) from lost
-        self._parts.observer.note(f"trainers lost in step {version + 1}: {first_line(lost)}")
+        self._parts.faults.lost("the trainers", version, lost)
         await asyncio.sleep(PAUSES_S[min(self._losses, len(PAUSES_S)) - 1])
 
     async def _restored(self, version: int) -> tuple[int, str, list[str]]:
@@ -72,14 +78,14 @@ class Revival:
         await self._parts.transfer.reopen()
         step = await self._parts.snapshots.restore(version)
         if step is not None:
-            return step, "memory", replaced
+            return step, "snapshot", replaced
         checkpoint, warnings = await asyncio.to_thread(newest_state, self._parts.run)
         for warning in warnings:
             self._parts.observer.note(f"warning: {warning}")
         if checkpoint is None:
-            return 0, "the model that the run began with: there is no snapshot and no checkpoint", replaced
+            return 0, "model", replaced
         await self._parts.trainers.restore(str(checkpoint.path.parent), checkpoint.step)
-        return checkpoint.step, "the disk: there is no snapshot of it in memory", replaced
+        return checkpoint.step, "checkpoint", replaced
 
 
 def _said(replaced: list[str]) -> str:

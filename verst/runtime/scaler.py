@@ -30,12 +30,15 @@ _MARGIN_S = 10.0
 
 @dataclass(frozen=True)
 class Means:
-    """What a scaler works with: how a replica's process is started, what is refused (`ConfigError`), who is told, which version it is."""
+    """What a scaler works with: how a replica's process is started, what is refused (`ConfigError`), who is told, which version it is, and
+    what follows a change of the run's configuration.
+    """
 
     spawn: Callable[[int, int], Worker]
     check: Callable[[int], None]
     note: Callable[[str], None]
     version: Callable[[], int]
+    changed: Callable[[], None]
 
 
 class Scaler:
@@ -185,6 +188,7 @@ class Scaler:
             self._means.note(f"warning: rollout.replicas {before} -> {now} was not recorded: {first_line(error)}")
         else:
             self._config = config
+            self._means.changed()
 
     async def _report(self, request: ScaleRequest) -> None:
         if self._coming or self._going:

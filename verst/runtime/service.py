@@ -23,7 +23,9 @@ from verst.journal.lock import RunLock
 from verst.journal.log import Journal
 from verst.runtime.actors import Worker, spawn
 from verst.runtime.bundles import reserve
+from verst.runtime.changes import journal_changes
 from verst.runtime.extensions import Extensions
+from verst.runtime.faults import Faults
 from verst.runtime.lease import Lease
 from verst.runtime.loop import Loop
 from verst.runtime.observer import Observer, fidelity_watch
@@ -74,17 +76,19 @@ class RunService:
         async with contextlib.AsyncExitStack() as opened:
             parts = await self._build(opened)
             restored = await recover(parts)
+            journal_changes(self._run, parts.journal)  # the first record since it was opened: recovery has found that its end is no damage
             self._observer.checkpoint_written(restored.step)
             self._loop = Loop(self._config, parts, restored)
             if self._stop:
                 self._loop.stop()
-            async with self._scaler(parts.replicas, self._loop).following():
+            async with self._scaler(parts, self._loop).following():
                 await self._loop.run()
             await asyncio.to_thread(self._observer.finish)
 
-    def _scaler(self, replicas: Replicas, loop: Loop) -> Scaler:
-        means = Means(self._spawn_replica, self._check_replicas, self._observer.note, lambda: loop.version)
-        return Scaler(self._run, self._config, replicas, means)
+    def _scaler(self, parts: Parts, loop: Loop) -> Scaler:
+        changed = partial(journal_changes, self._run, parts.journal)
+        means = Means(self._spawn_replica, self._check_replicas, self._observer.note, lambda: loop.version, changed)
+        return Scaler(self._run, self._config, parts.replicas, means)
 
     def _check_replicas(self, number: int) -> None:
         """Raises `ConfigError` if the run cannot have so many replicas while it lives."""
@@ -126,6 +130,7 @@ class RunService:
         opened.enter_context(held(self._weights_location))
         journal = await asyncio.to_thread(Journal.open, self._run.journal, self._run.run_id)  # reads all of it
         opened.callback(journal.close)
+        faults = Faults(journal, self._observer.note)
         self._placement = placement = self._placement or place(config, _cluster_gpus())
         on = await reserve(placement, config.train.ranks, opened, config.train.deadline_s)
         trainers = Trainers(partial(self._trainer, placement, on), config, ray.put if ray.is_initialized() else _same)
@@ -159,7 +164,8 @@ class RunService:
             transfer=transfer,
             lease=lease,
             snapshots=snapshots,
-            replacer=Replacer(replicas, self._spawn_replica, self._observer.note),
+            replacer=Replacer(replicas, self._spawn_replica, faults),
+            faults=faults,
             eval_prompts=held_out,
         )
 

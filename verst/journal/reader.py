@@ -1,0 +1,292 @@
+"""Reads a journal, also while another process writes it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from verst.errors import InvariantViolation, JournalError
+from verst.journal.codec import decode_group
+from verst.journal.frames import BadFrame, Frame, Kind, durable_after, read_payload, scan
+from verst.journal.index import Index, Recovery
+from verst.journal.places import Location
+from verst.journal.records import (
+    RECORDS,
+    AdmitRecord,
+    BatchRecord,
+    CommitRecord,
+    ConfigRecord,
+    FaultRecord,
+    PublishRecord,
+    Record,
+    RecoveryRecord,
+)
+from verst.journal.segments import FORMAT, index_path, missing, opened, segment_numbers, segment_path
+from verst.journal.sidecar import Rows, SegmentIndex, read_index
+from verst.types import Group
+
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True, slots=True)
+class TornTail:
+    """The end of the last segment that a crash left unfinished."""
+
+    path: Path
+    offset: int
+    bytes_cut: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.bytes_cut} bytes at byte {self.offset} are left out: a crash left them unfinished ({self.reason})"
+
+
+class JournalReader:
+    """A journal's index and, on demand, its payloads. An unfinished tail is left alone, `refresh` sees what came since."""
+
+    def __init__(self, directory: str | Path, run_id: str | None = None, *, verify: bool = False) -> None:
+        """Reads the index files of finished segments, and verifies every byte of the last one; `verify`: of all. `run_id` None accepts any
+        run. Payloads are verified whenever they are read.
+
+        Raises `JournalError` if there is no journal, it is of another run or format, a segment is missing, or damage is found.
+        """
+        self.directory = Path(directory)
+        self.index = Index()
+        self.torn: TornTail | None = None
+        self.remade: list[str] = []
+        """Index files that were not used, each with the reason. One that is merely missing is not among them."""
+        self.given_up: set[int] = set()
+        """Segments of whose groups only the index is kept."""
+        self._run_id = run_id
+        self._verify = verify
+        self._segment = 1
+        self._end = 0  # verified bytes of that segment
+        self._rows = Rows()  # of that segment
+        self._held: dict[int, int] = {}  # bytes on disk of each finished segment and its index
+        self._recent: SegmentIndex | None = None  # of a segment that was given up
+        self.refresh()
+
+    @property
+    def run_id(self) -> str:
+        return self._run_id or ""
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes on disk, a torn tail left out."""
+        return sum(self._held.values()) + self._end
+
+    def refresh(self) -> None:
+        """Takes in all records written since the last look. Raises as the constructor does."""
+        numbers = segment_numbers(self.directory)
+        for number in numbers[self._segment - 1 :]:
+            self._read(number, finished=number < numbers[-1])
+
+    def recovery(self, after_step: int) -> Recovery:
+        """What remains to be done after the state of `after_step` was restored (0: the initial model); see `Index.recovery`.
+
+        Raises `JournalError` as that does, and if what seemed a torn tail had the commit of that step: a commit precedes its checkpoint.
+        """
+        if self.torn is not None and after_step > self.index.last_commit:
+            raise JournalError(
+                f"{self.torn.path}: {self.torn.reason} at byte {self.torn.offset}, though a checkpoint of step {after_step} was made after "
+                f"it and the last commit before it is of step {self.index.last_commit}: restore the file from a copy, or resume from an "
+                "older checkpoint by moving newer ones away"
+            )
+        return self.index.recovery(after_step)
+
+    def keeps(self, seq: int) -> bool:
+        """Whether the payload of a journaled group has not been given up."""
+        return self.index.groups[seq].segment not in self.given_up
+
+    def group_payload(self, seq: int) -> bytes:
+        """The group as it was journaled, encoded. Raises `JournalError` if it is unknown, was given up, or its bytes went bad."""
+        return self._payload(self.index.groups, seq, "group")
+
+    def group(self, seq: int) -> Group:
+        return decode_group(self.group_payload(seq))
+
+    def batch(self, step: int) -> BatchRecord:
+        return BatchRecord.from_json(self._payload(self.index.batches, step, "batch of step"))
+
+    def commit(self, step: int) -> CommitRecord:
+        return CommitRecord.from_json(self._payload(self.index.commits, step, "commit of step"))
+
+    def admission(self, seq: int) -> AdmitRecord:
+        """The newest admission of a group."""
+        return AdmitRecord.from_json(self._payload(self.index.admitted, seq, "admission of group"))
+
+    def publish(self, version: int) -> PublishRecord:
+        """The newest publish of a version."""
+        return PublishRecord.from_json(self._payload(self.index.published, version, "publish of version"))
+
+    def changes(self) -> list[ConfigRecord]:
+        """Every change of options, in order; so are the two below."""
+        return self._all(ConfigRecord, self.index.configured)
+
+    def faults(self) -> list[FaultRecord]:
+        return self._all(FaultRecord, self.index.faults)
+
+    def recoveries(self) -> list[RecoveryRecord]:
+        return self._all(RecoveryRecord, self.index.recoveries)
+
+    def _all(self, kind: type[R], places: Sequence[Location]) -> list[R]:
+        by_number = dict(enumerate(places))
+        return [kind.from_json(self._payload(by_number, i, kind.kind.name)) for i in by_number]
+
+    def _path(self, number: int) -> Path:
+        return segment_path(self.directory, number)
+
+    def _payload(self, places: Mapping[int, Location], key: int, what: str) -> bytes:
+        if key not in places:
+            raise JournalError(f"{self.directory} holds no {what} {key}")
+        segment, offset = places[key]
+        path = self._path(segment)
+        if segment in self.given_up or not path.exists():
+            return self._kept_payload(segment, offset, f"{what} {key}")
+        with opened(path) as file:
+            try:
+                return read_payload(file, offset)
+            except BadFrame as error:
+                raise JournalError(f"{path}: {what} {key} has {error}") from error
+
+    def _kept_payload(self, segment: int, offset: int, what: str) -> bytes:
+        """Of a record in a segment that was given up."""
+        if self._recent is None or self._recent.number != segment:
+            self._recent = self._kept(segment)
+        payload = self._recent.payload_at(offset)
+        if payload is None:
+            path = index_path(self.directory, segment)
+            raise JournalError(f"{what} was given up by retention (run.journal_limit_bytes): {path} only says that it was there")
+        return payload
+
+    def _kept(self, number: int) -> SegmentIndex:
+        """The index of a segment that is not there. Raises `JournalError` unless it was given up."""
+        try:
+            found = read_index(self.directory, number)
+        except (BadFrame, OSError) as error:
+            path = index_path(self.directory, number)
+            raise JournalError(f"{path}: {error}, and its segment was given up: restore the file from a copy") from error
+        if not found.given_up:
+            raise missing(self._path(number), index_path(self.directory, number).name)
+        self.given_up.add(number)
+        return found
+
+    def _read(self, number: int, *, finished: bool) -> None:
+        """Takes in what is new in a segment. `finished`: another one follows."""
+        if number > self._segment and self.torn is not None:
+            raise JournalError(f"{self.torn.path}: {self.torn.reason} at byte {self.torn.offset}, though segment {number} follows")
+        known = number == self._segment and self._end > 0
+        if finished and not known and self._read_index(number):
+            return
+        self._scan(number, self._end if known else 0)
+        if finished and self.torn is None:
+            self._finish(number)
+
+    def _finish(self, number: int) -> None:
+        """A segment was read to its end, and another one follows."""
+        self._held[number] = self._end + _size(index_path(self.directory, number))
+
+    # ---- by its index
+
+    def _read_index(self, number: int) -> bool:
+        """Takes a whole segment from its index file. False if that must not be relied on: the segment itself is read then."""
+        path = self._path(number)
+        if not path.exists():
+            self._enter(self._kept(number), 0)
+            return True
+        if self._verify:
+            return False
+        try:
+            found = read_index(self.directory, number)
+            if path.stat().st_size != found.segment_bytes:
+                raise BadFrame(0, f"the index of a segment of {found.segment_bytes} bytes")
+            self._enter(found, found.segment_bytes)
+        except FileNotFoundError:
+            return False
+        except (BadFrame, InvariantViolation) as error:
+            self.remade.append(f"{index_path(self.directory, number)} is not used: {error}; it is made anew from its segment")
+            return False
+        return True
+
+    def _enter(self, found: SegmentIndex, segment_bytes: int) -> None:
+        self._check_first(found)
+        self.index.take_segment(found)
+        self._segment, self._end, self._rows = found.number, found.segment_bytes, Rows()
+        self._held[found.number] = segment_bytes + _size(index_path(self.directory, found.number))
+
+    def _check_first(self, found: SegmentIndex) -> None:
+        """The segment record, of the segment itself where there is one."""
+        frame, payload = next(found.frames())
+        if found.number not in self.given_up:
+            with opened(self._path(found.number)) as file:
+                payload = read_payload(file, 0)
+        self._check_segment(payload or b"", frame.key, found.number)
+
+    # ---- byte by byte
+
+    def _scan(self, number: int, start: int) -> None:
+        path = self._path(number)
+        self.torn = None
+        with opened(path) as file:
+            size = os.fstat(file).st_size
+            try:
+                for frame in scan(file, start, size):
+                    self._take(file, frame, number)
+                    self._segment, self._end = number, frame.end
+            except BadFrame as bad:
+                if bad.offset == 0 or durable_after(file, bad.offset + 1, size) > bad.offset:
+                    raise JournalError(f"{path}: {bad}, in a part that had been written completely: restore the file from a copy") from bad
+                self.torn = TornTail(path, bad.offset, size - bad.offset, bad.reason)
+        if self._segment != number or not self._end:
+            raise JournalError(f"{path} is empty: restore the file from a copy")
+
+    def _take(self, file: int, frame: Frame, number: int) -> None:
+        """Puts one intact frame into the index."""
+        where = Location(number, frame.offset)
+        payload = b"" if frame.kind is Kind.GROUP else read_payload(file, frame.offset)
+        try:
+            if (frame.kind is Kind.SEGMENT) != (frame.offset == 0):
+                raise InvariantViolation("a segment starts with its segment record, and has no other")
+            if frame.kind is Kind.SEGMENT:
+                self._check_segment(payload, frame.key, number)
+                self._rows = Rows()
+            elif frame.kind is Kind.GROUP:
+                self.index.check_group(frame.key)
+                self.index.add_group(frame.key, where)
+            else:
+                self.index.take(parsed(frame, payload), where)
+        except InvariantViolation as error:
+            raise JournalError(f"{self._path(number)}, byte {frame.offset}: {error}") from error
+        self._rows.add(frame, payload)
+
+    def _check_segment(self, payload: bytes, key: int, number: int) -> None:
+        """Raises `JournalError` if a segment record is not the one that must be here."""
+        path, record = self._path(number), json.loads(payload)
+        if record["format"] != FORMAT:
+            raise JournalError(f"{path} has journal format {record['format']}, this version of Verst reads {FORMAT}: use the other version")
+        if self._run_id is not None and record["run_id"] != self._run_id:
+            raise JournalError(f"{path} belongs to run {record['run_id']!r}, not {self._run_id!r}: choose another run.name or run.dir")
+        if key != number:
+            raise JournalError(f"{path} was written as segment {key}: a file was renamed")
+        if record["previous_bytes"] != self._end:
+            raise JournalError(f"{self._path(number - 1)} ends at byte {self._end}, but {record['previous_bytes']} bytes had been written")
+        self._run_id = str(record["run_id"])
+
+
+def parsed(frame: Frame, payload: bytes) -> Record:
+    """The record in a frame. Raises `InvariantViolation` if an intact payload is none."""
+    try:
+        record = RECORDS[frame.kind].from_json(payload)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InvariantViolation(f"a record {frame.kind.name} cannot be read ({error}): it was written by another program") from error
+    if record.key != frame.key:
+        raise InvariantViolation(f"a record {frame.kind.name} of {record.key} has the key {frame.key}")
+    return record
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -1,0 +1,33 @@
+"""What was lost of a run and how it came back: told to a person, and kept in the journal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from verst.errors import first_line
+from verst.journal.log import Journal
+from verst.journal.records import FaultRecord, RecoveryRecord
+
+
+class Faults:
+    """Of one run. `role` names a process or several, such as "trainer rank 1"; `step` is the last one that is committed."""
+
+    def __init__(self, journal: Journal, note: Callable[[str], None]) -> None:
+        self._journal, self._note = journal, note
+        self.count = 0
+        """Losses since this process began."""
+
+    def lost(self, role: str, step: int, error: BaseException, also: str = "") -> None:
+        self.count += 1
+        self._note(f"{role} was lost after step {step}{also}: {first_line(error)}")
+        self._journal.append_fault(FaultRecord(role, str(error), step, time.time()))
+
+    def recovered(self, role: str, step: int, source: str, seconds: float, line: str) -> None:
+        """`source`: what it was restored from, such as "snapshot". `line`: what a person is told."""
+        self._note(line)
+        self._journal.append_recovery(RecoveryRecord(role, step, source, seconds, time.time()))
+
+    def failed(self, line: str) -> None:
+        """An attempt to bring something back."""
+        self._note(line)

@@ -1,0 +1,102 @@
+"""What a batch takes of the finished groups, and what is dropped: groups that failed, and groups that have no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from verst.algorithms.table import algorithm_for
+from verst.config.schema import Config
+from verst.errors import DataError
+from verst.runtime import batching
+from verst.runtime.parts import Parts
+from verst.runtime.slots import Ready
+from verst.runtime.standing import Standing
+from verst.runtime.wait import within
+from verst.types import Group
+
+_REPLACED_BATCHES = 20
+"""Batches' worth of groups without signal that end a run before one whole batch was found."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Groups that were dropped since the batch before, each with the reason."""
+
+    groups: Sequence[Group]
+    reasons: dict[int, str]
+    replaced: int
+    """Of them, those that had no gradient."""
+
+
+class Intake:
+    """Of one loop. `give_up` frees what a dropped group holds; `known` are groups that an earlier run had finished."""
+
+    def __init__(
+        self,
+        config: Config,
+        parts: Parts,
+        ready: Ready,
+        standing: Standing,
+        give_up: Callable[[int], Awaitable[None]],
+        known: frozenset[int],
+    ) -> None:
+        self._config, self._parts, self._ready, self._standing = config, parts, ready, standing
+        self._give_up, self._known = give_up, known
+        self._algorithm = algorithm_for(config.algorithm)
+        self._dropped: dict[int, tuple[Group, str]] = {}  # since the last batch, each with the reason
+        self._drops_in_a_row = 0
+        self._signalless = 0  # groups dropped for their equal rewards since the last batch
+
+    async def take(self, count: int, step: int) -> list[Group]:
+        """The next `count` trainable groups, for a step. Raises `DataError` if there are too many others, `DeadlineExceeded` if none comes."""
+        groups: list[Group] = []
+        while len(groups) < count:
+            limit = self._parts.group_deadline_s
+            group = await within(self._ready.pop(), limit, f"the next of {count} groups ({len(groups)} are ready)")
+            group = batching.refused(group, self._parts.trainers.routed_experts)
+            reason = batching.unusable(group, self._algorithm.min_members)
+            if reason is not None:
+                await self._drop(group, reason)
+            elif self._algorithm.needs_signal(self._config.algorithm) and batching.without_signal(group):
+                await self._replace(group, step)
+            else:
+                groups.append(group)
+                self._standing.group(group.seq, "the rest of its batch")
+                self._drops_in_a_row = 0
+        return groups
+
+    def dropped(self) -> Dropped:
+        """What was dropped since the last call, which goes on record with a batch."""
+        found = Dropped(
+            [group for group, _ in self._dropped.values()], {seq: reason for seq, (_, reason) in self._dropped.items()}, self._signalless
+        )
+        self._dropped, self._signalless = {}, 0
+        return found
+
+    async def _replace(self, group: Group, step: int) -> None:
+        """Drops a group that has no gradient. That is a measure of the task, not a failure, but it must not go on for ever."""
+        self._signalless += 1
+        reward = group.trainable[0].reward
+        if self._signalless > _REPLACED_BATCHES * self._config.train.groups_per_step:
+            raise DataError(
+                f"step {step}: {self._signalless} groups were dropped because all their rewards were equal (the last: {reward})"
+                " before a batch was whole: the task is too easy or too hard for the model. Change the data, or algorithm.dynamic_sampling"
+            )
+        await self._drop_for(group, f"all its rewards are equal ({reward})")
+
+    async def _drop(self, group: Group, reason: str) -> None:
+        """Gives up a group that cannot be trained, and tells of it. Too many in a row end the run."""
+        if group.seq not in self._known:  # else it failed before the restart, and what made it fail may be mended
+            self._drops_in_a_row += 1
+        self._parts.observer.note(f"group {group.seq} ({group.prompt.id}) dropped: {reason}")
+        if self._drops_in_a_row > 2 * self._config.capacity_groups:
+            raise DataError(
+                f"{self._drops_in_a_row} groups in a row could not be trained; the last one (group {group.seq}, prompt {group.prompt.id}): "
+                f"{reason}. Mend what made them fail, then go on with: verst resume {self._parts.run.root}"
+            )
+        await self._drop_for(group, reason)
+
+    async def _drop_for(self, group: Group, reason: str) -> None:
+        self._dropped[group.seq] = (group, reason)
+        await self._give_up(group.seq)

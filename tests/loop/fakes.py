@@ -22,7 +22,7 @@ from verst.runtime.faults import Faults
 from verst.runtime.lease import Lease
 from verst.runtime.pools import Replicas
 from verst.runtime.trainer_worker import Published, Scores
-from verst.runtime.trainers import Trainers
+from verst.runtime.trainers import Trainers, TrainersLost
 from verst.runtime.transfer import Brought
 from verst.types import FinishReason, Group, Manifest, Message, Prompt, RoutedExperts, Status, Trajectory, Turn
 
@@ -103,12 +103,25 @@ class FakeTrainers:
     disk_full: bool = False
     routed_experts: RoutedExperts | None = None
     k3: dict[int, float] = field(default_factory=dict)  # the mismatch of each step
+    lose: list[str] = field(default_factory=list)  # moments, such as "load 2", at which a rank is lost, each once for each time it is named
+
+    lost_at: str | None = None  # from then on, until they are rebuilt
+
+    def _moment(self, moment: str) -> None:
+        if moment in self.lose:
+            self.lose.remove(moment)
+            self.lost_at = moment
+            self.trained = [-1]  # whatever is left of them must not be used
+        if self.lost_at is not None:
+            raise TrainersLost(f"trainer rank 1 died ({self.lost_at})")
 
     async def load_batch(self, batch: Any) -> Scores:
+        self._moment(f"load {batch.step}")
         self._batch = batch
         return Scores(Tally(), {})
 
     async def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
+        self._moment(f"forward {self._batch.step}")
         assert len(advantages) == len(self._batch.samples)
         tally = Tally()
         if update == 0 and self._batch.step in self.k3:
@@ -118,10 +131,12 @@ class FakeTrainers:
     async def optimizer_step(self, update: int) -> Tally:
         if update == 0:
             self.trained.extend(self._batch.groups)
+        self._moment(f"optimizer {self._batch.step}")
         self.events.append(f"optimizer {self._batch.step}.{update}")
         return Tally()
 
     async def publish(self, version: int, location: str | None, probe_T: Any) -> Published:
+        self._moment(f"publish {version}")
         self.events.append(f"publish {version}")
         return Published(Manifest(version, location or "", (), " ".join(map(str, self.trained))), np.zeros(3, np.float32))
 
@@ -132,17 +147,21 @@ class FakeTrainers:
         self.events.append("trainers resume")
 
     async def rebuild(self) -> list[str]:
+        self.lost_at = None
+        self._moment("rebuild")
         self.events.append("rebuild")
         self.trained = []
         return ["trainer rank 1"]
 
     async def snapshot(self, directories: Sequence[str], step: int) -> dict[str, Any]:
+        self._moment(f"checkpoint {step}")
         self.events.append(f"snapshot {step}")
         self._saving = step
         return {}
 
     async def written(self, directories: Sequence[str]) -> list[Any]:
         await asyncio.sleep(0)
+        self._moment(f"written {self._saving}")
         if self.disk_full:
             raise CheckpointError("no space left on the fake disk")
         self.saved[self._saving] = list(self.trained)
@@ -152,6 +171,7 @@ class FakeTrainers:
         self.trained = list(self.saved[step])
 
     async def export(self, directory: str) -> None:
+        self._moment("export")
         self.events.append("export")
 
 
@@ -188,6 +208,7 @@ class FakeParts:
         self.replacer = SimpleNamespace(run=asyncio.Event().wait)
         self.faults = Faults(self.journal, self.note)
         self.kept: dict[int, list[int]] = {}  # snapshots: what was trained by then
+        self.kept_every = 1
         self.location = "somewhere"
         self.reads_trainers = False
         self.lease = Lease(config, cast(Trainers, self.trainers), cast(Replicas, self), shared=shared)
@@ -225,6 +246,7 @@ class FakeParts:
 
     async def bring(self, published: Published, probe_T: Any) -> Brought:
         version = published.manifest.version
+        self.trainers._moment(f"send {version}")
         self.events.append(f"pull {version}")
         await asyncio.sleep(self.pull_s)
         self.serving = version
@@ -243,7 +265,9 @@ class FakeParts:
 
     # snapshots
     async def after_commit(self, step: int) -> None:
-        self.kept[step] = list(self.trainers.trained)
+        self.trainers._moment(f"snapshot {step}")
+        if step % self.kept_every == 0:
+            self.kept[step] = list(self.trainers.trained)
 
     async def restore(self, at_most: int) -> int | None:
         steps = [step for step in self.kept if step <= at_most]

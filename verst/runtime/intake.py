@@ -29,6 +29,9 @@ class Dropped:
     """Of them, those that had no gradient."""
 
 
+GiveUp = Callable[[int], Awaitable[None]]
+
+
 class Intake:
     """Of one loop. `give_up` frees what a dropped group holds; `known` are groups that an earlier run had finished."""
 
@@ -49,7 +52,7 @@ class Intake:
         self._signalless = 0  # groups dropped for their equal rewards since the last batch
 
     async def take(self, count: int, step: int) -> list[Group]:
-        """The next `count` trainable groups, for a step. Raises `DataError` if there are too many others, `DeadlineExceeded` if none comes."""
+        """The next `count` trainable groups, for a step. Raises `DataError` after too many others, `DeadlineExceeded` if none comes."""
         groups: list[Group] = []
         while len(groups) < count:
             limit = self._parts.group_deadline_s

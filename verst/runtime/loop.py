@@ -215,7 +215,8 @@ class Loop:
             if awaited & done:
                 return
             await self._surviving(self._publisher.served)
-            await self._surviving(self._publisher.bring_newcomers)
+            if newcomers in done:
+                await self._surviving(self._publisher.bring_newcomers)
 
     async def _give_up(self, seq: int) -> None:
         """A group that is dropped: its slot goes to another prompt."""

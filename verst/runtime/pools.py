@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verst.config.schema import Config
-from verst.errors import ConfigError, DeadlineExceeded, EngineFailure, VerstError
+from verst.errors import ConfigError, DeadlineExceeded, EngineFailure, VerstError, WeightMismatch
 from verst.journal.codec import decode_group, encode_group
 from verst.observe.timeline import Timeline
 from verst.runtime.actors import Worker, WorkerDied
@@ -30,6 +30,10 @@ _CLOSE_S = 30.0
 
 _ASK_S = 2.0
 """How long a replica may take to say what its groups wait for, when a run tells why it ends."""
+
+
+LOSSES = (WorkerDied, EngineFailure, DeadlineExceeded, WeightMismatch)
+"""What tells that a replica is lost."""
 
 
 class Replicas:
@@ -62,6 +66,11 @@ class Replicas:
     def active(self) -> list[Replica]:
         """Those that are given groups."""
         return [replica for replica in self._replicas if replica.stage is Stage.SERVING]
+
+    @property
+    def coming(self) -> int:
+        """How many are new and do not serve yet."""
+        return sum(replica.stage in (Stage.STARTING, Stage.READY) for replica in self._replicas)
 
     @property
     def members(self) -> Sequence[Replica]:
@@ -162,7 +171,7 @@ class Replicas:
 
     def _left(self, replica: Replica, error: VerstError) -> bool:
         """Whether others roll what a replica could not: it leaves, or it is lost, which the error may be the first sign of."""
-        if replica.stage is Stage.SERVING and isinstance(error, WorkerDied | EngineFailure | DeadlineExceeded):
+        if replica.stage is Stage.SERVING and isinstance(error, LOSSES):
             self.lose(replica, error)
         return replica.stage in (Stage.LEAVING, Stage.LOST)
 
@@ -229,9 +238,12 @@ class Replicas:
     async def sort_out(self, failed: Mapping[Replica, VerstError], *, last: bool) -> bool:
         """Those who did not take a version: who is dead leaves the publish in progress; on the `last` attempt all of them do.
 
-        Returns whether any left. One that lives may have failed because of another.
+        Returns whether any left. One that lives may have failed because of another. Raises what is no sign of a loss.
         """
         before = self.members
+        for replica, error in failed.items():
+            if replica.stage is Stage.SERVING and not isinstance(error, LOSSES):
+                raise error
         found = await asyncio.gather(*(replica.answers() for replica in failed))
         for (replica, error), dead in zip(failed.items(), found, strict=True):
             if dead is not None or last:
@@ -267,7 +279,7 @@ class Replicas:
         calls = {(who := f"{r.name}: {method}"): within(r.worker.call(method), deadline_s, who) for r in of if r.stage is not Stage.LOST}
         answers = await outcomes(calls)
         for replica, answer in zip([r for r in of if r.stage is not Stage.LOST], answers, strict=True):
-            if isinstance(answer, WorkerDied | EngineFailure | DeadlineExceeded):
+            if isinstance(answer, LOSSES):
                 self.drop(replica, answer)
             elif isinstance(answer, VerstError):
                 raise answer

@@ -47,9 +47,7 @@ class Replacer:
         serving = len(self._replicas.active)
         if not serving:
             raise EngineFailure(f"{lost.name} was lost ({first_line(lost.error)}) and could not be replaced: {error}") from error
-        self._faults.failed(
-            f"warning: {lost.name} is not replaced after {len(PAUSES_S)} attempts: the run goes on with {serving} replica(s)"
-        )
+        self._faults.failed(f"warning: {lost.name} is not replaced after {len(PAUSES_S)} attempts: {serving} replica(s) go on")
 
     async def _tried(self, lost: Replica, began: float) -> Exception | None:
         """One attempt. Returns what it failed by."""

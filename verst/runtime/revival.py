@@ -14,6 +14,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
+from verst.errors import VerstError
 from verst.runtime.limits import REPLACEMENTS
 from verst.runtime.stored import newest_state
 from verst.runtime.trainers import TrainersLost
@@ -31,6 +32,10 @@ PAUSES_S = (0.0, 2.0, 10.0)
 """Before the first, second, … attempt without a committed step between them."""
 
 
+class GivenUp(VerstError):
+    """What was lost was lost again each time that it was brought back."""
+
+
 class Revival:
     """Of the trainers of one loop."""
 
@@ -42,7 +47,7 @@ class Revival:
     async def bring_back(self, lost: TrainersLost, version: int) -> int:
         """Returns the step whose state they have now, at most `version`, the last one that is committed.
 
-        Raises `TrainersLost` if they are lost again and again without a committed step between.
+        Raises `GivenUp` if they are lost again and again without a committed step between.
         """
         began = time.monotonic()
         while True:
@@ -65,7 +70,7 @@ class Revival:
         self._losses = self._losses + 1 if version == self._version else 1
         self._version = version
         if self._losses > REPLACEMENTS:
-            raise TrainersLost(
+            raise GivenUp(
                 f"{lost}; the trainers were lost {self._losses} times in step {version + 1}, which was begun again each time. What was "
                 f"committed is safe: mend the cause, then go on with: verst resume {self._parts.run.root}"
             ) from lost

@@ -102,7 +102,7 @@ class Scaler:
 
     def _pursue(self, wanted: int) -> None:
         new = [task for task, replica in self._coming.items() if replica.stage in (Stage.STARTING, Stage.READY)]
-        missing = wanted - len(self._replicas.active) - len(new)
+        missing = wanted - len(self._replicas.active) - self._replicas.coming  # those that replace others included
         for _ in range(missing):
             replica = self._replicas.begin(self._means.spawn)
             self._tell(f"{replica.name} starts")
@@ -177,7 +177,8 @@ class Scaler:
 
     async def _record(self) -> None:
         """The number that serves becomes the one that a resumed run begins with."""
-        before, now = self._config.rollout.replicas, len(self._replicas.active)
+        replacing = max(0, self._replicas.coming - len(self._coming))
+        before, now = self._config.rollout.replicas, len(self._replicas.active) + replacing
         if now == before:
             return
         config = self._config.model_copy(update={"rollout": self._config.rollout.model_copy(update={"replicas": now})})

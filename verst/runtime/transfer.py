@@ -156,7 +156,7 @@ class Transfer:
         address, seats = (None, {}) if members == self._seated else self._seats(members)
         pulling = asyncio.ensure_future(self._replicas.pull(published.manifest, probe_T, seats))
         try:
-            trainer_T, sending = await self._send(published.manifest, probe_T, address)
+            trainer_T, sending = await asyncio.ensure_future(self._send(published.manifest, probe_T, address))
         except DeadlineExceeded:
             found = await pulling
             if all(isinstance(outcome, Pulled) for outcome in found.values()):

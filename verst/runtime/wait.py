@@ -71,6 +71,8 @@ async def gather_named(calls: Mapping[str, Awaitable[T]], *, grace_s: float = GR
         before it. Those who did not answer are named in its message, or in a note if it is not a `VerstError`.
     """
     tasks: dict[asyncio.Future[T], str] = {asyncio.ensure_future(call): who for who, call in calls.items()}
+    if not tasks:
+        return []
     running = set(tasks)
     try:
         ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_EXCEPTION)

@@ -302,6 +302,10 @@ class FidelityConfig(Section):
 class CheckpointConfig(Section):
     every_steps: Count = Field(default=50, description="A checkpoint after each of so many steps, and at the end.")
     keep: Count = Field(default=2, description="Checkpoints kept.")
+    journal_limit_bytes: Count | None = Field(
+        default=None,
+        description="Above this size of the journal, trajectories that no checkpoint needs are given up, oldest first. null: all are kept.",
+    )
     export_final: bool = Field(default=True, description="Write the final model as a Hugging Face directory, RUN/final.")
 
 

@@ -277,7 +277,7 @@ class Loop:
                 await self._saver.after_step(self._state())
         replaced, self._signalless = self._signalless, 0
         metrics = batching.describe([*groups, *dropped], advantages, step - 1) | tally.report()
-        metrics |= self._bias.trained(groups, step - 1)
+        metrics |= self._bias.trained(groups, step - 1) | self._parts.journal.report()
         metrics |= {"groups/dropped": float(len(dropped) - replaced), "groups/replaced": float(replaced)}
         await self._after([*groups, *dropped], metrics)
 

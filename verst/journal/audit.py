@@ -262,17 +262,16 @@ class _Auditor:
             wrong.append(f"the batch of step {record.step} comes where that of step {expected} must")
         elif self._batch is not None:
             wrong.append(f"step {record.step} has a batch before step {self._batch.step} is committed")
+        for seq in record.groups:
+            self._age(seq, record.step, wrong)
         for seq in record.taken:
             if seq in self._taken:
                 wrong.append(f"step {record.step} takes group {seq}, which step {self._taken[seq]} has taken")
             elif seq not in self._finished:
                 wrong.append(f"step {record.step} takes group {seq}, which is not finished")
-        wrong += [f"step {record.step} drops group {seq} without a reason" for seq, reason in record.dropped.items() if not reason]
-        for seq in record.groups:
-            self._age(seq, record.step, wrong)
-        for seq in record.taken:
             self._taken[seq] = record.step
             self._finished.pop(seq, None)
+        wrong += [f"step {record.step} drops group {seq} without a reason" for seq, reason in record.dropped.items() if not reason]
         self._batch = record
         if wrong:
             raise InvariantViolation("; ".join(wrong))

@@ -13,6 +13,7 @@ Opening: a million groups in as many segments as they would fill at that length,
 
     open_s        a reader from nothing, after the files were dropped from the page cache
     open_warm_s   the same once more
+    open_cpu_s    processor time of that
     open_mb       resident memory that the reader added
     verify_s      reading and verifying every byte, as `verst audit` does; its disk is the limit
 
@@ -150,13 +151,16 @@ def measure_opening(directory: Path, groups: int, unconsumed: int, group: bytes)
     open_mb = resident_mb() - before_mb
     pending = len(reader.recovery(0).pending)
     assert (len(reader.index.groups), pending >= unconsumed) == (groups, True)
+    began_cpu_s = time.process_time()
     open_warm_s, again = timed(directory)
+    open_cpu_s = time.process_time() - began_cpu_s
     assert again.index.last_commit == reader.index.last_commit
     verify_s, _ = timed(directory, verify=True)
     segments = sorted(directory.glob("*.journal"))
     return {
         "open_s": open_s,
         "open_warm_s": open_warm_s,
+        "open_cpu_s": open_cpu_s,
         "open_mb": open_mb,
         "verify_s": verify_s,
         "groups": groups,

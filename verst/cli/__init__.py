@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import verst
-from verst.cli import completion, machine, models, replay, running, start, stored, timeline
+from verst.cli import audit, completion, machine, models, replay, running, start, stored, timeline
 from verst.cli.common import one_line
 
 EXIT_CODES = """exit codes:
@@ -29,6 +29,7 @@ _EPILOG = f"""a first run:
   verst train run.yaml train.lr=1e-5     train; any option can be overridden
   verst runs                             what is there, how far it is, what it reached
   verst inspect runs/NAME                what was generated, and how it was rewarded
+  verst audit runs/NAME                  that every group was trained exactly once
   verst timeline runs/NAME               who was idle, and what holds it up
   verst eval runs/NAME                   pass@k on held-out prompts
   verst export runs/NAME --out DIR       the model as a Hugging Face directory
@@ -83,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"verst {verst.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (start, running, stored, timeline, replay, models, machine):
+    for group in (start, running, stored, audit, timeline, replay, models, machine):
         group.add(commands)
     completion.add(commands, build_parser)
     return parser

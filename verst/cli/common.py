@@ -99,3 +99,10 @@ def one_line(text: str) -> str:
 def number(value: float | None, form: str = ".3f") -> str:
     """A figure, or `-` for one that is unknown."""
     return "-" if value is None else format(value, form)
+
+
+def size(nbytes: float) -> str:
+    """Bytes as people read them."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(max(int(nbytes).bit_length() - 1, 0) // 10, len(units) - 1)
+    return f"{nbytes / 1024**power:.{1 if power else 0}f} {units[power]}"

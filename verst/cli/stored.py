@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verst.cli.common import clipped, command, echo, number, number_range, one_line, print_json, table, takes_json, takes_run, width
+from verst.cli.common import clipped, command, echo, number, number_range, one_line, print_json, size, table, takes_json, takes_run, width
 
 if TYPE_CHECKING:
     from verst.journal.log import JournalReader
@@ -123,14 +123,8 @@ def _run_lines(summaries: Sequence[RunSummary], root: Path) -> list[str]:
             continue
         change = f"{number(s.first)} -> {number(s.last)}" if s.measure else "-"
         active = "-" if s.active is None else s.active.strftime("%Y-%m-%d %H:%M:%S")
-        rows.append([name, s.state, f"{s.step}/{s.steps}", s.measure or "", change, active, _size(s.disk_bytes)])
+        rows.append([name, s.state, f"{s.step}/{s.steps}", s.measure or "", change, active, size(s.disk_bytes)])
     return table(("run", "state", "step", "", "first -> last", "last activity", "disk"), rows, right=(2,))
-
-
-def _size(nbytes: float) -> str:
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = min(max(int(nbytes).bit_length() - 1, 0) // 10, len(units) - 1)
-    return f"{nbytes / 1024**power:.{1 if power else 0}f} {units[power]}"
 
 
 def _comparison_lines(found: Comparison) -> list[str]:
@@ -188,7 +182,9 @@ def _inspect(options: argparse.Namespace) -> int:
     else:
         for line in _list_lines(found, options.limit):
             echo(line)
-        echo(f"{journal.index.last_commit} steps committed, {len(journal.index.groups)} groups in the journal")
+        gone = journal.index.groups.count_in(journal.given_up)
+        kept = f"; {gone} were given up (checkpoint.journal_limit_bytes) and are not searched" if gone else ""
+        echo(f"{journal.index.last_commit} steps committed, {len(journal.index.groups)} groups in the journal{kept}")
     return 0
 
 

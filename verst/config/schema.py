@@ -306,6 +306,10 @@ class CheckpointConfig(Section):
         default=True,
         description="Keep the trainer's newest two states in memory, taken as often as 3 % of the time allows, for ranks that are lost.",
     )
+    journal_limit_bytes: Count | None = Field(
+        default=None,
+        description="Above this size of the journal, trajectories that no checkpoint needs are given up, oldest first. null: all are kept.",
+    )
     export_final: bool = Field(default=True, description="Write the final model as a Hugging Face directory, RUN/final.")
 
 

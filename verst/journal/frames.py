@@ -92,6 +92,14 @@ def read_payload(file: int, offset: int) -> bytes:
     return payload
 
 
+def read_frame(file: int, offset: int, size: int) -> tuple[Frame, bytes]:
+    """The frame at `offset` of an open segment of `size` bytes, and its payload, both verified. Raises `BadFrame`."""
+    frame = _read_header(file, offset)
+    if frame.end > size:
+        raise BadFrame(offset, "incomplete frame")
+    return frame, read_payload(file, offset)
+
+
 def scan(file: int, start: int, size: int) -> Iterator[Frame]:
     """Every intact frame of the bytes `[start, size)`, in order, in bounded memory. Raises `BadFrame` at the first that is not."""
     offset = start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,7 +63,6 @@ class Places(Mapping[int, Location]):
 
     def __init__(self) -> None:
         self._packed = Column(np.int64)
-        self._count = 0
 
     @property
     def end(self) -> int:
@@ -80,7 +79,7 @@ class Places(Mapping[int, Location]):
         return isinstance(key, int) and self._packed.get(key) != 0
 
     def __len__(self) -> int:
-        return self._count
+        return int(np.count_nonzero(self.holds_up_to(self.end)))
 
     def __iter__(self) -> Iterator[int]:
         return iter(np.flatnonzero(self.holds_up_to(self.end)).tolist())
@@ -93,14 +92,17 @@ class Places(Mapping[int, Location]):
         """Which of the keys below `end` it holds."""
         return self._packed.up_to(end) != 0
 
+    def count_in(self, segments: Collection[int]) -> int:
+        """How many keys lie in some segments."""
+        found_N = self._packed.up_to(self.end)
+        return int(np.isin(found_N[found_N != 0] >> _OFFSET_BITS, list(segments)).sum())
+
     def add(self, key: int, where: Location) -> None:
         """Sets the place of a key, from 0 on; it may have had another."""
-        self._count += key not in self
         self._packed.set(key, where.segment << _OFFSET_BITS | where.offset)
 
     def add_all(self, keys_N: NDArray[np.int64], segment: int, offsets_N: NDArray[np.int64]) -> None:
         """Sets the places of keys that lie in one segment; of one that is named twice the last place counts."""
-        self._count += int(np.count_nonzero(~self.holds(np.unique(keys_N))))
         self._packed.set_all(keys_N, segment << _OFFSET_BITS | offsets_N)
 
 

@@ -100,15 +100,16 @@ class Query:
 
 def select(journal: JournalReader, query: Query, *, newest_first: bool = False) -> Iterator[Found]:
     """The trajectories that a query admits, in order of admission or the other way. Decodes group by group, of admitted steps only.
+    Groups that were given up are left out.
 
-    Raises `DataError` if the group it asks for is not in the journal.
+    Raises `DataError` if the group it asks for is not in the journal, `JournalError` if that was given up.
     """
     if query.group is not None and query.group not in journal.index.groups:
         raise DataError(f"{journal.directory} has no group {query.group}; it has {_span(sorted(journal.index.groups))}")
     taken = steps_of(journal)
     for seq in sorted(journal.index.groups if query.group is None else [query.group], reverse=newest_first):
         step, dropped = taken.get(seq, (None, None))
-        if not query.admits_step(step):
+        if not query.admits_step(step) or (query.group is None and not journal.keeps(seq)):
             continue
         group = journal.group(seq)
         if query.admits_prompt(group):

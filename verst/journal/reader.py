@@ -160,7 +160,7 @@ class JournalReader:
         payload = self._recent.payload_at(offset)
         if payload is None:
             path = index_path(self.directory, segment)
-            raise JournalError(f"{what} was given up by retention (run.journal_limit_bytes): {path} only says that it was there")
+            raise JournalError(f"{what} was given up by retention (checkpoint.journal_limit_bytes): {path} only says that it was there")
         return payload
 
     def _kept(self, number: int) -> SegmentIndex:
@@ -220,11 +220,11 @@ class JournalReader:
 
     def _check_first(self, found: SegmentIndex) -> None:
         """The segment record, of the segment itself where there is one."""
-        frame, payload = next(found.frames())
+        key, payload = found.first
         if found.number not in self.given_up:
             with opened(self._path(found.number)) as file:
                 payload = read_payload(file, 0)
-        self._check_segment(payload or b"", frame.key, found.number)
+        self._check_segment(payload, key, found.number)
 
     # ---- byte by byte
 

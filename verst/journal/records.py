@@ -68,7 +68,11 @@ class BatchRecord(Record):
 
     @classmethod
     def from_json(cls, payload: bytes) -> BatchRecord:
-        values = json.loads(payload)
+        return cls.from_values(json.loads(payload))
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> BatchRecord:
+        """Of the JSON object that it is on disk."""
         dropped = {int(seq): reason for seq, reason in values["dropped"].items()}  # JSON has no numbers as keys
         return cls(values["step"], tuple(values["groups"]), dropped, values["plan"])
 

@@ -10,6 +10,7 @@ payload (uint32 [F]) and its kind (uint8 [F]), then the payloads of all frames t
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import zlib
@@ -82,17 +83,34 @@ class SegmentIndex:
         kept_F = np.where(self.kinds_F == Kind.GROUP, 0, self.lengths_F)
         return np.cumsum(kept_F) - kept_F
 
+    @cached_property
+    def first(self) -> tuple[int, bytes]:
+        """Key and payload of the segment record."""
+        return int(self.keys_F[0]), self.records[: int(self.lengths_F[0])]
+
     def keys(self, kind: Kind) -> NDArray[np.int64]:
-        return self.keys_F[self.kinds_F == kind]
+        return self.keys_F[self._of(kind)]
 
     def offsets(self, kind: Kind) -> NDArray[np.int64]:
-        return self.all_offsets[self.kinds_F == kind]
+        return self.all_offsets[self._of(kind)]
 
-    def payloads(self, kind: Kind) -> Iterator[bytes]:
-        """Those of one kind, in order. Not of groups."""
-        of_kind_F = self.kinds_F == kind
-        for start, length in zip(self._starts[of_kind_F].tolist(), self.lengths_F[of_kind_F].tolist(), strict=True):
-            yield self.records[start : start + length]
+    def _of(self, kind: Kind) -> NDArray[np.int64]:
+        """Which frames are of a kind."""
+        order_F, ends = self._by_kind
+        return order_F[ends[kind] : ends[kind + 1]]
+
+    @cached_property
+    def _by_kind(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The frames sorted by kind, in order within one, and where each kind begins among them."""
+        order_F = np.argsort(self.kinds_F, kind="stable")
+        return order_F, np.searchsorted(self.kinds_F[order_F], np.arange(len(Kind) + 2))
+
+    def values(self, kind: Kind) -> list[dict[str, Any]]:
+        """The JSON objects of the records of one kind, in order. Not of groups."""
+        of_kind = self._of(kind)
+        spans = zip(self._starts[of_kind].tolist(), self.lengths_F[of_kind].tolist(), strict=True)
+        text = b",".join(self.records[start : start + length] for start, length in spans)
+        return json.loads(b"[%b]" % text)  # at once: a run of weeks has a hundred thousand
 
     def frames(self) -> Iterator[tuple[Frame, bytes | None]]:
         """All frames with their payloads, None for groups."""
@@ -109,15 +127,22 @@ class SegmentIndex:
         start = int(self._starts[i])
         return self.records[start : start + int(self.lengths_F[i])]
 
+    def same_frames(self, other: SegmentIndex) -> bool:
+        """Whether both describe the same bytes."""
+        return self.records == other.records and all(np.array_equal(a, b) for a, b in zip(self._columns, other._columns, strict=True))
+
+    @property
+    def _columns(self) -> tuple[NDArray[Any], ...]:
+        return (self.keys_F, self.lengths_F, self.crcs_F, self.kinds_F)
+
     def without_payloads(self) -> SegmentIndex:
         """The same, said to be all that is kept of the segment."""
         return replace(self, given_up=True)
 
     def write(self, directory: Path, *, durably: bool = False) -> int:
         """Writes the file, under its name only once it is whole, and returns its size in bytes. Raises `OSError`."""
-        columns = (self.keys_F, self.lengths_F, self.crcs_F, self.kinds_F)
         head = _COUNTS.pack(len(self.keys_F), _GIVEN_UP if self.given_up else 0)
-        payload = b"".join((head, *(column.astype(d).tobytes() for column, d in zip(columns, _COLUMNS, strict=True)), self.records))
+        payload = b"".join((head, *(column.astype(d).tobytes() for column, d in zip(self._columns, _COLUMNS, strict=True)), self.records))
         content = pack_header(Kind.INDEX, self.number, payload, durable_bytes=self.segment_bytes) + payload
         path = index_path(directory, self.number)
         partial = path.with_name(f"{path.name}.partial")

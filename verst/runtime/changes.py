@@ -17,7 +17,7 @@ from verst.runtime.stored import checkpoint_steps
 
 CHANGEABLE = frozenset(
     {
-        *("run.steps", "eval.every_steps", "checkpoint.every_steps"),
+        *("run.steps", "eval.every_steps", "checkpoint.every_steps", "checkpoint.journal_limit_bytes"),
         *("train.ranks", "train.threads", "rollout.replicas"),
         *("fidelity.limit", "fidelity.action"),
         *("tracking.trackers", "tracking.project", "tracking.samples_every_steps", "tracking.prometheus_port", "tracking.prometheus_host"),

@@ -248,7 +248,8 @@ class Loop:
             with spans("checkpoint"):
                 await self._surviving(lambda: self._saver.after_step(self._state()))
         told = [*groups, *dropped.groups]
-        metrics = batching.describe(told, trained.advantages, step - 1) | trained.tally.report() | self._bias.trained(groups, step - 1)
+        metrics = batching.describe(told, trained.advantages, step - 1) | trained.tally.report() | self._parts.journal.report()
+        metrics |= self._bias.trained(groups, step - 1)
         metrics |= {"groups/dropped": float(len(dropped.groups) - dropped.replaced), "groups/replaced": float(dropped.replaced)}
         await self._after(told, metrics)
 

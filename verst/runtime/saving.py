@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from verst.config.schema import Config
-from verst.errors import CheckpointError
+from verst.errors import CheckpointError, JournalError
 from verst.observe.spans import Spans
 from verst.runtime.parts import Parts
 from verst.runtime.recovery import LoopState
+from verst.runtime.stored import checkpoint_steps
 from verst.runtime.trainers import TrainersLost
 from verst.training.checkpoints import commit_checkpoint, discard_partial
 
@@ -28,6 +29,7 @@ class Saver:
         self._writing: asyncio.Task[None] | None = None
         self._directories = [str(parts.run.checkpoints)] * config.train.ranks
         self._saved = saved  # step of the newest checkpoint
+        self._told_of_size = False  # that the journal stays above its limit: once
 
     async def after_step(self, state: LoopState) -> None:
         """Begins a checkpoint if one is due, in the trainers' turn. Waits for the one before it, the only cost beside the copy."""
@@ -76,6 +78,27 @@ class Saver:
         else:
             self._saved = state.step
             self._parts.observer.checkpoint_written(state.step)
+            await self._release_trajectories()
+
+    async def _release_trajectories(self) -> None:
+        """Gives up those that no checkpoint needs, if the journal is larger than it may be."""
+        limit_bytes, journal = self._config.checkpoint.journal_limit_bytes, self._parts.journal
+        if limit_bytes is None or journal.size_bytes <= limit_bytes:
+            return
+        oldest, note = min(checkpoint_steps(self._parts.run)), self._parts.observer.note
+        try:
+            released = await _to_its_end(journal.give_up, oldest, limit_bytes)
+        except JournalError as error:
+            note(f"warning: no trajectories were given up: {error}")
+            return
+        if released:
+            note(f"journal: gave up the trajectories of {len(released)} segment(s); it takes {journal.size_bytes} bytes now")
+        if journal.size_bytes > limit_bytes and not self._told_of_size:
+            self._told_of_size = True
+            note(
+                f"warning: the journal takes {journal.size_bytes} bytes, above checkpoint.journal_limit_bytes {limit_bytes}: checkpoints "
+                "or groups in flight need the rest"
+            )
 
     async def _written(self) -> None:
         if self._writing is not None:
@@ -83,10 +106,10 @@ class Saver:
             self._writing = None
 
 
-async def _to_its_end(function: Callable[..., Any], *args: Any, **options: Any) -> None:
+async def _to_its_end(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Runs it in a thread, which nothing can stop: so who is cancelled meanwhile waits for it all the same."""
     running = asyncio.ensure_future(asyncio.to_thread(function, *args, **options))
     try:
-        await asyncio.shield(running)
+        return await asyncio.shield(running)
     finally:
         await asyncio.wait({running})

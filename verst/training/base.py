@@ -17,6 +17,7 @@ from verst.errors import InvariantViolation
 from verst.observe.metrics import Tally
 from verst.training.distributed import local_part
 from verst.training.optimizer import ScheduledOptimizer
+from verst.training.rest import AtRest, Held
 from verst.training.step import LoadedStep, StepScores, require_known_tokens
 from verst.types import Batch, RoutedExperts, RoutesWanted
 from verst.weights.offload import Offload
@@ -25,17 +26,21 @@ Optimizer = TypeVar("Optimizer", bound=ScheduledOptimizer)
 
 
 class Backend(ABC, Generic[Optimizer]):
-    """One trainer rank; see `verst.protocols.TrainBackend` for who calls what when. The constructor of a backend makes `_optimizer`."""
+    """One trainer rank; see `verst.protocols.TrainBackend` for who calls what when.
+
+    The constructor of a backend makes `_optimizer`, and ends with `_rest.keep`.
+    """
 
     _optimizer: Optimizer
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, rank: int, device: torch.device) -> None:
         self._config = config
         self._device = device
         self._temperature = config.rollout.temperature  # of the distribution that was sampled
         self._algorithm = algorithm_for(config.algorithm)
         self._step: LoadedStep | None = None
         self._loss_is_finite = True
+        self._rest = AtRest(rank, self._held)
         self._training_memory, self._weights_memory = Offload(device), Offload(device)
 
     @property
@@ -59,9 +64,12 @@ class Backend(ABC, Generic[Optimizer]):
         """Plans a decoded batch and computes the log-probabilities that the algorithm needs before its first update.
 
         The mismatch is tallied here if the trainer's are among them, else by the first `forward_backward`.
-        Raises `ModelError` if a token is not in the model's vocabulary.
+        Raises `ModelError` if a token is not in the model's vocabulary, and `CorruptWeights` if the weights are not those that the last
+        update left.
         """
         self._require("load_batch")
+        self._rest.require(f"step {batch.step}")
+        self._rest.forget()
         require_known_tokens(batch, self._vocabulary, self._config.model.path)
         self._optimizer.zero_grad()
         self._step = self._plan(batch)
@@ -78,9 +86,13 @@ class Backend(ABC, Generic[Optimizer]):
 
     def optimizer_step(self, update: int) -> Tally:
         """Clips and steps, or skips: the same decision on every rank. Raises `TrainingDiverged` after too many skips in a row."""
-        if self._loaded("optimizer_step").is_empty(update):
-            return self._optimizer.pass_over()
-        return self._optimizer.step(loss_is_finite=self._loss_is_finite)
+        step = self._loaded("optimizer_step")
+        optimizer = self._optimizer
+        tally = optimizer.pass_over() if step.is_empty(update) else optimizer.step(loss_is_finite=self._loss_is_finite)
+        if update == self.num_updates - 1:
+            self._settle()
+            self._rest.keep(f"the last update of step {step.batch.step}")
+        return tally
 
     # ---- weights
 
@@ -168,6 +180,10 @@ class Backend(ABC, Generic[Optimizer]):
 
     @abstractmethod
     def _reference_modules(self) -> Sequence[nn.Module]: ...
+
+    @abstractmethod
+    def _held(self) -> Held:
+        """What this rank trains, with what it publishes of it and with its reference model."""
 
     @abstractmethod
     def _settle(self) -> None:

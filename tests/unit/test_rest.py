@@ -80,15 +80,15 @@ def test_what_may_happen_between_two_steps_raises_nothing(path: str) -> None:
     """Offload, reading, a restored state, an update that is skipped."""
     config = make_config(path, model={"dtype": "bfloat16"}, algorithm=KL, train={"minibatches": 2, "max_skipped_updates": 9})
     backend = make_backend(config)
+    state = backend.state()
     for batch in BATCHES:
         train(backend, config, [batch])
-        state = backend.state()
         backend.release_memory(weights=False)
         weights_of(backend)
         backend.release_memory(weights=True)
         backend.resume_memory()
         backend.logprobs(batch.samples[0].tokens_T)
-    backend.load_state(state)  # pyright: ignore[reportPossiblyUnbound]
+    backend.load_state(state)
     train(backend, config, BATCHES[:1])
     backend.load_batch(BATCHES[1])
     for update in range(backend.num_updates):

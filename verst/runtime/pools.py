@@ -64,6 +64,11 @@ class Replicas:
         return [replica for replica in self._replicas if replica.stage is Stage.SERVING]
 
     @property
+    def workers(self) -> list[Worker]:
+        """Of all, whatever their stage."""
+        return [replica.worker for replica in self._replicas]
+
+    @property
     def members(self) -> Sequence[Replica]:
         """Those that take part in the publish in progress."""
         return tuple(self._members)

@@ -71,6 +71,10 @@ class Trainers:
     def ranks(self) -> int:
         return len(self._workers)
 
+    @property
+    def workers(self) -> list[Worker]:
+        return list(self._workers)
+
     async def _all(self, method: str, *args: Any, deadline_s: float | None = None, grace_s: float | None = None) -> list[Any]:
         return await self._each(method, [args] * len(self._workers), deadline_s=deadline_s, grace_s=grace_s)
 

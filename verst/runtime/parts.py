@@ -19,8 +19,8 @@ from verst.runtime.pools import Replicas
 from verst.runtime.replacer import Replacer
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.snapshots import Snapshots
-from verst.runtime.trainers import Trainers
 from verst.runtime.stacks import keep_stacks
+from verst.runtime.trainers import Trainers
 from verst.runtime.transfer import Transfer
 from verst.types import Prompt, Status
 

@@ -55,9 +55,16 @@ def _loss_of(worker: Worker) -> Iterator[None]:
 class Trainers:
     """Every rank of the trainer, called together."""
 
-    def __init__(self, spawn: Callable[[int], Worker], config: Config, put: Callable[[bytes], Any]) -> None:
-        """`spawn` starts the process of a rank; `put` makes bytes cheap to hand to several of them."""
+    def __init__(
+        self,
+        spawn: Callable[[int], Worker],
+        config: Config,
+        put: Callable[[bytes], Any],
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """`spawn` starts the process of a rank; `put` makes bytes cheap to hand to several of them; `tell` takes lines for a person."""
         self._spawn = spawn
+        self._tell = tell
         self._workers = [spawn(rank) for rank in range(config.train.ranks)]
         self._deadline_s = config.train.deadline_s
         self._put = put
@@ -163,7 +170,10 @@ class Trainers:
 
     async def optimizer_step(self, update: int) -> Tally:
         """Only called once every rank finished its backward pass: all ranks step, or none."""
-        return merged(await self._all("optimizer_step", update))
+        tally = merged(await self._all("optimizer_step", update))
+        for line in tally.notes:
+            self._tell(line)
+        return tally
 
     async def publish(self, version: int, location: str | None, probe_T: NDArray[np.int32]) -> Published:
         return (await self._all("publish", version, location, probe_T))[0]

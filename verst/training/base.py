@@ -40,6 +40,7 @@ class Backend(ABC, Generic[Optimizer]):
         self._algorithm = algorithm_for(config.algorithm)
         self._step: LoadedStep | None = None
         self._loss_is_finite = True
+        self._broken: list[str] = []  # samples of this update
         self._rest = AtRest(rank, self._held)
         self._training_memory, self._weights_memory = Offload(device), Offload(device)
 
@@ -81,14 +82,17 @@ class Backend(ABC, Generic[Optimizer]):
         if len(advantages) != len(step.batch.samples):
             raise InvariantViolation(f"step {step.batch.step}: {len(advantages)} advantages for {len(step.batch.samples)} samples")
         self._optimizer.zero_grad()
-        self._loss_is_finite = True
+        self._loss_is_finite, self._broken = True, []
         return self._accumulate(step, update, advantages)
 
     def optimizer_step(self, update: int) -> Tally:
         """Clips and steps, or skips: the same decision on every rank. Raises `TrainingDiverged` after too many skips in a row."""
         step = self._loaded("optimizer_step")
-        optimizer = self._optimizer
-        tally = optimizer.pass_over() if step.is_empty(update) else optimizer.step(loss_is_finite=self._loss_is_finite)
+        if step.is_empty(update):
+            tally = self._optimizer.pass_over()
+        else:
+            name = f"update {update + 1} of {self.num_updates} of step {step.batch.step}"
+            tally = self._optimizer.step(name, loss_is_finite=self._loss_is_finite, broken=self._broken)
         if update == self.num_updates - 1:
             self._settle()
             self._rest.keep(f"the last update of step {step.batch.step}")

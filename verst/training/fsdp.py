@@ -218,6 +218,7 @@ class FsdpBackend(Backend[MasterAdamW]):
         advantages: Sequence[float],
         tally: Tally,
     ) -> None:
-        loss, is_finite = policy_loss(self._algorithm, step, microbatch, outputs, weights, advantages, tally)
+        loss, is_finite, broken = policy_loss(self._algorithm, step, microbatch, outputs, weights, advantages, tally)
         loss.backward()
         self._loss_is_finite &= is_finite
+        self._broken += broken

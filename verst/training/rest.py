@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from verst.errors import CorruptWeights
-from verst.training.distributed import local_part
+from verst.training.distributed import all_ranks, local_part
 from verst.training.model import named
 from verst.weights.checksum import start_checksums
 
@@ -76,8 +76,9 @@ class AtRest:
         differing = [kind for kind in range(_KINDS) if _differ(rows[:, 1 + 2 * kind : 3 + 2 * kind])]
         if not rows[:, 0].any() and not differing:
             return
-        told = _told_by_all((changed, {place: checksum for kind in differing for place, checksum in copies.get(kind, {}).items()}))
-        raise self._diagnosed({rank: names for rank, (names, _) in told.items() if names}, {r: c for r, (_, c) in told.items()}, before)
+        told = all_ranks((changed, {place: checksum for kind in differing for place, checksum in copies.get(kind, {}).items()}))
+        at_rest = {rank: names for rank, (names, _) in enumerate(told) if names}
+        raise self._diagnosed(at_rest, {rank: held for rank, (_, held) in enumerate(told)}, before)
 
     def _changed(self, found: Mapping[str, str]) -> list[str]:
         kept = self._kept() if self._kept is not None else found
@@ -151,14 +152,6 @@ def _gathered(numbers: list[int]) -> np.ndarray:
     rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, own)
     return torch.stack(rows).numpy()
-
-
-def _told_by_all(own: tuple[list[str], dict[str, str]]) -> dict[int, tuple[list[str], dict[str, str]]]:
-    if not dist.is_initialized():
-        return {0: own}
-    told: list[tuple[list[str], dict[str, str]]] = [own] * dist.get_world_size()
-    dist.all_gather_object(told, own)
-    return dict(enumerate(told))
 
 
 def _disagreements(copies: Mapping[int, Mapping[str, str]]) -> dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]]:

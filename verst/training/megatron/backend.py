@@ -300,8 +300,9 @@ class MegatronBackend(Backend[Any]):
             return logprobs_N.sum() * 0.0
         if update == 0 and not step.old:  # the weights are still those the step began with
             step.tally_fidelity(tally, packed, logprobs_N.detach().cpu().numpy())
-        loss, is_finite = policy_loss(self._algorithm, step, packed, (logprobs_N, entropy_N), weights, advantages, tally)
+        loss, is_finite, broken = policy_loss(self._algorithm, step, packed, (logprobs_N, entropy_N), weights, advantages, tally)
         self._loss_is_finite &= is_finite
+        self._broken += broken
         return loss
 
 

@@ -15,8 +15,10 @@ from verst.algorithms.table import algorithm_for, records_routes
 from verst.config.schema import Config
 from verst.errors import InvariantViolation
 from verst.observe.metrics import Tally
+from verst.observe.outliers import Progress
 from verst.training.distributed import local_part
 from verst.training.optimizer import ScheduledOptimizer
+from verst.training.pace import Pace
 from verst.training.rest import AtRest, Held
 from verst.training.step import LoadedStep, StepScores, require_known_tokens
 from verst.types import Batch, RoutedExperts, RoutesWanted
@@ -42,6 +44,7 @@ class Backend(ABC, Generic[Optimizer]):
         self._loss_is_finite = True
         self._broken: list[str] = []  # samples of this update
         self._rest = AtRest(rank, self._held)
+        self._pace: Pace | None = None  # of a rank among others
         self._training_memory, self._weights_memory = Offload(device), Offload(device)
 
     @property
@@ -83,7 +86,16 @@ class Backend(ABC, Generic[Optimizer]):
             raise InvariantViolation(f"step {step.batch.step}: {len(advantages)} advantages for {len(step.batch.samples)} samples")
         self._optimizer.zero_grad()
         self._loss_is_finite, self._broken = True, []
-        return self._accumulate(step, update, advantages)
+        if self._pace is None:
+            return self._accumulate(step, update, advantages)
+        self._pace.begin()
+        tally = self._accumulate(step, update, advantages)
+        self._pace.tell(tally)
+        return tally
+
+    def progress(self) -> Progress:
+        """How far the call is that another thread is in."""
+        return Progress(0, waits=False) if self._pace is None else self._pace.progress()
 
     def optimizer_step(self, update: int) -> Tally:
         """Clips and steps, or skips: the same decision on every rank. Raises `TrainingDiverged` after too many skips in a row."""

@@ -30,6 +30,7 @@ from verst.training.loss import policy_loss
 from verst.training.microbatch import Microbatch, split
 from verst.training.model import Policy, load_model
 from verst.training.optimizer import MasterAdamW
+from verst.training.pace import Pace
 from verst.training.rest import Held, unique
 from verst.training.routes import PolicyRoutes
 from verst.training.state import RankState, capture, restore
@@ -54,6 +55,7 @@ class FsdpBackend(Backend[MasterAdamW]):
         self._routes: PolicyRoutes | None = None
         self._policy = self._load(trainable=True)
         self._reference = self._load(trainable=False) if self._algorithm.needs_reference(config.algorithm) else None
+        self._pace = Pace(self._policy.layers, self._device) if world > 1 else None
         # Taken while the model is sharded: during a forward pass the modules hold gathered parameters under the same names.
         parameters = dict(self._policy.model.named_parameters())
         self._parameters = parameters

@@ -38,6 +38,7 @@ from verst.training.megatron.packed import Packed, pack, pack_probe
 from verst.training.megatron.table.families import family_of
 from verst.training.microbatch import split
 from verst.training.model import require_files
+from verst.training.pace import Pace
 from verst.training.rest import Held, unique
 from verst.training.state import RankState
 from verst.training.step import LoadedStep, PerSample, StepScores, kl_estimator, plan_batch
@@ -177,6 +178,8 @@ class MegatronBackend(Backend[Any]):
             chunks = self._loaded_chunks(config)
             self._tensors = ModelTensors(chunks, self._family, self._hf_config, files)
             self._tensors.load()
+            if self._layout.world > 1 and getattr(self._args, "cuda_graph_impl", "none") == "none":  # a recorded graph calls no hooks
+                self._pace = Pace((layer for chunk in chunks for layer in chunk.decoder.layers), self._device)
             self._chunks = wrap(chunks, config, self._args)
             self._optimizer = MegatronAdamW(self._args, self._chunks, self._config.train, self.num_updates, self._config.run.steps)
             self._optimizer.give_model_its_parameters()

@@ -45,6 +45,15 @@ class WeightMismatch(VerstError):
     """Weights an engine holds differ from those that were published. The message names the tensors."""
 
 
+class CorruptWeights(VerstError):
+    """Weights or optimizer state of a trainer rank changed while nothing may change them, or copies of them differ between ranks.
+
+    The message names ranks and tensors. `ranks`: those that may be damaged.
+    """
+
+    ranks: tuple[int, ...] = ()
+
+
 class CheckpointError(VerstError):
     """A checkpoint is missing, truncated, corrupt, or belongs to another model."""
 

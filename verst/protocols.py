@@ -169,7 +169,10 @@ class TrainBackend(Protocol):
     """
 
     def load_batch(self, batch: Any) -> BatchScores:
-        """Takes a decoded `Batch` and computes the log-probabilities that the algorithm needs before its first update."""
+        """Takes a decoded `Batch` and computes the log-probabilities that the algorithm needs before its first update.
+
+        Raises `CorruptWeights`, on every rank, if weights or optimizer state are not as the last update, or `load_state`, left them.
+        """
         ...
 
     def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:

@@ -110,6 +110,9 @@ async def test_an_engine_that_does_nothing_ends_the_run_at_once_and_says_who_wai
     assert any(line.startswith("  the loop waits for the next of 4 groups (0 are ready)") for line in standing)
     assert any("  the feed waits for a free slot" in line for line in standing)
     assert any("groups wait for the engine of replica 0" in line for line in standing)
+    (stacks,) = run.run.logs.glob("stacks-*-a-deadline-passed.txt")
+    assert standing[-1] == f"what each process did then: {stacks}"
+    assert "stalling (test_rollout.py:" in stacks.read_text()
     assert "who waits for whom:" in run.run.log.read_text()
     assert JournalReader(run.run.journal).index.last_commit == 1
 

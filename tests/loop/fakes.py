@@ -279,6 +279,9 @@ class FakeParts:
     async def verdict(self, version: int) -> None:
         """What the probe finds once a version serves."""
 
+    async def keep_stacks(self, reason: str) -> list[str]:
+        return []
+
     # observer
     def note(self, line: str) -> None:
         self.notes.append(line)

@@ -33,6 +33,9 @@ class HostWorker:
 
     post = call
 
+    async def stacks(self) -> str:
+        return await self._host.stacks()
+
     def kill(self) -> None:
         self.killed = True
         self._host._thread.shutdown(wait=False)

@@ -228,8 +228,8 @@ def run_skip(config: Config, rank: int, world: int) -> dict[str, Any]:
     advantages = advantages_of(config, batch, {})
     advantages[backend._step.plan.updates[0].ranks[1][0][0]] = float("nan")
     backend.forward_backward(0, advantages)
-    skipped = backend.optimizer_step(0).report()["update/skipped"]
-    return {"skipped": skipped, "unchanged": same_bits(before, taken(backend))}
+    tally = backend.optimizer_step(0)
+    return {"skipped": tally.report()["update/skipped"], "unchanged": same_bits(before, taken(backend)), "notes": list(tally.notes)}
 
 
 def run_rank(rank: int, world: int, directory: str, address: str, paths: Mapping[str, str], former: str) -> None:
@@ -471,4 +471,8 @@ def test_a_checkpoint_of_another_model_or_with_a_lost_shard_is_named(
 
 def test_a_loss_that_is_not_finite_on_one_rank_skips_on_both(two: list[dict[str, Any]]) -> None:
     for rank in two:
-        assert rank["skip"] == {"skipped": 1.0, "unchanged": True}
+        assert (rank["skip"]["skipped"], rank["skip"]["unchanged"]) == (1.0, True)
+        (line,) = rank["skip"]["notes"]
+        assert "is skipped: trainer rank 1: sample " in line
+        assert "the advantage is not finite; the first gradient that is not finite: embedding.word_embeddings.weight (" in line
+        assert rank["skip"]["notes"] == two[0]["skip"]["notes"]

@@ -36,7 +36,7 @@ def stepped(gradients: dict[str, torch.Tensor], **options: float) -> tuple[dict[
     optimizer = MasterAdamW(parameters, TrainConfig.model_validate({"lr": 0.1, "clip_norm": 1e9} | options), 1, 10)
     for name, gradient in gradients.items():
         parameters[name].grad = gradient
-    report = optimizer.step(loss_is_finite=True).report()
+    report = optimizer.step().report()
     return {name: parameter.detach() for name, parameter in parameters.items()}, report
 
 

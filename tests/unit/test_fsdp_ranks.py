@@ -94,8 +94,9 @@ def run_skips(config: Config, rank: int) -> dict[str, Any]:
     plan = plan_step([len(s.tokens_T) for s in BATCHES[0].samples], [s.group for s in BATCHES[0].samples], **_plan_options(config))
     advantages[plan.updates[0].ranks[1][0][0]] = float("nan")  # a sample of rank 1
     backend.forward_backward(0, advantages)
-    report = backend.optimizer_step(0).report()
-    return {"skipped": report["update/skipped"], "unchanged": same_bits(before.tensors, backend.state().tensors)}
+    tally = backend.optimizer_step(0)
+    unchanged = same_bits(before.tensors, backend.state().tensors)
+    return {"skipped": tally.report()["update/skipped"], "unchanged": unchanged, "notes": list(tally.notes)}
 
 
 def _plan_options(config: Config) -> dict[str, Any]:
@@ -274,7 +275,11 @@ def test_a_lone_shard_is_refused_by_one_rank(results: Results) -> None:
 
 @pytest.mark.slow
 def test_a_loss_broken_on_one_rank_is_skipped_on_both(results: Results) -> None:
-    assert [rank["skips"] for rank in results.ranks] == [{"skipped": 1.0, "unchanged": True}] * 2
+    assert [(rank["skips"]["skipped"], rank["skips"]["unchanged"]) for rank in results.ranks] == [(1.0, True)] * 2
+    (line,), other = (rank["skips"]["notes"] for rank in results.ranks)
+    assert other == [line]
+    assert "is skipped: trainer rank 1: sample " in line
+    assert "the advantage is not finite; the first gradient that is not finite: model.embed_tokens.weight (" in line
 
 
 @pytest.mark.slow

@@ -34,6 +34,9 @@ class Rank:
 
     post = call
 
+    async def stacks(self) -> str:
+        return ""
+
     def kill(self) -> None:
         self.killed = True
 
@@ -120,6 +123,9 @@ class RolloutReplica:
             raise self._breaks[seq]
         await asyncio.sleep(60 if self._held(seq) else 0.01)
         return encode_group(group(seq, 0))
+
+    async def stacks(self) -> str:
+        return ""
 
     def kill(self) -> None:
         self.killed = True

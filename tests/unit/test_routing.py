@@ -212,6 +212,9 @@ class Rank:
 
     post = call
 
+    async def stacks(self) -> str:
+        return ""
+
     def kill(self) -> None: ...
 
 

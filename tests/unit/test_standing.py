@@ -147,12 +147,20 @@ class Deaf:
 
 
 async def test_what_cannot_be_told_takes_no_deadlines_place():
-    standing = Standing(GroupSlots(2), cast(Any, Deaf()))
+
+    async def keep(reason: str) -> list[str]:
+        raise OSError(f"no room for the stacks: {reason}")
+
+    standing = Standing(GroupSlots(2), cast(Any, Deaf()), keep)
 
     async def late() -> None:
         raise DeadlineExceeded("waited 5 s for replica 0: pull")
 
     with pytest.raises(DeadlineExceeded) as ended:
         await standing.explained(late)
-    expected = ["waited 5 s for replica 0: pull", "who waits for whom could not be told: ZeroDivisionError: a defect"]
+    expected = [
+        "waited 5 s for replica 0: pull",
+        "who waits for whom could not be told: ZeroDivisionError: a defect",
+        "what each process did could not be written: OSError: no room for the stacks: a deadline passed",
+    ]
     assert str(ended.value).splitlines() == expected

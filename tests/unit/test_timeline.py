@@ -486,6 +486,9 @@ class Replica:
             timings[name] = module.time.perf_counter() - began  # on a busy machine longer than asked for
         return encode_group(replace(group(seq, version), timings=timings))
 
+    async def stacks(self) -> str:
+        return ""
+
     def kill(self) -> None: ...
 
 

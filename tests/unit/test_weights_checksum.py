@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verst.types import TensorEntry
-from verst.weights.checksum import ROW_WORDS, manifest_digest, tensor_checksum
+from verst.weights.checksum import ROW_WORDS, manifest_digest, tensor_checksum, tensor_checksums
 
 ROW = 2 * ROW_WORDS  # float32 elements of one row of the hash
 MASK = 2**64 - 1
@@ -68,6 +68,14 @@ def test_large_slices_that_are_not_contiguous_are_read_piece_by_piece():
     tensor = torch.randn(2, 3, 700, 400)
     assert tensor_checksum(tensor.transpose(2, 3)) == tensor_checksum(tensor.transpose(2, 3).contiguous())
     assert tensor_checksum(torch.ones(1).expand(1, 900, 500)) == tensor_checksum(torch.ones(1, 900, 500))
+
+
+def test_many_small_tensors_are_hashed_as_each_alone():
+    generator = torch.Generator().manual_seed(4)
+    shapes = [(3,), (), (0,), (ROW,), (1, 5), (ROW + 1,), (64, 48), (2, ROW), (7,)] * 40  # small ones of more than one chunk in all
+    tensors = [torch.randn(shape, generator=generator).to(DTYPES[i % 5]) for i, shape in enumerate(shapes)]
+    tensors += [tensors[6].T, torch.randn(9, generator=generator)[1:]]
+    assert tensor_checksums(tensors) == [by_the_book(tensor) for tensor in tensors[:9]] + [tensor_checksum(t) for t in tensors[9:]]
 
 
 def test_dtype_and_shape_count():

@@ -19,6 +19,8 @@ class Tally:
     maxima: dict[str, float] = field(default_factory=dict)
     moments: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     """Count, sum and sum of squares of importance weights."""
+    notes: dict[str, None] = field(default_factory=dict)
+    """Lines for a person, in order, each once."""
 
     def mean(self, name: str, total: float, weight: float = 1.0) -> None:
         """Adds `total` (a sum over `weight` items) to the mean called `name`."""
@@ -39,6 +41,10 @@ class Tally:
         known = self.moments.get(name, (0.0, 0.0, 0.0))
         self.moments[name] = (known[0] + float(count), known[1] + float(total), known[2] + float(squares))
 
+    def note(self, line: str) -> None:
+        """Adds a line for a person; one that others tell too comes once."""
+        self.notes[line] = None
+
     def merge(self, other: Tally) -> Tally:
         """Adds another tally (of a microbatch or rank) to this one, and returns this one."""
         for name, total in other.sums.items():
@@ -47,6 +53,7 @@ class Tally:
             self.peak(name, value)
         for name, moments in other.moments.items():
             self.effective(name, *moments)
+        self.notes |= other.notes
         return self
 
     def report(self) -> dict[str, float]:

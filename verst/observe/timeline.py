@@ -16,6 +16,7 @@ from typing import Any
 from verst.errors import VerstError
 from verst.observe.idle import shares
 from verst.observe.intervals import Interval, common, total
+from verst.observe.outliers import replica_paces, slowest
 from verst.observe.recorded import GroupLife, Phase, Pull, StepTime, older
 from verst.observe.sinks import JsonlSink
 from verst.observe.spans import Spans
@@ -76,6 +77,9 @@ class Timeline:
         made = StepTime(step, spans.began, spans.ended, phases, seqs, tuple(self.replicas()) if self._generates else ())
         measured = shares([made], lives, list(self._pulls))
         metrics = (measured.metrics() if measured else {}) | self._speed(made, going)
+        found = slowest(replica_paces(self._groups))
+        if found is not None:
+            metrics |= {"rollout/straggler_ratio": found[0], "rollout/straggler": float(found[1])}
         self._write(made)
         return metrics
 

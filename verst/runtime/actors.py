@@ -9,18 +9,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import os
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from verst.errors import VerstError
+from verst.errors import DeadlineExceeded, VerstError
+from verst.observe.stacks import allow_dumps, described, machine, stacks
 from verst.runtime.mailbox import Answer, Call, Inbox, Mailbox
+from verst.runtime.wait import within
 
 _CONCURRENT_CALLS = 10_000
 """Calls an actor holds at once: every group in flight is one."""
+
+_STACKS_S = 5.0
+_WHERE_S = 1.0
+"""It is known already, unless the process has never answered."""
 
 
 class Worker(Protocol):
@@ -40,9 +49,21 @@ class Worker(Protocol):
         """The machine that its process is on, by Ray's name for it."""
         ...
 
+    async def stacks(self) -> str:
+        """What its process does, also if that does not answer: then as seen from outside. Returns within some 5 s and raises nothing."""
+        ...
+
     def kill(self) -> None:
         """Ends the process, also one that does not answer any more."""
         ...
+
+
+class Where(NamedTuple):
+    """Where a process is. `machine`: see `verst.observe.stacks.machine`."""
+
+    host: str
+    pid: int
+    machine: str
 
 
 class WorkerDied(VerstError):
@@ -56,12 +77,30 @@ class Host:
         self._object = factory(*args)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="verst-worker")
         self._inbox = Inbox(self.call)
+        self._working: tuple[str, float] | None = None  # which method the thread is in, and since when
+        allow_dumps()
 
     async def call(self, method: str, *args: Any) -> Any:
         function = getattr(self._object, method)
         if inspect.iscoroutinefunction(function):
             return await function(*args)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._work, method, function, args)
+
+    def _work(self, method: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        self._working = method, time.monotonic()
+        try:
+            return function(*args)
+        finally:
+            self._working = None
+
+    async def where(self) -> Where:
+        return Where(socket.gethostname(), os.getpid(), machine())
+
+    async def stacks(self) -> str:
+        """Answered while the thread works, or is stuck."""
+        working = self._working
+        doing = "waits for a call" if working is None else f"in {working[0]} for {time.monotonic() - working[1]:.1f} s"
+        return f"process {os.getpid()} on {socket.gethostname()}, {doing}\n{stacks()}"
 
     async def node(self) -> str:
         return ray.get_runtime_context().get_node_id()
@@ -95,6 +134,7 @@ class RayWorker:
     def __init__(self, name: str, handle: Any) -> None:
         self.name = name
         self.handle = handle
+        self._where = handle.where.remote()  # asked while it answers
         self._mailbox = Mailbox(name, self._submit, self._collect)
 
     async def call(self, method: str, /, *args: Any) -> Any:
@@ -107,6 +147,24 @@ class RayWorker:
     async def node(self) -> str:
         with unwrapped(self.name, "where it is"):
             return await self.handle.node.remote()
+
+    async def stacks(self) -> str:
+        try:
+            return await within(self.handle.stacks.remote(), _STACKS_S, f"{self.name}: stacks", idle=True)
+        except RayActorError as error:
+            return f"its process has ended: {error}"
+        except DeadlineExceeded:
+            return f"does not answer within {_STACKS_S:g} s; {await self._seen()}"
+
+    async def _seen(self) -> str:
+        """What can be seen of its process without its help."""
+        try:
+            where = await within(self._where, _WHERE_S, f"{self.name}: where it is", idle=True)
+        except (DeadlineExceeded, RayActorError):
+            return "it has not answered since it was started"
+        if where.machine != machine():
+            return f"its process is {where.pid} on {where.host}"
+        return await asyncio.to_thread(described, where.pid)
 
     def kill(self) -> None:
         ray.kill(self.handle)
@@ -139,6 +197,9 @@ class LocalWorker:
 
     async def node(self) -> str:
         return ""
+
+    async def stacks(self) -> str:
+        return "in this process"
 
     def kill(self) -> None:
         """There is no process to end: whatever holds this call would hold its caller too."""

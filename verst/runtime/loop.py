@@ -74,7 +74,7 @@ class Loop:
         self._unread: asyncio.Queue[tuple[Cursor, Cursor, Prompt | DataError]] = asyncio.Queue(config.capacity_groups)
         self._bias = Bias()
         self._stop = asyncio.Event()
-        self._standing = Standing(self._slots, parts.replicas)
+        self._standing = Standing(self._slots, parts.replicas, parts.keep_stacks)
         self._intake = Intake(config, parts, self._ready, self._standing, self._give_up, restored.finished)
         self._publisher = Publisher(config, parts, self._standing, self._free, restored.step)
         self._saver = Saver(config, parts, saved=restored.step)
@@ -86,8 +86,8 @@ class Loop:
         self._stop.set()
 
     async def standing(self) -> list[str]:
-        """Who waits for whom now, in a few lines."""
-        return await self._standing.lines()
+        """Who waits for whom now, in a few lines, and where the stacks of all processes are."""
+        return await self._standing.told("asked for")
 
     async def run(self) -> None:
         """Trains until `run.steps` are committed or `stop` is called. Raises the first error of any part."""

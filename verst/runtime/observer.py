@@ -13,6 +13,7 @@ from verst.config.plan import read_config
 from verst.config.schema import Config
 from verst.errors import VerstError
 from verst.observe.limits import FidelityWatch
+from verst.observe.outliers import Outliers
 from verst.observe.sinks import JsonlSink, read_rows
 from verst.observe.spans import Spans
 from verst.observe.terminal import step_line
@@ -49,6 +50,7 @@ class Observer:
         self._told = 0  # lines so far
         self._more = asyncio.Event()
         self._pulled: dict[str, float] = {}
+        self._outliers = Outliers()
         self._failed_checkpoints = 0
         self._checkpoint = 0  # the step of the newest one; 0: none
         self._outlets = Outlets(Tracking())
@@ -126,12 +128,14 @@ class Observer:
         row: dict[str, float] = dict(metrics) | times | self._pulled | self._outlets.counts()
         row |= {"checkpoint/step": float(self._checkpoint), "checkpoint/failed": float(self._failed_checkpoints)}
         row |= self.timeline.step(step, groups, spans)
+        found, lines = self._outliers.look(step, row)
+        row |= found
         reasons = batching.failures(groups)
         self._sink.write({"kind": "step", "step": step, **row, **({"failures": dict(reasons)} if reasons else {})})
         self._outlets.step(step, row, groups, reasons.total())
         self.note(step_line(step, self._steps, row))
-        for reason, count in reasons.most_common(3):
-            self.note(f"  {count} failed: {reason}")
+        for line in (*(f"  {count} failed: {reason}" for reason, count in reasons.most_common(3)), *lines):
+            self.note(line)
         if self.timeline.trouble:
             self.note(self.timeline.trouble)
             self.timeline.trouble = None

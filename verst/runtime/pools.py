@@ -73,6 +73,11 @@ class Replicas:
         return sum(replica.stage in (Stage.STARTING, Stage.READY) for replica in self._replicas)
 
     @property
+    def workers(self) -> list[Worker]:
+        """Of all, whatever their stage."""
+        return [replica.worker for replica in self._replicas]
+
+    @property
     def members(self) -> Sequence[Replica]:
         """Those that take part in the publish in progress."""
         return tuple(self._members)

@@ -133,7 +133,8 @@ class RunService:
         faults = Faults(journal, self._observer.note)
         self._placement = placement = self._placement or place(config, _cluster_gpus())
         on = await reserve(placement, config.train.ranks, opened, config.train.deadline_s)
-        trainers = Trainers(partial(self._trainer, placement, on), config, ray.put if ray.is_initialized() else _same)
+        put = ray.put if ray.is_initialized() else _same
+        trainers = Trainers(partial(self._trainer, placement, on), config, put, self._observer.note)
         self._spawn_replica = partial(self._replica, placement, on, extensions)
         spawned = [self._spawn_replica(i, i) for i in range(config.rollout.replicas)]
         replicas = Replicas(spawned, config, shared=placement.shared, timeline=self._observer.timeline)

@@ -33,8 +33,10 @@ Held = Mapping[int, tuple[str, float]]
 class Standing:
     """Keeps what the parts of a loop and its groups wait for. The loop says what it does with a group; a replica says what it does."""
 
-    def __init__(self, slots: GroupSlots, replicas: Replicas) -> None:
+    def __init__(self, slots: GroupSlots, replicas: Replicas, keep_stacks: Callable[[str], Awaitable[list[str]]]) -> None:
+        """`keep_stacks` writes what all processes do, for the reason given, and returns the line that says where."""
         self._slots, self._replicas = slots, replicas
+        self._keep_stacks = keep_stacks
         self._waits = Waits()
         self._groups = Waits()
         self._told: asyncio.Task[list[str]] | None = None  # where everything stood when a deadline ended the run
@@ -62,13 +64,19 @@ class Standing:
         """Who waits for whom now."""
         return standing_lines(self._waits.now(), await self._held(), self._slots.capacity)
 
+    async def told(self, reason: str) -> list[str]:
+        """The same, and where the stacks of all processes are written, whatever fails of it."""
+        parts = explained_by(self.lines(), _untold), explained_by(self._keep_stacks(reason), _unkept)
+        lines, kept = await asyncio.gather(*parts)
+        return [*lines, *kept]
+
     async def explained(self, part: Callable[[], Awaitable[None]]) -> None:
         """Does a part of the loop. A deadline that ends it, and the run, tells who waits for whom, while all others still stand there."""
         try:
             await part()
         except DeadlineExceeded as error:
             if self._told is None:
-                self._told = asyncio.create_task(explained_by(self.lines(), _untold))
+                self._told = asyncio.create_task(self.told("a deadline passed"))
             lines = await asyncio.shield(self._told)
             if lines[0] not in str(error):  # several may wait for the part that it ends
                 error.args = ("\n".join([str(error), *lines]),)
@@ -92,6 +100,10 @@ class Standing:
 
 def _untold(error: Exception) -> list[str]:
     return [f"who waits for whom could not be told: {type(error).__name__}: {error}"]
+
+
+def _unkept(error: Exception) -> list[str]:
+    return [f"what each process did could not be written: {type(error).__name__}: {error}"]
 
 
 def standing_lines(waits: Sequence[Wait], held: Held, capacity: int) -> list[str]:

@@ -24,6 +24,7 @@ from verst.types import Manifest, RoutedExperts, RoutesWanted
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from verst.observe.outliers import Progress
     from verst.training.checkpoints import CheckpointWriter, FileRecord, LoadedState
     from verst.weights.group import GroupAddress, Member
 
@@ -145,6 +146,10 @@ class TrainerWorker:
         return Scores(scores.tally, dict(scores.reference_kl))
 
     @_collective
+    async def progress(self) -> Progress:
+        """How far the call is that this rank does now. Answered while it is done."""
+        return self.backend.progress()
+
     def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
         return self.backend.forward_backward(update, advantages)
 

@@ -19,8 +19,10 @@ from verst.config.schema import Config
 from verst.errors import CheckpointError, CollectiveFailed, DeviceFailed, VerstError
 from verst.journal.codec import encode_batch, encode_routes
 from verst.observe.metrics import Tally, merged
+from verst.observe.outliers import LAYER_US, slowest
 from verst.runtime.actors import Worker, WorkerDied
 from verst.runtime.batching import routes_for
+from verst.runtime.overdue import Overdue
 from verst.runtime.trainer_worker import Published, Scores, TrainerFacts
 from verst.runtime.wait import GRACE_S, NoAnswer, gather_named, within
 from verst.types import Batch, Manifest, RoutedExperts, RoutesWanted
@@ -55,9 +57,18 @@ def _loss_of(worker: Worker) -> Iterator[None]:
 class Trainers:
     """Every rank of the trainer, called together."""
 
-    def __init__(self, spawn: Callable[[int], Worker], config: Config, put: Callable[[bytes], Any]) -> None:
-        """`spawn` starts the process of a rank; `put` makes bytes cheap to hand to several of them."""
+    def __init__(
+        self,
+        spawn: Callable[[int], Worker],
+        config: Config,
+        put: Callable[[bytes], Any],
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """`spawn` starts the process of a rank; `put` makes bytes cheap to hand to several of them; `tell` takes lines for a person."""
         self._spawn = spawn
+        self._tell = tell
+        self._overdue = Overdue(tell)
+        self._paces: list[Tally] = []  # of each rank in this step
         self._workers = [spawn(rank) for rank in range(config.train.ranks)]
         self._deadline_s = config.train.deadline_s
         self._put = put
@@ -71,6 +82,10 @@ class Trainers:
     def ranks(self) -> int:
         return len(self._workers)
 
+    @property
+    def workers(self) -> list[Worker]:
+        return list(self._workers)
+
     async def _all(self, method: str, *args: Any, deadline_s: float | None = None, grace_s: float | None = None) -> list[Any]:
         return await self._each(method, [args] * len(self._workers), deadline_s=deadline_s, grace_s=grace_s)
 
@@ -80,7 +95,8 @@ class Trainers:
         """As `_all`, with arguments of its own for each rank."""
         limit = deadline_s or self._deadline_s
         calls = {f"{w.name}: {method}": self._call(w, method, own, limit) for w, own in zip(self._workers, args, strict=True)}
-        return await gather_named(calls, grace_s=grace_s or GRACE_S)
+        async with self._overdue.watching(method, self._workers):
+            return await gather_named(calls, grace_s=grace_s or GRACE_S)
 
     async def _first(self, method: str, *args: Any) -> Any:
         """Of rank 0 alone."""
@@ -155,11 +171,24 @@ class Trainers:
         return found
 
     async def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
-        return merged(await self._all("forward_backward", update, advantages))
+        """The last one of a step tells which rank was the slowest, and how much."""
+        tallies = await self._all("forward_backward", update, advantages)
+        if update == 0:
+            self._paces = [Tally() for _ in tallies]
+        reports = [pace.merge(tally).report() for pace, tally in zip(self._paces, tallies, strict=True)]
+        paces = {rank: report[LAYER_US] for rank, report in enumerate(reports) if LAYER_US in report}
+        tally, found = merged(tallies), slowest(paces)
+        if found is not None and update == self.num_updates - 1:
+            tally.peak("train/straggler_ratio", found[0])
+            tally.peak("train/straggler", found[1])
+        return tally
 
     async def optimizer_step(self, update: int) -> Tally:
         """Only called once every rank finished its backward pass: all ranks step, or none."""
-        return merged(await self._all("optimizer_step", update))
+        tally = merged(await self._all("optimizer_step", update))
+        for line in tally.notes:
+            self._tell(line)
+        return tally
 
     async def publish(self, version: int, location: str | None, probe_T: NDArray[np.int32]) -> Published:
         return (await self._all("publish", version, location, probe_T))[0]

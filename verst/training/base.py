@@ -15,8 +15,11 @@ from verst.algorithms.table import algorithm_for, records_routes
 from verst.config.schema import Config
 from verst.errors import InvariantViolation
 from verst.observe.metrics import Tally
+from verst.observe.outliers import Progress
 from verst.training.distributed import local_part
 from verst.training.optimizer import ScheduledOptimizer
+from verst.training.pace import Pace
+from verst.training.rest import AtRest, Held
 from verst.training.step import LoadedStep, StepScores, require_known_tokens
 from verst.types import Batch, RoutedExperts, RoutesWanted
 from verst.weights.offload import Offload
@@ -25,17 +28,23 @@ Optimizer = TypeVar("Optimizer", bound=ScheduledOptimizer)
 
 
 class Backend(ABC, Generic[Optimizer]):
-    """One trainer rank; see `verst.protocols.TrainBackend` for who calls what when. The constructor of a backend makes `_optimizer`."""
+    """One trainer rank; see `verst.protocols.TrainBackend` for who calls what when.
+
+    The constructor of a backend makes `_optimizer`, and ends with `_rest.keep`.
+    """
 
     _optimizer: Optimizer
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, rank: int, device: torch.device) -> None:
         self._config = config
         self._device = device
         self._temperature = config.rollout.temperature  # of the distribution that was sampled
         self._algorithm = algorithm_for(config.algorithm)
         self._step: LoadedStep | None = None
         self._loss_is_finite = True
+        self._broken: list[str] = []  # samples of this update
+        self._rest = AtRest(rank, self._held)
+        self._pace: Pace | None = None  # of a rank among others
         self._training_memory, self._weights_memory = Offload(device), Offload(device)
 
     @property
@@ -59,9 +68,12 @@ class Backend(ABC, Generic[Optimizer]):
         """Plans a decoded batch and computes the log-probabilities that the algorithm needs before its first update.
 
         The mismatch is tallied here if the trainer's are among them, else by the first `forward_backward`.
-        Raises `ModelError` if a token is not in the model's vocabulary.
+        Raises `ModelError` if a token is not in the model's vocabulary, and `CorruptWeights` if the weights are not those that the last
+        update left.
         """
         self._require("load_batch")
+        self._rest.require(f"step {batch.step}")
+        self._rest.forget()
         require_known_tokens(batch, self._vocabulary, self._config.model.path)
         self._optimizer.zero_grad()
         self._step = self._plan(batch)
@@ -73,14 +85,30 @@ class Backend(ABC, Generic[Optimizer]):
         if len(advantages) != len(step.batch.samples):
             raise InvariantViolation(f"step {step.batch.step}: {len(advantages)} advantages for {len(step.batch.samples)} samples")
         self._optimizer.zero_grad()
-        self._loss_is_finite = True
-        return self._accumulate(step, update, advantages)
+        self._loss_is_finite, self._broken = True, []
+        if self._pace is None:
+            return self._accumulate(step, update, advantages)
+        self._pace.begin()
+        tally = self._accumulate(step, update, advantages)
+        self._pace.tell(tally)
+        return tally
+
+    def progress(self) -> Progress:
+        """How far the call is that another thread is in."""
+        return Progress(0, waits=False) if self._pace is None else self._pace.progress()
 
     def optimizer_step(self, update: int) -> Tally:
         """Clips and steps, or skips: the same decision on every rank. Raises `TrainingDiverged` after too many skips in a row."""
-        if self._loaded("optimizer_step").is_empty(update):
-            return self._optimizer.pass_over()
-        return self._optimizer.step(loss_is_finite=self._loss_is_finite)
+        step = self._loaded("optimizer_step")
+        if step.is_empty(update):
+            tally = self._optimizer.pass_over()
+        else:
+            name = f"update {update + 1} of {self.num_updates} of step {step.batch.step}"
+            tally = self._optimizer.step(name, loss_is_finite=self._loss_is_finite, broken=self._broken)
+        if update == self.num_updates - 1:
+            self._settle()
+            self._rest.keep(f"the last update of step {step.batch.step}")
+        return tally
 
     # ---- weights
 
@@ -168,6 +196,10 @@ class Backend(ABC, Generic[Optimizer]):
 
     @abstractmethod
     def _reference_modules(self) -> Sequence[nn.Module]: ...
+
+    @abstractmethod
+    def _held(self) -> Held:
+        """What this rank trains, with what it publishes of it and with its reference model."""
 
     @abstractmethod
     def _settle(self) -> None:

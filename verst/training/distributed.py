@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from verst.errors import CollectiveFailed, DeadlineExceeded, DeviceFailed, InvariantViolation, first_line
 from verst.training.model import Policy
+
+Value = TypeVar("Value")
 
 
 def device_of(name: str | None, *, deterministic: bool) -> torch.device:
@@ -122,6 +125,15 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def all_ranks(value: Value) -> list[Value]:
+    """What each rank gives, in order; pickled, so for what is small or rare. A collective."""
+    if not dist.is_initialized():
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def shard(policy: Policy, device: torch.device, world: int, *, master_dtype: torch.dtype) -> None:

@@ -30,6 +30,8 @@ from verst.training.loss import policy_loss
 from verst.training.microbatch import Microbatch, split
 from verst.training.model import Policy, load_model
 from verst.training.optimizer import MasterAdamW
+from verst.training.pace import Pace
+from verst.training.rest import Held, unique
 from verst.training.routes import PolicyRoutes
 from verst.training.state import RankState, capture, restore
 from verst.training.step import LoadedStep, PerSample, StepScores, kl_estimator, plan_batch
@@ -45,7 +47,7 @@ class FsdpBackend(Backend[MasterAdamW]):
 
     def __init__(self, config: Config, *, rank: int, world: int, device: str | None) -> None:
         require_group(rank, world)
-        super().__init__(config, device_of(device, deterministic=config.run.deterministic))
+        super().__init__(config, rank, device_of(device, deterministic=config.run.deterministic))
         self._rank = rank
         self._world = world
         self._dtype = getattr(torch, config.model.dtype)
@@ -53,11 +55,15 @@ class FsdpBackend(Backend[MasterAdamW]):
         self._routes: PolicyRoutes | None = None
         self._policy = self._load(trainable=True)
         self._reference = self._load(trainable=False) if self._algorithm.needs_reference(config.algorithm) else None
+        self._pace = Pace(self._policy.layers, self._device) if world > 1 else None
         # Taken while the model is sharded: during a forward pass the modules hold gathered parameters under the same names.
         parameters = dict(self._policy.model.named_parameters())
         self._parameters = parameters
+        self._saved = frozenset(self._policy.model.state_dict())
+        self._reference_parameters = {} if self._reference is None else dict(self._reference.model.named_parameters())
         trainable = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self._optimizer = MasterAdamW(trainable, config.train, self.num_updates, config.run.steps)
+        self._rest.keep("its start")
 
     @property
     def routed_experts(self) -> RoutedExperts | None:
@@ -121,10 +127,10 @@ class FsdpBackend(Backend[MasterAdamW]):
         """In the model's dtype, tied ones once; then the model's saved buffers, in their own."""
         for name, parameter in self._parameters.items():
             yield name, whole(parameter, self._dtype)
-        saved = self._policy.model.state_dict().keys()
-        for name, buffer in self._policy.model.named_buffers():
-            if name in saved:
-                yield name, buffer.detach()
+        yield from self._saved_buffers().items()
+
+    def _saved_buffers(self) -> dict[str, torch.Tensor]:
+        return {name: buffer.detach() for name, buffer in self._policy.model.named_buffers() if name in self._saved}
 
     def _probe(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
         tokens = torch.tensor(tokens_T, dtype=torch.int64, device=self._device)
@@ -135,6 +141,7 @@ class FsdpBackend(Backend[MasterAdamW]):
     def state(self) -> RankState:
         """A private CPU copy of this rank's shards of masters and moments, of the counters and of torch's random state."""
         self._require("state")
+        self._rest.require_own("its state was copied")
         return capture(self._optimizer)
 
     def load_state(self, state: BackendState) -> None:
@@ -142,12 +149,19 @@ class FsdpBackend(Backend[MasterAdamW]):
         self._require("load_state")
         restore(self._optimizer, state, self._rank, self._world)
         self._step = None
+        self._rest.keep("the state was restored")
 
     def _policy_modules(self) -> list[nn.Module]:
         return [self._policy]
 
     def _reference_modules(self) -> list[nn.Module]:
         return [] if self._reference is None else [self._reference]
+
+    def _held(self) -> Held:
+        """Shards are of one rank each: no rank has a copy of another's."""
+        weights = {f"weights/{name}": tensor for name, tensor in (*self._parameters.items(), *self._saved_buffers().items())}
+        reference = {f"reference/{name}": tensor for name, tensor in self._reference_parameters.items()}
+        return Held(unique(weights, self._optimizer.tensors(), reference))
 
     def _settle(self) -> None:
         """Nothing runs between two calls."""
@@ -206,6 +220,7 @@ class FsdpBackend(Backend[MasterAdamW]):
         advantages: Sequence[float],
         tally: Tally,
     ) -> None:
-        loss, is_finite = policy_loss(self._algorithm, step, microbatch, outputs, weights, advantages, tally)
+        loss, is_finite, broken = policy_loss(self._algorithm, step, microbatch, outputs, weights, advantages, tally)
         loss.backward()
         self._loss_is_finite &= is_finite
+        self._broken += broken

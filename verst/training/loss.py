@@ -10,6 +10,7 @@ import torch
 
 from verst.algorithms.table import Algorithm
 from verst.observe.metrics import Tally
+from verst.training.broken import broken_samples
 from verst.training.microbatch import Microbatch
 from verst.training.step import LoadedStep, PerSample
 
@@ -22,10 +23,14 @@ def policy_loss(
     weights: PerSample,
     advantages: Sequence[float],
     tally: Tally,
-) -> tuple[torch.Tensor, bool]:
-    """The loss to go back from, and whether it is finite. `outputs` are log-probabilities and entropies [N] of the loss tokens."""
+) -> tuple[torch.Tensor, bool, list[str]]:
+    """The loss to go back from, whether it is finite, and which samples are not, if it or a mean beside it is not.
+
+    `outputs` are log-probabilities and entropies [N] of the loss tokens.
+    """
     logprobs_N, entropy_N = outputs
-    output = algorithm.loss(step.inputs(microbatch, logprobs_N, advantages), step.config.algorithm)
+    inputs = step.inputs(microbatch, logprobs_N, advantages)
+    output = algorithm.loss(inputs, step.config.algorithm)
     weights_N = torch.from_numpy(np.concatenate([weights[i] for i in microbatch.indices])).to(logprobs_N.device)
     loss = (weights_N * output.per_token).sum()
     means = {"entropy": entropy_N} | output.metrics
@@ -34,4 +39,6 @@ def policy_loss(
     tally.mean("loss/total", total, share)
     for name, value in zip(means, sums, strict=True):
         tally.mean(f"policy/{name}", value, microbatch.loss_tokens)
-    return loss, math.isfinite(total)
+    if all(map(math.isfinite, (total, *sums))):
+        return loss, True, []
+    return loss, math.isfinite(total), broken_samples(step.batch.samples, microbatch, inputs, output.per_token)

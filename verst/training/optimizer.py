@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from verst.config.schema import TrainConfig
 from verst.errors import TrainingDiverged
 from verst.observe.metrics import Tally
+from verst.training.broken import Findings, attributed, first_broken
 from verst.training.distributed import local_part, sum_over_ranks
 
 _CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
@@ -61,16 +62,21 @@ class ScheduledOptimizer(ABC):
         """The norm of the gradient over all ranks, not finite if the gradient is not, and the sum of `broken` over them. A collective."""
 
     @abstractmethod
+    def _named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """This rank's part of each gradient that was measured, in the model's order."""
+
+    @abstractmethod
     def _apply(self, rate: float, norm: float) -> None:
         """Clips the gradient, whose norm this is, and steps."""
 
-    def step(self, *, loss_is_finite: bool) -> Tally:
+    def step(self, update: str = "an update", *, loss_is_finite: bool = True, broken: Sequence[str] = ()) -> Tally:
         """Clips and applies the gradients, or drops them if their norm or any rank's loss is not finite. A collective.
 
+        `update` is its name in the note about a dropped one, `broken` are samples of this rank that are not finite.
         Raises `TrainingDiverged` once `train.max_skipped_updates` updates in a row were dropped.
         """
-        norm, broken = self._measure(0.0 if loss_is_finite else 1.0)
-        healthy = math.isfinite(norm) and not broken
+        norm, bad_losses = self._measure(0.0 if loss_is_finite else 1.0)
+        healthy = math.isfinite(norm) and not bad_losses
         tally = Tally()
         tally.mean("update/skipped", 0.0 if healthy else 1.0)
         if healthy:
@@ -79,14 +85,17 @@ class ScheduledOptimizer(ABC):
             self.stepped += 1
             tally.mean("update/grad_norm", norm)
             tally.mean("update/lr", rate)
+        cause = "" if healthy else attributed(Findings(broken, first_broken(self._named_gradients())))
         self.zero_grad()
         self.update += 1
         self.skipped_in_row = 0 if healthy else self.skipped_in_row + 1
+        if not healthy:
+            tally.note(f"{update} is not finite, and is skipped: {cause}")
         if self.skipped_in_row >= self._train.max_skipped_updates:
             raise TrainingDiverged(
-                f"{self.skipped_in_row} updates in a row were not finite (last gradient norm {norm}, bad loss on {int(broken)} ranks); "
-                "the weights are those before them. Resuming trains the same journaled batches again and ends here too: look at them, then "
-                "start a new run (another run.name) with a lower train.lr, or without what they show"
+                f"{self.skipped_in_row} updates in a row were not finite (last gradient norm {norm}, bad loss on {int(bad_losses)} ranks): "
+                f"{cause}. The weights are those before them. Resuming trains the same journaled batches again and ends here too: look at "
+                "them, then start a new run (another run.name) with a lower train.lr, or without what they show"
             )
         return tally
 
@@ -173,6 +182,9 @@ class MasterAdamW(ScheduledOptimizer):
                 master.grad = local_part(gradient)
             elif master.grad is None:
                 master.grad = torch.zeros_like(master)
+
+    def _named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, master.grad) for name, master in self.masters.items() if master.grad is not None)
 
     def _gradients(self) -> list[torch.Tensor]:
         return [m.grad for m in self.masters.values() if m.grad is not None]

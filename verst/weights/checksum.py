@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ ROW_WORDS = 4096
 _ROW_BYTES = 8 * ROW_WORDS
 _CHUNK_BYTES = 16 * _ROW_BYTES  # 0.5 MiB stays in cache
 _DIGEST_BYTES = 8
+
+Item = TypeVar("Item")
 
 
 def tensor_checksum(tensor: torch.Tensor) -> str:
@@ -57,7 +60,7 @@ def start_checksums(tensors: Sequence[torch.Tensor]) -> Callable[[], list[str]]:
     if tensors and tensors[0].device.type == "cuda":
         sums = _on_cuda(tensors)
     else:
-        found = [_host_sums(tensor) for tensor in tensors]
+        found = _host_sums(tensors)
         sums = lambda: found  # noqa: E731
     return lambda: [_digest(kind, sums_of_one) for kind, sums_of_one in zip(kinds, sums(), strict=True)]
 
@@ -78,14 +81,19 @@ def _with(tensors: Iterable[tuple[str, torch.Tensor]], checksums: Iterable[str])
 
 def _by_bytes(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """Consecutive ones, `BUCKET_BYTES` of them or little more together."""
-    some: list[tuple[str, torch.Tensor]] = []
-    nbytes = 0
-    for name, tensor in tensors:
-        some.append((name, tensor))
-        nbytes += tensor.nbytes
-        if nbytes >= BUCKET_BYTES:
+    return _batches(tensors, lambda item: item[1].nbytes, BUCKET_BYTES)
+
+
+def _batches(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+    """Consecutive ones, of at least `limit` together but for the last."""
+    some: list[Item] = []
+    total = 0
+    for item in items:
+        some.append(item)
+        total += size(item)
+        if total >= limit:
             yield some
-            some, nbytes = [], 0
+            some, total = [], 0
     if some:
         yield some
 
@@ -104,10 +112,32 @@ def _on_cuda(tensors: Sequence[torch.Tensor]) -> Callable[[], list[NDArray[np.in
     return start_row_sums(ready, _keys(tensors[0].device))
 
 
-def _host_sums(tensor: torch.Tensor) -> NDArray[np.int64]:
+def _host_sums(tensors: Sequence[torch.Tensor]) -> list[NDArray[np.int64]]:
+    small = _one_row_sums([tensor for tensor in tensors if 0 < tensor.nbytes <= _ROW_BYTES])
+    return [next(small) if 0 < tensor.nbytes <= _ROW_BYTES else _many_row_sums(tensor) for tensor in tensors]
+
+
+def _many_row_sums(tensor: torch.Tensor) -> NDArray[np.int64]:
     keys = _keys(tensor.device)
     sums = [_row_sums(rows, keys) for rows in _rows(tensor)]
     return torch.cat(sums).numpy() if sums else np.zeros(0, np.int64)
+
+
+def _one_row_sums(tensors: Sequence[torch.Tensor]) -> Iterator[NDArray[np.int64]]:
+    """Of tensors of one row each, some `_CHUNK_BYTES` at a time: a call for each would take longer than its sums."""
+    for some in _batches(tensors, lambda tensor: tensor.nbytes, _CHUNK_BYTES):
+        lengths = [-(-tensor.nbytes // 8) for tensor in some]
+        bytes_of_all = [part for tensor in some for part in (tensor.reshape(-1).view(torch.uint8), *_filling(tensor))]
+        words = torch.cat(bytes_of_all).view(torch.int64)
+        keys = torch.cat([_keys(words.device)[:length] for length in lengths])
+        # Differences of running sums modulo 2⁶⁴ are the sums of the parts.
+        running = torch.stack([words * keys, (words >> 32) * keys]).cumsum(1)[:, torch.tensor(lengths).cumsum(0) - 1]
+        yield from running.diff(prepend=running.new_zeros(2, 1)).T.numpy()
+
+
+def _filling(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What fills a tensor's bytes up to whole words."""
+    return [torch.zeros(-tensor.nbytes % 8, dtype=torch.uint8)] if tensor.nbytes % 8 else []
 
 
 def manifest_digest(entries: Iterable[TensorEntry]) -> str:

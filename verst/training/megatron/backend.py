@@ -38,6 +38,8 @@ from verst.training.megatron.packed import Packed, pack, pack_probe
 from verst.training.megatron.table.families import family_of
 from verst.training.microbatch import split
 from verst.training.model import require_files
+from verst.training.pace import Pace
+from verst.training.rest import Held, unique
 from verst.training.state import RankState
 from verst.training.step import LoadedStep, PerSample, StepScores, kl_estimator, plan_batch
 from verst.types import Batch, RoutedExperts, RoutesWanted
@@ -62,7 +64,7 @@ class MegatronBackend(Backend[Any]):
     def __init__(self, config: Config, *, rank: int, world: int, device: str | None, arguments: Mapping[str, Any]) -> None:
         require_group(rank, world)
         compat.require()
-        super().__init__(config, device_of(device, deterministic=config.run.deterministic))
+        super().__init__(config, rank, device_of(device, deterministic=config.run.deterministic))
         require_files(Path(config.model.path).expanduser())
         self._hf_config = AutoConfig.from_pretrained(Path(config.model.path).expanduser())
         self._family = family_of(self._hf_config, config.model.path)
@@ -72,6 +74,7 @@ class MegatronBackend(Backend[Any]):
         join(self._layout, self._device.type, config.train.deadline_s)
         self._place = _Place()
         self._build()
+        self._rest.keep("its start")
 
     # ---- routes
 
@@ -135,6 +138,7 @@ class MegatronBackend(Backend[Any]):
         from verst.training.megatron.state import capture
 
         self._require("state")
+        self._rest.require_own("its state was copied")
         return capture(self._optimizer, self._layout, self._tensors)
 
     def load_state(self, state: BackendState) -> None:
@@ -144,6 +148,8 @@ class MegatronBackend(Backend[Any]):
         self._require("load_state")
         restore(self._optimizer, state, self._layout, self._tensors)
         self._step = None
+        self._settle()
+        self._rest.keep("the state was restored")
 
     def release_memory(self, *, weights: bool) -> None:
         """See `Backend.release_memory`. Raises `ConfigError` for options of Megatron that remember where memory lies."""
@@ -172,14 +178,17 @@ class MegatronBackend(Backend[Any]):
             chunks = self._loaded_chunks(config)
             self._tensors = ModelTensors(chunks, self._family, self._hf_config, files)
             self._tensors.load()
+            if self._layout.world > 1 and getattr(self._args, "cuda_graph_impl", "none") == "none":  # a recorded graph calls no hooks
+                self._pace = Pace((layer for chunk in chunks for layer in chunk.decoder.layers), self._device)
             self._chunks = wrap(chunks, config, self._args)
             self._optimizer = MegatronAdamW(self._args, self._chunks, self._config.train, self.num_updates, self._config.run.steps)
             self._optimizer.give_model_its_parameters()
             self._routers = self._tapped()
-            self._reference = None
+            self._reference = self._reference_tensors = None
             if self._algorithm.needs_reference(self._config.algorithm):
                 self._reference = self._loaded_chunks(transformer_config(self._args))
-                ModelTensors(self._reference, self._family, self._hf_config, files).load()
+                self._reference_tensors = ModelTensors(self._reference, self._family, self._hf_config, files)
+                self._reference_tensors.load()
                 for chunk in self._reference:
                     chunk.requires_grad_(False)
 
@@ -195,6 +204,14 @@ class MegatronBackend(Backend[Any]):
             return None
         replays = self._config.train.routes == "replay"
         return Routers(self._chunks, self._kind, self._hf_config.to_dict(), replays=replays)
+
+    def _held(self) -> Held:
+        from verst.training.megatron.copies import copies_of, names_of, updated
+
+        weights = names_of(self._tensors, "weights")
+        reference = {} if self._reference_tensors is None else names_of(self._reference_tensors, "reference")
+        held = unique(weights, updated(self._optimizer, self._tensors), reference)
+        return Held(held, copies_of(self._tensors, "weights"))
 
     def _settle(self) -> None:
         """Ends the gathering of parameters that overlaps with the next forward, before they are read otherwise."""
@@ -286,8 +303,9 @@ class MegatronBackend(Backend[Any]):
             return logprobs_N.sum() * 0.0
         if update == 0 and not step.old:  # the weights are still those the step began with
             step.tally_fidelity(tally, packed, logprobs_N.detach().cpu().numpy())
-        loss, is_finite = policy_loss(self._algorithm, step, packed, (logprobs_N, entropy_N), weights, advantages, tally)
+        loss, is_finite, broken = policy_loss(self._algorithm, step, packed, (logprobs_N, entropy_N), weights, advantages, tally)
         self._loss_is_finite &= is_finite
+        self._broken += broken
         return loss
 
 

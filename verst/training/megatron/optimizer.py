@@ -114,6 +114,13 @@ class MegatronAdamW(ScheduledOptimizer):
         (broken,) = sum_over_ranks([broken])
         return norm, broken
 
+    def _named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What this rank's buffers hold: of a distributed optimizer also what other ranks step, not yet or not wholly summed."""
+        for chunk in self._chunks:
+            for name, parameter in chunk.module.named_parameters():
+                if getattr(parameter, "main_grad", None) is not None:
+                    yield name, parameter.main_grad
+
     def _apply(self, rate: float, norm: float) -> None:
         for group in self._groups():
             group["lr"] = rate

@@ -143,8 +143,12 @@ class ModelTensors:
     def place(self, parameter: torch.Tensor) -> tuple[Key, int, int]:
         """Which tensor of the whole model a parameter is, which tensor-parallel rank's part of it, and of how many."""
         key = self._key_of[id(parameter)]
-        ranks, rank = self._split(self._by_key[key], parameter)
-        return key, rank, ranks
+        return key, *self.part(key)
+
+    def part(self, key: Key) -> tuple[int, int]:
+        """Which tensor-parallel rank's part of a tensor this rank has, and of how many."""
+        ranks, rank = self._split(self._by_key[key], self.local[key])
+        return rank, ranks
 
     def cut(self, key: Key, shards: Sequence[torch.Tensor], rank: int, ranks: int) -> torch.Tensor:
         """The part of tensor-parallel rank `rank` of `ranks`, from the parts of all ranks of another layout. Raises `KeyError`."""

@@ -23,6 +23,16 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def one_ray() -> Iterator[None]:
+    """For all runs of a module: starting one for each is what would take time."""
+    import ray
+
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, configure_logging=False, object_store_memory=1 << 28)
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Directory of a tiny random model by the name of its config, with a tokenizer whose token n reads "wn"."""

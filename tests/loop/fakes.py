@@ -264,7 +264,7 @@ class FakeParts:
         self.events.append("reopen")
 
     # snapshots
-    async def after_commit(self, step: int) -> None:
+    async def after_commit(self, step: int, digest: str) -> None:
         self.trainers._moment(f"snapshot {step}")
         if step % self.kept_every == 0:
             self.kept[step] = list(self.trainers.trained)

@@ -107,8 +107,8 @@ async def test_weights_that_come_out_otherwise_stop_the_run(tmp_path: Path):
     parts.kept_every = 2
     after_commit = parts.after_commit
 
-    async def spoiled(step: int) -> None:
-        await after_commit(step)
+    async def spoiled(step: int, digest: str) -> None:
+        await after_commit(step, digest)
         if step == 2:
             parts.kept[2] = [7, *parts.kept[2][1:]]
 

@@ -141,6 +141,11 @@ class RayWorker:
         with unwrapped(self.name, method):
             return await self.handle.call.remote(method, *args)
 
+    async def where(self) -> Where:
+        """Raises `WorkerDied` if its process has ended before it could say so."""
+        with unwrapped(self.name, "where it is"):
+            return await self._where
+
     async def post(self, method: str, /, *args: Any) -> Any:
         return await self._mailbox.call(method, *args)
 
@@ -159,8 +164,8 @@ class RayWorker:
     async def _seen(self) -> str:
         """What can be seen of its process without its help."""
         try:
-            where = await within(self._where, _WHERE_S, f"{self.name}: where it is", idle=True)
-        except (DeadlineExceeded, RayActorError):
+            where = await within(self.where(), _WHERE_S, f"{self.name}: where it is", idle=True)
+        except (DeadlineExceeded, WorkerDied):
             return "it has not answered since it was started"
         if where.machine != machine():
             return f"its process is {where.pid} on {where.host}"

@@ -241,7 +241,7 @@ class Loop:
             for seq in batch.groups:
                 self._cursors.pop(seq, None)
             with spans("snapshot"):
-                await self._surviving(lambda: self._parts.snapshots.after_commit(step))
+                await self._surviving(lambda: self._parts.snapshots.after_commit(step, trained.published.manifest.digest))
             with spans("pull_wait"):
                 await self._surviving(self._publisher.served)
             self._publisher.begin(self._tasks, trained.published, [] if journaled else batch.groups)

@@ -19,6 +19,7 @@ from verst.config.schema import Config
 from verst.errors import CheckpointError, VerstError, first_line
 from verst.runtime.actors import Worker, WorkerDied
 from verst.runtime.trainers import Trainers, TrainersLost
+from verst.runtime.training_step import weights_digest
 from verst.runtime.wait import NoAnswer, within
 from verst.training.checkpoints import FileRecord, rank_name
 from verst.training.snapshots import snapshot_directory
@@ -50,6 +51,7 @@ class Snapshots:
         self._nodes: list[str] = []
         self._completing: asyncio.Task[None] | None = None
         self._taken_at = self._cost_s = 0.0
+        self._digests: dict[int, str] = {}  # of the weights, as they were committed
 
     async def start(self) -> None:
         """Starts a holder beside every rank. Without them the run goes on: then only checkpoints bring it back."""
@@ -74,8 +76,9 @@ class Snapshots:
                 continue
             await self._ask_once(rank, "open")
 
-    async def after_commit(self, step: int) -> None:
+    async def after_commit(self, step: int, digest: str) -> None:
         """Takes a snapshot of the committed state, if one is due and the one before is complete. Raises `TrainersLost`."""
+        self._digests[step] = digest
         began = time.monotonic()
         due = self._cost_s <= SHARE * (began - self._taken_at)
         if not (self._on and due) or (self._completing is not None and not self._completing.done()):
@@ -139,11 +142,18 @@ class Snapshots:
                     if step not in await self._ask(rank, "steps", self._names[rank]):
                         await self._bring_back(rank, lender, step)
                 await self._trainers.restore_snapshot(self._directories, step)
+                await self._require_committed(step)
             except CheckpointError as error:
                 self._note(f"warning: snapshot of step {step} skipped: {first_line(error)}")
             else:
                 return step
         return None
+
+    async def _require_committed(self, step: int) -> None:
+        """Raises `CheckpointError` if the weights are not those of the commit: they had changed before the snapshot was taken."""
+        digest = await weights_digest(self._trainers, step)
+        if digest != self._digests.get(step, digest):
+            raise CheckpointError(f"its weights hash is {digest}, not {self._digests[step]} as committed")
 
     async def _complete_on_all(self, at_most: int, lenders: Sequence[int | None]) -> list[int]:
         """Steps that every rank can have, from its own holder or from its lender, the newest first."""

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verst.config.schema import Config
-from verst.errors import CheckpointError, CollectiveFailed, DeviceFailed, VerstError
+from verst.errors import CheckpointError, CollectiveFailed, CorruptWeights, DeviceFailed, VerstError
 from verst.journal.codec import encode_batch, encode_routes
 from verst.observe.metrics import Tally, merged
 from verst.observe.outliers import LAYER_US, slowest
@@ -39,7 +39,10 @@ _ANSWER_S = 5.0
 
 
 class TrainersLost(VerstError):
-    """Trainer ranks died, do not answer, or lost one another: nothing was committed, and computing may begin again after `rebuild`."""
+    """Trainer ranks died, do not answer, lost one another, or hold weights that changed by themselves.
+
+    Nothing was committed, and computing may begin again after `rebuild`.
+    """
 
 
 @contextlib.contextmanager
@@ -47,7 +50,7 @@ def _loss_of(worker: Worker) -> Iterator[None]:
     """What tells that a rank is lost, or has lost the others, becomes `TrainersLost`."""
     try:
         yield
-    except (WorkerDied, NoAnswer, CollectiveFailed) as error:
+    except (WorkerDied, NoAnswer, CollectiveFailed, CorruptWeights) as error:
         raise TrainersLost(str(error)) from error
     except DeviceFailed as error:
         worker.kill()  # it answers, but computes nothing more

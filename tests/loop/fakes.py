@@ -206,6 +206,7 @@ class FakeParts:
         self.transfer = self
         self.snapshots = self
         self.replacer = SimpleNamespace(run=asyncio.Event().wait)
+        self.heartbeat = SimpleNamespace(run=asyncio.Event().wait)
         self.faults = Faults(self.journal, self.note)
         self.kept: dict[int, list[int]] = {}  # snapshots: what was trained by then
         self.kept_every = 1

@@ -5,7 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-_PHASES = ("rollout", "lease", "load", "forward_backward", "optimizer", "publish", "commit", "pull_wait", "evaluate", "checkpoint")
+_PHASES = (
+    "rollout",
+    "lease",
+    "load",
+    "forward_backward",
+    "optimizer",
+    "publish",
+    "commit",
+    "snapshot",
+    "pull_wait",
+    "evaluate",
+    "checkpoint",
+    "recover",
+)
 _SHOWN_IF_ANY = ("rollout/failed", "update/skipped", "checkpoint/failed")
 _SHORT = {"forward_backward": "fwd+bwd", "pull_wait": "pull"}
 _STEP_LINE = re.compile(r"step +\d+/\d+  ")

@@ -49,6 +49,14 @@ class Worker(Protocol):
         """The machine that its process is on, by Ray's name for it."""
         ...
 
+    async def where(self) -> Where:
+        """Returns once its process runs. Raises `WorkerDied` if it ended before."""
+        ...
+
+    async def ping(self) -> None:
+        """Returns as soon as its process answers, whatever it works on."""
+        ...
+
     async def stacks(self) -> str:
         """What its process does, also if that does not answer: then as seen from outside. Returns within some 5 s and raises nothing."""
         ...
@@ -142,9 +150,12 @@ class RayWorker:
             return await self.handle.call.remote(method, *args)
 
     async def where(self) -> Where:
-        """Raises `WorkerDied` if its process has ended before it could say so."""
         with unwrapped(self.name, "where it is"):
             return await self._where
+
+    async def ping(self) -> None:
+        with unwrapped(self.name, "ping"):
+            await self.handle.where.remote()
 
     async def post(self, method: str, /, *args: Any) -> Any:
         return await self._mailbox.call(method, *args)
@@ -202,6 +213,11 @@ class LocalWorker:
 
     async def node(self) -> str:
         return ""
+
+    async def where(self) -> Where:
+        return Where(socket.gethostname(), os.getpid(), machine())
+
+    async def ping(self) -> None: ...
 
     async def stacks(self) -> str:
         return "in this process"

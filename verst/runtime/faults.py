@@ -20,7 +20,8 @@ class Faults:
 
     def lost(self, role: str, step: int, error: BaseException, also: str = "") -> None:
         self.count += 1
-        self._note(f"{role} was lost after step {step}{also}: {first_line(error)}")
+        verb = "were" if role.endswith("trainers") else "was"
+        self._note(f"{role} {verb} lost after step {step}{also}: {first_line(error)}")
         self._journal.append_fault(FaultRecord(role, str(error), step, time.time()))
 
     def recovered(self, role: str, step: int, source: str, seconds: float, line: str) -> None:

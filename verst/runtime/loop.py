@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -79,6 +80,7 @@ class Loop:
         self._publisher = Publisher(config, parts, self._standing, self._free, restored.step)
         self._saver = Saver(config, parts, saved=restored.step)
         self._revival = Revival(parts)
+        self._spans = Spans()  # of the step in progress
         self.version = restored.step
 
     def stop(self) -> None:
@@ -102,11 +104,11 @@ class Loop:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
-                replacing = tasks.create_task(self._parts.replacer.run())
+                watching = [tasks.create_task(part.run()) for part in (self._parts.replacer, self._parts.heartbeat)]
                 await self._standing.explained(self._replay)
                 await self._standing.explained(self._begin)
                 work = (self._read, self._feed, *[self._roll] * self._slots.capacity)
-                producers = [replacing, *(tasks.create_task(self._standing.explained(part)) for part in work)]
+                producers = [*watching, *(tasks.create_task(self._standing.explained(part)) for part in work)]
                 await self._standing.explained(self._consume)
                 for producer in producers:
                     producer.cancel()
@@ -240,13 +242,10 @@ class Loop:
                 await self._commit(step, trained.published.manifest.digest, journaled)
             for seq in batch.groups:
                 self._cursors.pop(seq, None)
-            with spans("snapshot"):
-                await self._surviving(lambda: self._parts.snapshots.after_commit(step, trained.published.manifest.digest))
-            with spans("pull_wait"):
-                await self._surviving(self._publisher.served)
+            await self._surviving(lambda: self._parts.snapshots.after_commit(step, trained.published.manifest.digest), "snapshot")
+            await self._surviving(self._publisher.served, "pull_wait")
             self._publisher.begin(self._tasks, trained.published, [] if journaled else batch.groups)
-            with spans("checkpoint"):
-                await self._surviving(lambda: self._saver.after_step(self._state()))
+            await self._surviving(lambda: self._saver.after_step(self._state()), "checkpoint")
         told = [*groups, *dropped.groups]
         metrics = batching.describe(told, trained.advantages, step - 1) | trained.tally.report() | self._parts.journal.report()
         metrics |= self._bias.trained(groups, step - 1)
@@ -294,8 +293,7 @@ class Loop:
         metrics |= {"slots/held": float(self._slots.held), "version": float(self.version)}
         metrics["replicas"] = float(len(self._parts.replicas.active))
         if self._evaluates_at(self.version):
-            with self._spans("pull_wait"):
-                await self._surviving(self._publisher.served)
+            await self._surviving(self._publisher.served, "pull_wait")
             with self._spans("evaluate"):
                 metrics |= await self._parts.evaluate()
         self._parts.observer.step(self.version, groups, metrics, self._spans)
@@ -329,21 +327,23 @@ class Loop:
 
     # ---- what was lost
 
-    async def _surviving(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Does what needs the trainers; once more, with those who were brought back, if ranks are lost in it."""
+    async def _surviving(self, work: Callable[[], Awaitable[T]], phase: str | None = None) -> T:
+        """Does what needs the trainers; once more, with those who were brought back, if ranks are lost in it. `phase`: of the step."""
         lost: TrainersLost | None = None
         while True:
             try:
                 if lost is not None:
                     await self._bring_back(lost)
-                return await work()
+                with nullcontext() if phase is None else self._spans(phase):
+                    return await work()
             except TrainersLost as again:
                 lost = again
 
     async def _bring_back(self, lost: TrainersLost) -> None:
         """The trainers, to the last commit: from a snapshot or a checkpoint, and by the journaled steps since then."""
         async with self._parts.lease.reviving():
-            restored = await self._revival.bring_back(lost, self.version)
+            with self._spans("recover"):
+                restored = await self._revival.bring_back(lost, self.version)
             for step in range(restored + 1, self.version + 1):
                 trained = await self._compute(self._journaled_batch(step))
                 self._require_same(step, trained.published.manifest.digest, self._parts.journal.commit(step).digest)

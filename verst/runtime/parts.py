@@ -13,6 +13,7 @@ from verst.data.stream import PromptStream
 from verst.journal.log import Journal
 from verst.observe.metrics import Tally
 from verst.runtime.faults import Faults
+from verst.runtime.heartbeat import Heartbeat
 from verst.runtime.lease import Lease
 from verst.runtime.observer import Observer
 from verst.runtime.pools import Replicas
@@ -41,6 +42,7 @@ class Parts:
     lease: Lease
     snapshots: Snapshots
     replacer: Replacer
+    heartbeat: Heartbeat
     faults: Faults
     eval_prompts: list[Prompt]
 

@@ -26,6 +26,7 @@ from verst.runtime.bundles import reserve
 from verst.runtime.changes import journal_changes
 from verst.runtime.extensions import Extensions
 from verst.runtime.faults import Faults
+from verst.runtime.heartbeat import Heartbeat
 from verst.runtime.lease import Lease
 from verst.runtime.loop import Loop
 from verst.runtime.observer import Observer, fidelity_watch
@@ -166,6 +167,7 @@ class RunService:
             lease=lease,
             snapshots=snapshots,
             replacer=Replacer(replicas, self._spawn_replica, faults),
+            heartbeat=Heartbeat(lambda: [*trainers.workers, *replicas.workers, *snapshots.workers], self._observer.note),
             faults=faults,
             eval_prompts=held_out,
         )

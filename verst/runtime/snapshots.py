@@ -53,6 +53,11 @@ class Snapshots:
         self._taken_at = self._cost_s = 0.0
         self._digests: dict[int, str] = {}  # of the weights, as they were committed
 
+    @property
+    def workers(self) -> list[Worker]:
+        """The holders."""
+        return list(self._holders)
+
     async def start(self) -> None:
         """Starts a holder beside every rank. Without them the run goes on: then only checkpoints bring it back."""
         if not self._on:

@@ -270,7 +270,7 @@ class FakeParts:
         if step % self.kept_every == 0:
             self.kept[step] = list(self.trainers.trained)
 
-    async def restore(self, at_most: int) -> int | None:
+    async def restore(self, at_most: int, newer_than: int = -1) -> int | None:
         steps = [step for step in self.kept if step <= at_most]
         if not steps:
             return None

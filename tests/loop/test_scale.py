@@ -28,6 +28,7 @@ from verst.runtime.placement import Placement
 from verst.runtime.pools import Replicas
 from verst.runtime.recovery import Cursor, Restored
 from verst.runtime.replacer import Replacer
+from verst.runtime.replica import fresh
 from verst.runtime.rollout_worker import Pulled, Seat
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.scale_request import ScaleAnswer, ScaleRequest, State
@@ -148,7 +149,7 @@ class Scaled:
         self.config: Config = config(run={"steps": STEPS}, rollout=rollout, **sections)
         self.world = world
         self.parts = FakeParts(self.config, root)
-        self.replicas = Replicas([Killable(n, world) for n in range(replicas)], self.config)
+        self.replicas = Replicas(fresh([Killable(n, world) for n in range(replicas)]), self.config)
         self.parts.replacer = Replacer(self.replicas, self._spawn, self.parts.faults)  # pyright: ignore[reportAttributeAccessIssue]
         self.parts.replicas = self.replicas  # pyright: ignore[reportAttributeAccessIssue]
         if by_group:

@@ -22,6 +22,7 @@ from verst.journal.codec import decode_group
 from verst.rollout.environments import SingleTurn
 from verst.runtime.extensions import Extensions
 from verst.runtime.pools import Replicas
+from verst.runtime.replica import fresh
 from verst.runtime.rollout_worker import RolloutWorker
 from verst.testing import FakeEngine, FakeEnvironment, tiny_tokenizer
 from verst.types import Group, Message, PauseMode, Prompt, Reply, Status, TensorEntry
@@ -88,7 +89,7 @@ def replica(cfg: Config, *, shared: bool = False) -> tuple[Parts, RolloutWorker,
         return await getattr(worker, method)(*args)
 
     only = SimpleNamespace(name="replica 0", call=call, post=call, kill=lambda: None)
-    return parts, worker, Replicas([cast(Any, only)], cfg, shared=shared)
+    return parts, worker, Replicas(fresh([cast(Any, only)]), cfg, shared=shared)
 
 
 async def begun(parts: Parts, seq: int) -> None:

@@ -16,7 +16,7 @@ from verst.runtime import pools
 from verst.runtime import trainers as trainers_module
 from verst.runtime.actors import WorkerDied
 from verst.runtime.pools import Replicas
-from verst.runtime.replica import Stage
+from verst.runtime.replica import Stage, fresh
 from verst.runtime.trainers import Trainers, TrainersLost
 from verst.types import Group, Message, Prompt, Status
 
@@ -132,7 +132,7 @@ class RolloutReplica:
 
 
 def replicas(*members: RolloutReplica, **rollout: Any) -> Replicas:
-    return Replicas(members, Config.model_validate({"run": {"steps": 1}, "model": {"path": "unused"}, "rollout": rollout}))
+    return Replicas(fresh(members), Config.model_validate({"run": {"steps": 1}, "model": {"path": "unused"}, "rollout": rollout}))
 
 
 async def test_a_replica_from_which_no_group_comes_back_is_lost_and_its_group_goes_to_another(monkeypatch: pytest.MonkeyPatch):
@@ -234,7 +234,7 @@ def test_the_limit_of_a_group_beside_an_evaluation_is_below_the_wait_of_its_step
             "eval": {"every_steps": 1, "prompts": 256},
         }
     )
-    run = Replicas([RolloutReplica(0, bool)], config)
+    run = Replicas(fresh([RolloutReplica(0, bool)]), config)
     trajectories = 2 * 8 + 256
     assert run.deadline_s(2) == pools.group_deadline_s(config, trajectories, shared=False)
     assert 600 * (1 + trajectories // 64) + trajectories * 30 < run.deadline_s(2) < run.step_wait_s / 2

@@ -35,6 +35,7 @@ from verst.runtime.observer import Observer
 from verst.runtime.parts import Parts
 from verst.runtime.pools import Replicas
 from verst.runtime.recovery import Cursor, Restored
+from verst.runtime.replica import fresh
 from verst.runtime.trainer_worker import Published
 from verst.runtime.transfer import Brought
 from verst.types import Group, Prompt
@@ -502,7 +503,7 @@ class TimedParts(FakeParts):
         paths = {"metrics": "metrics.jsonl", "timeline": "timeline.jsonl", "log": "run.log"}
         run = SimpleNamespace(root=root, **{name: root / file for name, file in paths.items()})
         self.observer = cast(Any, Observer(cast(Any, run), cfg.run.steps, FidelityWatch(0.01, "warn")))
-        self.replicas = cast(Any, Replicas([cast(Any, Replica(self, roll_s, score_s))], cfg, timeline=self.observer.timeline))
+        self.replicas = cast(Any, Replicas(fresh([cast(Any, Replica(self, roll_s, score_s))]), cfg, timeline=self.observer.timeline))
         self.pull_s = pull_s
         train = self.trainers.forward_backward
 

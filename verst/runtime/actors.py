@@ -233,7 +233,12 @@ def spawn(
 
     Actors that it spawns itself have its `env` too: Ray hands it down.
     """
+    return RayWorker(role, _HOST.options(**actor_options(gpus, env, ray_options)).remote(factory, *args))
+
+
+def actor_options(gpus: float, env: Mapping[str, str] | None, ray_options: Mapping[str, Any]) -> dict[str, Any]:
+    """What Ray shall know of the process of an actor."""
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": _CONCURRENT_CALLS, **ray_options}
     if env:
         options["runtime_env"] = {"env_vars": dict(env)}
-    return RayWorker(role, _HOST.options(**options).remote(factory, *args))
+    return options

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from verst.errors import ConfigError, RunLocked, VerstError
+from verst.runtime.kept import NAMESPACE, restarted
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.service import RunService
 
@@ -28,7 +29,6 @@ _ANSWER_S = 30.0
 """Limit of a loop's answer to whether it has ended."""
 _FAREWELL_S = 10.0
 """How long a loop that ended still answers: those who watch ask twice a second."""
-_NAMESPACE = "verst"
 _TRY = """
 import sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)
@@ -60,7 +60,7 @@ def connect(address: str) -> str:
         _reach(address)
     _show_token()
     found = _try(address)
-    ray.init(address=found, namespace=_NAMESPACE, log_to_driver=False, configure_logging=False)
+    ray.init(address=found, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
     return found
 
 
@@ -117,12 +117,12 @@ def loop_of(run: RunDirectory) -> Any | None:
     from ray.exceptions import GetTimeoutError, RayActorError
 
     try:
-        handle = ray.get_actor(_name(run), namespace=_NAMESPACE)
+        handle = ray.get_actor(_name(run), namespace=NAMESPACE)
         if not ray.get(handle.call.remote("over"), timeout=_ANSWER_S):
             return handle
         ray.kill(handle)  # it has ended and only answers those who still watch
         for _ in range(int(10 * _ANSWER_S)):
-            ray.get_actor(_name(run), namespace=_NAMESPACE)
+            ray.get_actor(_name(run), namespace=NAMESPACE)
             time.sleep(0.1)
     except (ValueError, RayActorError):  # there is none, or not any more
         return None
@@ -143,7 +143,7 @@ def begin_loop(run: RunDirectory, env: Mapping[str, str]) -> Any:
     from verst.runtime.actors import spawn, unwrapped
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options = {"name": _name(run), "namespace": _NAMESPACE, "lifetime": "detached", "scheduling_strategy": here}
+    options = {"name": _name(run), "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": -1, "scheduling_strategy": here}
     try:
         handle = spawn("loop", ClusterRun, str(run.root), env=env, **options).handle
     except ValueError as error:  # the name is taken
@@ -165,21 +165,12 @@ def _name(run: RunDirectory) -> str:
 
 
 class ClusterRun(RunService):
-    """A run that needs nobody to watch it. Once begun, everyone who calls `run` waits for its end; its process ends soon after it."""
+    """A run that needs nobody to watch it: if its process dies, Ray starts another, which goes on. Its process ends soon after the run."""
 
     def __init__(self, root: str) -> None:
         super().__init__(root)
-        self._whole: asyncio.Task[None] | None = None
-
-    async def begin(self) -> None:
-        """Begins the run, unless somebody else has; it goes on by itself from here."""
-        if self._whole is None:
-            self._whole = asyncio.create_task(self._to_the_end())
-
-    async def run(self) -> None:
-        await self.begin()
-        assert self._whole is not None
-        await asyncio.shield(self._whole)
+        if restarted():
+            self._beginning = asyncio.get_running_loop().create_task(self.begin())
 
     async def over(self) -> bool:
         """Whether the run has ended, with or without an error."""
@@ -187,7 +178,7 @@ class ClusterRun(RunService):
 
     async def _to_the_end(self) -> None:
         try:
-            await super().run()
+            await super()._to_the_end()
         finally:
             asyncio.get_running_loop().call_later(_FAREWELL_S, _end_process)
 

@@ -13,6 +13,8 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,10 @@ from verst.runtime.branch import create_run, open_branch
 from verst.runtime.extensions import Extensions
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.shown import Echo, shown
+
+_DEATHS = 4
+_DEATHS_S = 600.0
+"""So many deaths of the loop's process in that time end the run: something kills it that no restart mends."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,7 @@ def _loop(run: RunDirectory, address: str | None, env: Mapping[str, str], echo: 
         from verst.runtime.service import RunService
 
         echo(f"run {run.root}")
-        return spawn("loop", RunService, str(run.root), env=env).handle
+        return spawn("loop", RunService, str(run.root), env=env, max_restarts=-1).handle
     from verst.runtime import cluster
 
     handle = cluster.loop_of(run)
@@ -220,34 +226,75 @@ def _require_unlocked(run: RunDirectory) -> None:
 
 
 def _watch(handle: Any, asked: Asked, echo: Echo) -> None:
-    """Shows the run's lines until it ends or the terminal is closed; raises what the run raised."""
-    import ray
-    from ray.exceptions import GetTimeoutError
+    """Shows the run's lines until it ends or the terminal is closed; raises what the run raised.
 
-    from verst.runtime.actors import unwrapped
+    Should the loop's process die, Ray starts another one, which finds the processes that live and goes on from the journal.
+    """
+    from verst.runtime.actors import WorkerDied
 
-    running = handle.call.remote("run")
-    seen, told = 0, False
-    while not asked.leave.is_set():
-        ended = bool(ray.wait([running], timeout=0)[0])
+    watch, deaths = _Watch(handle, asked, echo), deque[float](maxlen=_DEATHS)
+    while True:
+        try:
+            return watch.until_it_ends()
+        except WorkerDied as error:
+            deaths.append(time.monotonic())
+            if len(deaths) == _DEATHS and deaths[-1] - deaths[0] < _DEATHS_S:
+                raise
+            echo(f"{error}: it starts again and goes on from its journal")
+            watch = _Watch(handle, asked, echo)
+
+
+class _Watch:
+    """Over one life of the loop's process."""
+
+    def __init__(self, handle: Any, asked: Asked, echo: Echo) -> None:
+        self._handle, self._asked, self._echo = handle, asked, echo
+        self._running = handle.call.remote("run")
+        self._seen, self._told = 0, False
+
+    def until_it_ends(self) -> None:
+        """Or until the terminal is closed. Raises `WorkerDied` with the process."""
+        import ray
+
+        from verst.runtime.actors import unwrapped
+
+        while not self._asked.leave.is_set():
+            ended = bool(ray.wait([self._running], timeout=0)[0])
+            lines = self._lines(0.0 if ended else 0.5)
+            if lines is None:
+                continue
+            self._pass_on(lines)
+            if ended and not lines:
+                with unwrapped("loop", "run"):
+                    ray.get(self._running, timeout=60)
+                return
+
+    def _lines(self, wait_s: float) -> list[str] | None:
+        """None: it is busy, not dead, for a dead one raises at once."""
+        import ray
+        from ray.exceptions import GetTimeoutError
+
+        from verst.runtime.actors import unwrapped
+
         with unwrapped("loop", "watching"):
             try:
-                seen, lines = ray.get(handle.call.remote("lines", seen, 0.0 if ended else 0.5), timeout=60)
+                self._seen, lines = ray.get(self._handle.call.remote("lines", self._seen, wait_s), timeout=60)
             except GetTimeoutError:
-                continue  # busy, not dead: a dead one raises at once
+                return None
+        return lines
+
+    def _pass_on(self, lines: Sequence[str]) -> None:
+        """The run's lines to a person, and what a person has asked for to the run."""
+        asked = self._asked
         if asked.standing.is_set():
             asked.standing.clear()
-            handle.call.remote("tell_standing")
-        stopping = asked.stop.is_set() and not told
+            self._handle.call.remote("tell_standing")
+        stopping = asked.stop.is_set() and not self._told
         for line in (*lines, *(asked.lines if stopping else ())):
-            echo(line)
-        if ended and not lines:
-            with unwrapped("loop", "run"):
-                ray.get(running, timeout=60)
-            break
+            self._echo(line)
         if stopping:
-            told = True
-            handle.call.remote("stop")
+            self._told = True
+            self._handle.call.remote("stop")
 
 
 @contextlib.contextmanager

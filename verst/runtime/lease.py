@@ -33,10 +33,14 @@ class Lease:
         self.hand_over_s = 3 * config.train.deadline_s if shared else 0.0
         """Limit of what comes to the pull of a version where devices are shared."""
 
-    async def start(self, scores: bool) -> None:
-        """Starts both sides: together, or one after the other where devices are shared. Then it is the trainers' turn."""
+    async def start(self, scores: bool, *, again: bool = False) -> None:
+        """Starts both sides: together, or one after the other where devices are shared. Then it is the trainers' turn.
+
+        `again`: trainer ranks may live that an earlier loop has started. Raises `TrainersLost` if such ranks are lost once more.
+        """
         if not self._shared:
-            await gather_named({"trainers": self._trainers.start(), "replicas": self._replicas.start(scores)})
+            trainers = self._trainers.rebuild() if again else self._trainers.start()
+            await gather_named({"trainers": trainers, "replicas": self._replicas.start(scores)})
             return
         await self._trainers.start()
         await self._trainers.release_memory(weights=True)

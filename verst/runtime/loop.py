@@ -78,7 +78,7 @@ class Loop:
         self._standing = Standing(self._slots, parts.replicas, parts.keep_stacks)
         self._intake = Intake(config, parts, self._ready, self._standing, self._give_up, restored.finished)
         self._publisher = Publisher(config, parts, self._standing, self._free, restored.step)
-        self._saver = Saver(config, parts, saved=restored.step)
+        self._saver = Saver(config, parts, saved=restored.saved)
         self._revival = Revival(parts)
         self._spans = Spans()  # of the step in progress
         self.version = restored.step

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -94,7 +95,7 @@ class Mailbox:
         self, name: str, submit: Callable[[Sequence[Call]], Awaitable[None]], collect: Callable[[float], Awaitable[list[Answer]]]
     ) -> None:
         self._name, self._submit, self._collect = name, submit, collect
-        self._numbers = itertools.count()
+        self._numbers = itertools.count(secrets.randbits(60))  # an inbox may still hold answers to a loop that died
         self._outgoing: list[Call] = []
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()

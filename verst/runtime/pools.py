@@ -46,9 +46,10 @@ class Replicas:
     and seeds, and it is replaced (`verst.runtime.replacer`). Without any other, groups wait for the replacement.
     """
 
-    def __init__(self, workers: Sequence[Worker], config: Config, *, shared: bool = False, timeline: Timeline | None = None) -> None:
-        self._replicas = [Replica(number, worker, slot=number) for number, worker in enumerate(workers)]
-        self._numbers = itertools.count(len(workers))
+    def __init__(self, replicas: Sequence[Replica], config: Config, *, shared: bool = False, timeline: Timeline | None = None) -> None:
+        """`replicas`: those that the run begins with."""
+        self._replicas = list(replicas)
+        self._numbers = itertools.count(max((replica.number for replica in replicas), default=-1) + 1)
         self._members: list[Replica] = []
         self._publishing = asyncio.Lock()
         self._changed = asyncio.Event()  # set as replicas become ready, or serve
@@ -94,7 +95,8 @@ class Replicas:
 
     async def _start(self, replica: Replica) -> RoutedExperts | None:
         """Returns what its engine records of its routes."""
-        (recorded,) = await self._all("start", self._config.train.deadline_s, self._scores, of=[replica])
+        method, args = ("routed_experts", ()) if replica.started else ("start", (self._scores,))
+        (recorded,) = await self._all(method, self._config.train.deadline_s, *args, of=[replica])
         (replica.weight_ranks,) = await self._all("weight_ranks", self._config.weights.deadline_s, of=[replica])
         return recorded
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from verst.runtime.changes import reordered_since
 from verst.runtime.stored import newest_state
+from verst.training.snapshots import KEPT
 
 if TYPE_CHECKING:
     from verst.runtime.parts import Parts
@@ -52,6 +53,7 @@ class Restored:
     batches: tuple[JournaledBatch, ...] = ()
     finished: frozenset[int] = frozenset()  # in the journal and in no batch
     consumed: frozenset[int] = frozenset()  # in a batch, or dropped by one
+    saved: int = 0  # the step of the newest checkpoint
     same_sums: bool = True  # steps trained again add numbers in the same order as the first time: on the same ranks and threads
 
 
@@ -69,20 +71,33 @@ async def recover(parts: Parts) -> Restored:
     checkpoint, warnings = await asyncio.to_thread(newest_state, parts.run)
     for warning in warnings:
         note(f"warning: {warning}")
-    step, cursor = 0, Cursor(0, parts.stream.state())
-    if checkpoint is not None:
-        await parts.trainers.restore(str(checkpoint.path.parent), checkpoint.step)
-        step = checkpoint.step
-    if checkpoint is not None and step:
+    saved, cursor = 0 if checkpoint is None else checkpoint.step, Cursor(0, parts.stream.state())
+    step = await _from_memory(parts, saved)
+    source = "memory" if step is not None else "initial model" if checkpoint is None else "checkpoint"
+    if step is None:
+        step = saved
+        if checkpoint is not None:
+            await parts.trainers.restore(str(checkpoint.path.parent), checkpoint.step)
+    if checkpoint is not None and saved:
         cursor = Cursor(checkpoint.loop["seq"], checkpoint.loop["stream"])
         parts.stream.restore(cursor.stream)
     todo = journal.recovery(step)
     batches = tuple(JournaledBatch(s, journal.batch(s).groups, digest) for s, digest in todo.retrain)
     finished = frozenset(todo.pending)
     if journal.index.groups:
-        state = "initial model" if checkpoint is None else "checkpoint"
-        note(f"resumed at step {step} ({state}): {len(batches)} journaled steps to train again, {len(finished)} finished groups to train")
+        note(f"resumed at step {step} ({source}): {len(batches)} journaled steps to train again, {len(finished)} finished groups to train")
     changed = reordered_since(parts.run, step)
     if changed:
         note(f"{', '.join(sorted(changed))} changed since: those steps will have the same weights up to rounding, not bit for bit")
-    return Restored(step, cursor, batches, finished, frozenset(journal.index.groups) - finished, same_sums=not changed)
+    consumed = frozenset(journal.index.groups) - finished
+    return Restored(step, cursor, batches, finished, consumed, same_sums=not changed, saved=saved)
+
+
+async def _from_memory(parts: Parts, saved: int) -> int | None:
+    """The step of a snapshot that the trainers were restored from, if a former process has left one that is newer than the checkpoint."""
+    journal = parts.journal
+    last = journal.index.last_commit
+    if last <= saved:
+        return None
+    parts.snapshots.expect({step: journal.commit(step).digest for step in range(max(saved + 1, last - KEPT), last + 1)})
+    return await parts.snapshots.restore(last, newer_than=saved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -25,6 +26,11 @@ class Stage(StrEnum):
     LEAVING = "leaving"  # it finishes the groups that it has, and takes part in no publish
 
 
+def fresh(workers: Sequence[Worker]) -> list[Replica]:
+    """Those that a run begins with."""
+    return [Replica(number, worker, slot=number) for number, worker in enumerate(workers)]
+
+
 @dataclass(eq=False)
 class Replica:
     """A replica. Its number is its own for as long as the run's processes live: no later one gets it."""
@@ -40,6 +46,8 @@ class Replica:
     """Evaluated prompts, each of one trajectory."""
     finished: int = 0
     """Groups that came back from it."""
+    started: bool = False
+    """Its engine runs already: an earlier loop has started it."""
     weight_ranks: int = 1
     """Members of a weight group that its engine becomes."""
     first_version: int = 0

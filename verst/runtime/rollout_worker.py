@@ -37,6 +37,15 @@ class Pulled:
 
 
 @dataclass(frozen=True, slots=True)
+class Adopted:
+    """What a replica has when another loop takes over."""
+
+    slot: int
+    started: bool  # whether its engine runs
+    finished: tuple[bytes, ...]  # groups, encoded, that may not have reached the journal
+
+
+@dataclass(frozen=True, slots=True)
 class Seat:
     """A replica's places in a weight group: from `first_rank` on, one for each rank of its engine."""
 
@@ -90,6 +99,8 @@ class RolloutWorker:
         self._traffic = asyncio.Condition()
         self._draining = False
         self._pulls = asyncio.Lock()
+        self._started = False
+        self._finished: dict[int, bytes] = {}
         self._waits = Waits()  # of groups by their numbers, of trajectories by their ids
 
     async def start(self, scores: bool) -> RoutedExperts | None:
@@ -103,6 +114,7 @@ class RolloutWorker:
                 parts["the reward"] = self._start_scorer()
             await gather_named(parts)
             await self.engine.start()
+        self._started = True
         self._rollers = {False: self._roller(evaluate=False), True: self._roller(evaluate=True)}
         return self.engine.routed_experts
 
@@ -171,9 +183,18 @@ class RolloutWorker:
         try:
             group = await self._rolled(seq, prompt, how)
             self._waits.begin(seq, "its rewards")
-            return encode_group(await self._scorer.score(group))
+            encoded = encode_group(await self._scorer.score(group))
         finally:
             self._waits.end(seq)
+        if how == "policy":
+            self._keep(seq, encoded)
+        return encoded
+
+    def _keep(self, seq: int, encoded: bytes) -> None:
+        """For another loop, if this one dies before the group is in its journal: of the newest groups, as many as there are slots."""
+        self._finished[seq] = encoded
+        if len(self._finished) > self._config.capacity_groups:
+            del self._finished[next(iter(self._finished))]
 
     async def _rolled(self, seq: int, prompt: Prompt, how: str) -> Group:
         self._waits.begin(seq, "a new version to come")
@@ -266,6 +287,18 @@ class RolloutWorker:
         """Answers while its process runs. Raises `EngineFailure` if its engine does not work any more."""
         if self.engine is not None:
             await self.engine.check()
+
+    async def adopt(self) -> Adopted:
+        """Another loop takes over from one that died. What was in flight is given up, what was finished is handed over."""
+        for rolling in self._tasks:
+            rolling.cancel()
+        await self.admit()
+        finished, self._finished = tuple(self._finished.values()), {}
+        return Adopted(self._slot, self._started, finished)
+
+    async def routed_experts(self) -> RoutedExperts | None:
+        """What the engine records of its routes."""
+        return self.engine.routed_experts
 
     async def weight_ranks(self) -> int:
         """Members of the weight group that this replica's engine becomes."""

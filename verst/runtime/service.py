@@ -21,12 +21,14 @@ from verst.errors import ConfigError, VerstError
 from verst.extend import origin
 from verst.journal.lock import RunLock
 from verst.journal.log import Journal
-from verst.runtime.actors import Worker, spawn
+from verst.runtime.actors import Worker
+from verst.runtime.adoption import adopt_replicas, complete, keep_finished
 from verst.runtime.bundles import reserve
 from verst.runtime.changes import journal_changes
 from verst.runtime.extensions import Extensions
 from verst.runtime.faults import Faults
 from verst.runtime.heartbeat import Heartbeat
+from verst.runtime.kept import Kept
 from verst.runtime.lease import Lease
 from verst.runtime.loop import Loop
 from verst.runtime.observer import Observer, fidelity_watch
@@ -52,9 +54,12 @@ Spawn = Callable[..., Worker]
 class RunService:
     """Everything of one run that is not a model: lock, parts, loop."""
 
-    def __init__(self, root: str, spawn_worker: Spawn = spawn, placement: Placement | None = None) -> None:
+    def __init__(self, root: str, spawn_worker: Spawn | None = None, placement: Placement | None = None) -> None:
+        """`spawn_worker` starts the processes of the run, which end with this one. Default: they outlive it (`verst.runtime.kept`)."""
         self._run, self._config = RunDirectory.open(root)
-        self._spawn = spawn_worker
+        self._given_spawn = spawn_worker
+        self._spawn: Spawn
+        self._whole: asyncio.Task[None] | None = None
         self._placement = placement
         self._spawn_replica: Callable[[int, int], Worker]
         self._observer = Observer(self._run, self._config.run.steps, fidelity_watch(self._config))
@@ -63,7 +68,17 @@ class RunService:
         self._loop: Loop | None = None
 
     async def run(self) -> None:
-        """Trains to the end, or to the next consistent point after `stop`."""
+        """Trains to the end, or to the next consistent point after `stop`. Everyone who calls it waits for the same end."""
+        await self.begin()
+        assert self._whole is not None
+        await asyncio.shield(self._whole)
+
+    async def begin(self) -> None:
+        """Begins the run, unless somebody else has; it goes on by itself from here."""
+        if self._whole is None:
+            self._whole = asyncio.create_task(self._to_the_end())
+
+    async def _to_the_end(self) -> None:
         with RunLock(self._run.root):
             self._run.scale_request.unlink(missing_ok=True)  # not got to before: a start has its own number
             try:
@@ -78,7 +93,7 @@ class RunService:
             parts = await self._build(opened)
             restored = await recover(parts)
             journal_changes(self._run, parts.journal)  # the first record since it was opened: recovery has found that its end is no damage
-            self._observer.checkpoint_written(restored.step)
+            self._observer.checkpoint_written(restored.saved)
             self._loop = Loop(self._config, parts, restored)
             if self._stop:
                 self._loop.stop()
@@ -135,10 +150,19 @@ class RunService:
         self._placement = placement = self._placement or place(config, _cluster_gpus())
         on = await reserve(placement, config.train.ranks, opened, config.train.deadline_s)
         put = ray.put if ray.is_initialized() else _same
-        trainers = Trainers(partial(self._trainer, placement, on), config, put, self._observer.note)
+        kept = self._processes(placement)
         self._spawn_replica = partial(self._replica, placement, on, extensions)
-        spawned = [self._spawn_replica(i, i) for i in range(config.rollout.replicas)]
-        replicas = Replicas(spawned, config, shared=placement.shared, timeline=self._observer.timeline)
+        ranks = len(kept.left("trainer rank")) if kept else 0
+        adopted, finished = await adopt_replicas(kept.take("replica") if kept else {}, config.rollout.replicas)
+        trainers = Trainers(partial(self._trainer, placement, on), config, put, self._observer.note)
+        members = complete(adopted, config.rollout.replicas, self._spawn_replica)
+        replicas = Replicas(members, config, shared=placement.shared, timeline=self._observer.timeline)
+        if ranks or adopted:
+            saved = keep_finished(journal, finished)
+            self._observer.note(
+                f"the loop starts again with processes that live: {ranks} trainer rank(s), {len(adopted)} replica(s); {saved} group(s) that "
+                "were finished are kept"
+            )
         snapshots = Snapshots(config, self._run.run_id, trainers, self._snapshot_holder, self._observer.note)
         opened.push_async_callback(snapshots.close)
         for part in (trainers, replicas):
@@ -149,11 +173,13 @@ class RunService:
         held_out = await asyncio.to_thread(eval_prompts, source, config.data, config.eval.prompts) if config.eval.every_steps else []
         scores = bool(held_out) or algorithm_for(config.algorithm).learns_from == "policy"
         lease = Lease(config, trainers, replicas, shared=placement.shared)
-        await lease.start(scores)
+        await lease.start(scores, again=ranks > 0)
         replicas.require_routes(trainers.routed_experts)
         transfer = Transfer(config, placement, trainers, replicas, str(self._weights_location))
         await transfer.open(self._run.run_id)
         await snapshots.start()
+        if kept is not None:
+            kept.end_rest()
         return Parts(
             config=config,
             run=self._run,
@@ -182,6 +208,17 @@ class RunService:
     def _extensions(self) -> Extensions:
         path = self._run.extensions
         return Extensions.unpack(path.read_bytes() if path.exists() else None)
+
+    def _processes(self, placement: Placement) -> Kept | None:
+        """What an earlier loop of this run has left. Says how processes are started from here on."""
+        if self._given_spawn is not None:
+            self._spawn = self._given_spawn
+            return None
+        kept = Kept(self._run.run_id, self._config)
+        self._spawn = kept.spawn
+        if placement.shared:
+            kept.end_rest()
+        return kept
 
     def _trainer(self, placement: Placement, on: Sequence[dict[str, Any]], rank: int) -> Worker:
         name = f"trainer rank {rank}"

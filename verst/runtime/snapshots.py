@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from verst.config.schema import Config
@@ -81,6 +81,10 @@ class Snapshots:
                 continue
             await self._ask_once(rank, "open")
 
+    def expect(self, digests: Mapping[int, str]) -> None:
+        """The weights hashes of steps that were committed before this process began."""
+        self._digests.update(digests)
+
     async def after_commit(self, step: int, digest: str) -> None:
         """Takes a snapshot of the committed state, if one is due and the one before is complete. Raises `TrainersLost`."""
         self._digests[step] = digest
@@ -121,27 +125,29 @@ class Snapshots:
         others = [(rank + i) % ranks for i in range(1, ranks)]
         return next((other for other in others if self._nodes[other] != self._nodes[rank]), None)
 
-    async def restore(self, at_most: int) -> int | None:
+    async def restore(self, at_most: int, newer_than: int = -1) -> int | None:
         """Every rank, rebuilt and without a training state, takes the newest complete one up to that step. Returns the step.
 
-        Raises `TrainersLost`.
+        None if there is none, or none newer than that. Raises `TrainersLost`.
         """
         if self._completing is not None:
             await asyncio.wait({self._completing}, timeout=self._limit_s)
         if not self._on:
             return None
         try:
-            return await self._restore(at_most)
+            return await self._restore(at_most, newer_than)
         except TrainersLost:
             raise
         except VerstError as error:
             self._note(f"warning: snapshots cannot be restored: {first_line(error)}")
             return None
 
-    async def _restore(self, at_most: int) -> int | None:
+    async def _restore(self, at_most: int, newer_than: int) -> int | None:
         lenders = [self._buddy(rank) for rank in range(len(self._holders))]
         await self._settle_down()
         for step in await self._complete_on_all(at_most, lenders):
+            if step <= newer_than:
+                break
             try:
                 for rank, lender in enumerate(lenders):
                     if step not in await self._ask(rank, "steps", self._names[rank]):

@@ -56,11 +56,18 @@ class SnapshotHolder:
     def __init__(self, directory: str) -> None:
         self._directory = Path(directory)
         self._open = contextlib.ExitStack()
+        self._is_open = False
 
     def open(self) -> None:
-        """Takes charge of the directory, with what is in it if another holder of this run has died. Raises `ConfigError`."""
+        """Takes charge of the directory, with what is in it if another holder of this run has died. Raises `ConfigError`.
+
+        Repeating it changes nothing.
+        """
+        if self._is_open:
+            return
         if not self._adopt():
             self._open.enter_context(held(self._directory))
+        self._is_open = True
 
     def _adopt(self) -> bool:
         """Whether a dead holder of the same run had left the directory, which nobody else looks after."""

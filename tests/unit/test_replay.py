@@ -79,7 +79,7 @@ def test_the_committed_weights_come_out_and_the_run_is_not_touched(
         "update/grad_norm": 0.0,
     }
     assert [line.split("  ")[0] for line in told if line.startswith("step ")] == [f"step {step}" for step in steps if step > begin]
-    assert any("are trained on the way" in line for line in told) == (steps[0] <= begin)
+    assert any("on the way, without lines" in line for line in told) == (steps[0] <= begin)
     assert files_of(done_run.run.root) == before
 
 
@@ -149,7 +149,7 @@ def test_an_edited_option_is_named(done_run: LocalRun, tmp_path: Path, capsys: p
     assert found["causes"][2] == "loss and gradient norm of step 1 are the recorded ones: its update is another"
     assert found["causes"][3] == "not recorded, so not compared: the kind of processor or GPU, and the files of the model"
     assert found["steps"][0]["metrics"] == found["steps"][0]["recorded"]
-    assert shown.err.startswith("replays steps 1 to 1 of ")
+    assert shown.err.startswith("replays step 1 of ")
 
 
 @pytest.mark.parametrize(
@@ -194,3 +194,13 @@ def test_groups_that_are_gone_are_told_before_anything_is_trained(done_run: Loca
         replayed(done_run.run.root, 0)
     found, _ = replayed(done_run.run.root, 2)
     assert found.first_difference is None
+
+
+def test_a_checkpoint_that_a_living_run_removes_meanwhile_is_told(done_run: LocalRun, tmp_path: Path):
+    run = copied(done_run, tmp_path / "run")
+
+    def tell(line: str) -> None:
+        shutil.rmtree(run / "checkpoints" / "step-00000002")
+
+    with pytest.raises(CheckpointError, match=r"step-00000002 was removed meanwhile, as a run that goes on does .*: replay again"):
+        verst.replay(run, 2, echo=tell)

@@ -128,10 +128,10 @@ def replay(path: str | Path, begin: int, to: int | None = None, *, address: str 
     run, config = RunDirectory.open(path)
     plan, tell = plan_replay(run, config, begin, to), echo or to_stderr
 
-    def start(config: Config) -> AbstractAsyncContextManager[Trainers]:
-        if address is None and config.train.ranks == 1:
-            return rank_here(config, device_here())
-        return ranks_under_ray(config, run, tell)
+    def start(leg: Config) -> AbstractAsyncContextManager[Trainers]:
+        if address is None and leg.train.ranks == 1:
+            return rank_here(leg, device_here())
+        return ranks_under_ray(leg, run, tell)
 
     with contextlib.ExitStack() as opened:
         if address is not None:

@@ -9,8 +9,8 @@ import pytest
 
 from verst.config.load import load_config
 from verst.errors import CheckpointError
-from verst.journal.index import BatchRecord, CommitRecord
 from verst.journal.log import Journal
+from verst.journal.records import BatchRecord, CommitRecord
 from verst.runtime.changes import change, stretches, unrecorded
 from verst.runtime.replay_plan import Plan, plan_replay
 from verst.runtime.rundir import RunDirectory

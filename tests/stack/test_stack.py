@@ -11,7 +11,6 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import verst
-from tests.loop.conftest import one_ray
 from tests.loop.local import local_run, prompts_file
 from tests.loop.test_resume_ranks import STEPS, config, crashed, largest_difference
 from tests.loop.test_run import ROWS, vowels
@@ -29,7 +28,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_ray"),
 ]
 
-__all__ = ["one_ray"]  # the fixture, found by being here
 TP, PP = "train.megatron.tensor_model_parallel_size", "train.megatron.pipeline_model_parallel_size"
 
 

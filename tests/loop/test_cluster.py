@@ -193,6 +193,10 @@ def test_a_run_outlives_its_terminal_and_obeys_the_next(tmp_path: Path, head: st
     assert step_of(run) == stopped_at + 1
     assert JournalReader(run / "journal").index.last_commit == stopped_at + 1
     assert holder_of(run) is None
+    again = start("replay", run, "--from", "0", "--address", head)
+    said, _ = again.communicate(timeout=DEADLINE_S)
+    assert again.returncode == 0, said
+    assert f"steps 1 to {stopped_at + 1}: weights as committed" in said
 
 
 @pytest.mark.slow

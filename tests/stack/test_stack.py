@@ -11,7 +11,6 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import verst
-from tests.loop.conftest import one_ray
 from tests.loop.local import local_run, prompts_file
 from tests.loop.test_resume_ranks import STEPS, config, crashed, largest_difference
 from tests.loop.test_run import ROWS, vowels
@@ -29,7 +28,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_ray"),
 ]
 
-__all__ = ["one_ray"]  # the fixture, found by being here
 TP, PP = "train.megatron.tensor_model_parallel_size", "train.megatron.pipeline_model_parallel_size"
 
 
@@ -135,3 +133,17 @@ def test_a_run_resumes_on_another_layout(tmp_path: Path):
     alone = crashed(staged, 3, tmp_path / "alone")  # its checkpoint is of two stages
     verst.resume(alone, overrides=[f"{PP}=null", "train.ranks=1"], echo=told.append)
     assert 0 < largest_difference(alone, whole.path) < 2e-5
+
+
+def test_a_run_of_two_megatron_ranks_is_replayed(tmp_path: Path):
+    """With the routes that its engine recorded, and in two updates a step."""
+    mixture(tmp_path / "model")
+    values = config(tmp_path, "run", 3)
+    train = values["train"] | {"backend": "megatron", "megatron": {"pipeline_model_parallel_size": 2}, "minibatches": 2}
+    values |= {"train": train, "checkpoint": {"every_steps": 2}}
+    run = verst.train(values, echo=lambda line: None)
+    assert {row["routes/replayed"] for row in run.rows if row["kind"] == "step"} == {1.0}
+    for begin in (0, 2):
+        found = verst.replay(run.path, begin, echo=lambda line: None)
+        assert [step.same for step in found.steps] == [True] * (3 - begin)
+        assert found.largest_differences["update/grad_norm"][0] == 0.0

@@ -19,14 +19,16 @@ from tests.loop.local import LocalRun
 from tests.unit.test_branch import branch_of
 from tests.unit.test_profiling import files_of
 from verst import cli
-from verst.errors import CheckpointError, ConfigError, JournalError
+from verst.errors import CheckpointError, ConfigError, JournalError, ModelError, VerstError
 from verst.journal.codec import encode_group
-from verst.journal.index import CommitRecord
 from verst.journal.lock import RunLock
-from verst.journal.log import Journal, JournalReader
+from verst.journal.log import SEGMENT_BYTES, Journal, JournalReader
+from verst.journal.records import CommitRecord
+from verst.runtime import standalone
 from verst.runtime.replay_plan import plan_replay
 from verst.runtime.replayed import Replayed
 from verst.runtime.rundir import RunDirectory
+from verst.runtime.trainer_worker import TrainerWorker
 from verst.types import Group
 
 
@@ -41,15 +43,18 @@ def copied(run: LocalRun, path: Path) -> Path:
 
 
 def rewritten(
-    run: Path, group: Callable[[Group], Group] = lambda group: group, commit: Callable[[CommitRecord], CommitRecord] = lambda commit: commit
+    run: Path,
+    group: Callable[[Group], Group] = lambda group: group,
+    commit: Callable[[CommitRecord], CommitRecord] = lambda commit: commit,
+    segment_bytes: int = SEGMENT_BYTES,
 ) -> Path:
     """Writes the run's journal anew, with some records changed: each is intact, and not all of them are what happened."""
     directory, _ = RunDirectory.open(run)
     old, target = JournalReader(directory.journal, directory.run_id), run / "journal.new"
-    with closing(Journal.create(target, directory.run_id)) as new:
-        for seq in sorted(old.index.groups):
-            new.append_group(seq, encode_group(group(old.group(seq))))
+    with closing(Journal.create(target, directory.run_id, segment_bytes=segment_bytes)) as new:
         for step in range(1, old.index.last_commit + 1):
+            for seq in old.batch(step).taken:
+                new.append_group(seq, encode_group(group(old.group(seq))))
             new.append_batch(old.batch(step))
             new.append_commit(commit(old.commit(step)))
     shutil.rmtree(directory.journal)
@@ -79,7 +84,7 @@ def test_the_committed_weights_come_out_and_the_run_is_not_touched(
         "update/grad_norm": 0.0,
     }
     assert [line.split("  ")[0] for line in told if line.startswith("step ")] == [f"step {step}" for step in steps if step > begin]
-    assert any("are trained on the way" in line for line in told) == (steps[0] <= begin)
+    assert any("on the way, without lines" in line for line in told) == (steps[0] <= begin)
     assert files_of(done_run.run.root) == before
 
 
@@ -144,12 +149,25 @@ def test_an_edited_option_is_named(done_run: LocalRun, tmp_path: Path, capsys: p
     shown = capsys.readouterr()
     found: dict[str, Any] = json.loads(shown.out)
     assert (found["same"], found["first_difference"], found["from"], found["to"]) == (False, 1, 0, 1)
-    assert found["causes"][0] == "train.lr is 0.002 in config.yaml, and was 0.001 at step 4"
-    assert found["causes"][1].startswith("torch 1.0 then, ")
-    assert found["causes"][2] == "loss and gradient norm of step 1 are the recorded ones: its update is another"
-    assert found["causes"][3] == "not recorded, so not compared: the kind of processor or GPU, and the files of the model"
+    option, package, place, unknown = found["causes"]
+    assert option == "train.lr is 0.002 in config.yaml, and was 0.001 at step 4"
+    assert package.startswith("torch 1.0 then, ")
+    assert place == "loss and gradient norm of step 1 are the recorded ones: its update is another"
+    assert unknown == "not recorded, so not compared: the kind of processor or GPU, and the files of the model"
     assert found["steps"][0]["metrics"] == found["steps"][0]["recorded"]
-    assert shown.err.startswith("replays steps 1 to 1 of ")
+    assert shown.err.startswith("replays step 1 of ")
+
+
+def test_a_run_that_does_not_repeat_its_bits_is_named(done_run: LocalRun, tmp_path: Path):
+    run = copied(done_run, tmp_path / "run")
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("deterministic: true", "deterministic: false"))
+    found, _ = replayed(run, 2, 3)
+    assert found.first_difference is not None  # rows are not padded to a number that repeats sums
+    assert found.causes[:2] == (
+        "run.deterministic is false: kernels of a GPU may add numbers in another order each time",
+        "run.deterministic is False in config.yaml, and was True at step 4",
+    )
+    assert found.causes[-1] == "not recorded, so not compared: the kind of processor or GPU"
 
 
 @pytest.mark.parametrize(
@@ -182,15 +200,42 @@ def test_a_checkpoint_or_journal_of_another_run_is_refused(done_run: LocalRun, t
         replayed(run, 0)
 
 
-def test_groups_that_are_gone_are_told_before_anything_is_trained(done_run: LocalRun, monkeypatch: pytest.MonkeyPatch):
-    class Shortened(JournalReader):
-        def refresh(self) -> None:
-            super().refresh()
-            for seq in self.batch(2).groups:
-                self.index.groups.pop(seq, None)
+def test_groups_that_were_given_up_are_told_before_anything_is_trained(done_run: LocalRun, tmp_path: Path):
+    run = rewritten(copied(done_run, tmp_path / "run"), segment_bytes=1)  # so that a segment ends with each batch and each commit
+    with closing(Journal.open(run / "journal")) as journal:
+        assert journal.give_up(2, 0)
+    with pytest.raises(JournalError, match=r"the groups of step 2 were given up by retention .*, so .*; give --from 2 or later"):
+        replayed(run, 0)
+    found, _ = replayed(run, 2)
+    assert [step.same for step in found.steps] == [True, True]
 
-    monkeypatch.setattr("verst.runtime.replay_plan.JournalReader", Shortened)
-    with pytest.raises(JournalError, match=r"no longer has the groups of step 2, so .*; give --from 2 or later"):
-        replayed(done_run.run.root, 0)
-    found, _ = replayed(done_run.run.root, 2)
-    assert found.first_difference is None
+
+def test_a_checkpoint_that_a_living_run_removes_meanwhile_is_told(done_run: LocalRun, tmp_path: Path):
+    run = copied(done_run, tmp_path / "run")
+
+    def tell(line: str) -> None:
+        shutil.rmtree(run / "checkpoints" / "step-00000002")
+
+    with pytest.raises(CheckpointError, match=r"step-00000002 was removed meanwhile, as a run that goes on does .*: replay again"):
+        verst.replay(run, 2, echo=tell)
+
+
+def test_each_rank_has_a_gpu_or_none_has():
+    assert [standalone._device_of_each(2, gpus) for gpus in (0, 2, 4)] == [("cpu", 0.0), ("cuda", 1.0), ("cuda", 1.0)]
+    with pytest.raises(ConfigError, match=r"train\.ranks 2: each rank needs a GPU, as in the run, and there are 1"):
+        standalone._device_of_each(2, 1)
+
+
+async def test_a_trainer_that_cannot_start_says_why_though_it_cannot_be_closed_either(done_run: LocalRun, monkeypatch: pytest.MonkeyPatch):
+    def fails(error: VerstError) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            raise error
+
+        return call
+
+    monkeypatch.setattr(TrainerWorker, "start", fails(ModelError("the model has gone away")))
+    monkeypatch.setattr(TrainerWorker, "close", fails(VerstError("not closed")))
+    _, config = RunDirectory.open(done_run.run.root)
+    with pytest.raises(ModelError, match="the model has gone away"):
+        async with standalone.rank_here(config, "cpu"):
+            raise AssertionError("it has started")

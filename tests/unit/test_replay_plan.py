@@ -9,9 +9,9 @@ import pytest
 
 from verst.config.load import load_config
 from verst.errors import CheckpointError
-from verst.journal.index import BatchRecord, CommitRecord
 from verst.journal.log import Journal
-from verst.runtime.changes import change, stretches
+from verst.journal.records import BatchRecord, CommitRecord
+from verst.runtime.changes import change, stretches, unrecorded
 from verst.runtime.replay_plan import Plan, plan_replay
 from verst.runtime.rundir import RunDirectory
 from verst.training.checkpoints import FileRecord, commit_checkpoint
@@ -136,3 +136,12 @@ def test_a_run_that_went_back_behind_its_second_checkpoint_is_refused(tmp_path: 
     run.commit(6)
     with pytest.raises(CheckpointError, match=r"went back to step 2 .*Replay from a step after 5"):
         run.plan(0)
+
+
+def test_options_that_were_changed_by_hand_are_found_beside_those_that_may_differ(tmp_path: Path):
+    run = Run(tmp_path)
+    before = run.config.model_dump(mode="json")
+    run.change("train.ranks=2", "run.steps=30")
+    by_hand = load_config(run.run.config, ["train.threads=3", "train.lr=1", "eval.every_steps=0", "checkpoint.every_steps=7"])
+    assert unrecorded(run.run, before, run.config) == {}
+    assert unrecorded(run.run, before, by_hand) == {"train.lr": (1e-06, 1), "train.threads": (1, 3)}

@@ -79,10 +79,13 @@ def change(run: RunDirectory, config: Config, overrides: Sequence[str], echo: Ca
     return new
 
 
-def altered(before: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
-    """Options that must stay as they are in a run and are others now than in `before`, an earlier resolved configuration of it."""
+def unrecorded(run: RunDirectory, before: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """Options that decide what a step comes out as, and that are others now than in `before`, an earlier resolved configuration of the run,
+    though `change` has not changed them.
+    """
+    known = {key for change in run.changes for key in change["options"]}
     found = differences(before, config.model_dump(mode="json"))
-    return {key: values for key, values in found.items() if _reason(key, config) is not None}
+    return {key: values for key, values in found.items() if key not in known and (_reorders_sums(key) or _reason(key, config) is not None)}
 
 
 def journal_changes(run: RunDirectory, journal: Journal) -> None:

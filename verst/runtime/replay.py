@@ -20,13 +20,13 @@ from verst.runtime import batching
 from verst.runtime.launch import connect, to_stderr
 from verst.runtime.replay_causes import likely_causes
 from verst.runtime.replay_plan import Leg, Plan, plan_replay
-from verst.runtime.replayed import Replayed, ReplayedStep, compared
+from verst.runtime.replayed import Replayed, ReplayedStep, compared, span
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.shown import Echo
 from verst.runtime.standalone import device_here, rank_here, ranks_under_ray
 from verst.runtime.trainers import Trainers
 from verst.runtime.training_step import journaled_groups, train_batch, weights_digest
-from verst.training.checkpoints import commit_checkpoint
+from verst.training.checkpoints import commit_checkpoint, step_path
 
 StartTrainers = Callable[[Config], AbstractAsyncContextManager[Trainers]]
 
@@ -58,7 +58,7 @@ class Replay:
                     self._echo(f"{_means(leg.config)} from here on, as the run from step {leg.begun} on")
                 async with self._start(leg.config) as trainers:
                     if state is not None:
-                        await trainers.restore(str(state[0]), state[1])
+                        await _restore(trainers, *state)
                     if not number:
                         await self._check_restored(trainers)
                     kept = await self._train(trainers, leg, Path(scratch) / str(number))
@@ -69,9 +69,9 @@ class Replay:
 
     def _opening(self) -> list[str]:
         plan = self._plan
-        lines = [f"replays steps {plan.begin + 1} to {plan.to} of {plan.run.root} from {plan.begun_from}; {_means(plan.legs[0].config)}"]
+        lines = [f"replays {span(plan.begin + 1, plan.to)} of {plan.run.root} from {plan.begun_from}; {_means(plan.legs[0].config)}"]
         if plan.restored < plan.begin:
-            lines.append(f"steps {plan.restored + 1} to {plan.begin} are trained on the way, without a line each")
+            lines.append(f"on the way, without lines of their own: {span(plan.restored + 1, plan.begin)}")
         return [*lines, *plan.notes]
 
     async def _check_restored(self, trainers: Trainers) -> None:
@@ -128,15 +128,25 @@ def replay(path: str | Path, begin: int, to: int | None = None, *, address: str 
     run, config = RunDirectory.open(path)
     plan, tell = plan_replay(run, config, begin, to), echo or to_stderr
 
-    def start(config: Config) -> AbstractAsyncContextManager[Trainers]:
-        if address is None and config.train.ranks == 1:
-            return rank_here(config, device_here())
-        return ranks_under_ray(config, run, tell)
+    def start(leg: Config) -> AbstractAsyncContextManager[Trainers]:
+        if address is None and leg.train.ranks == 1:
+            return rank_here(leg, device_here())
+        return ranks_under_ray(leg, run, tell)
 
     with contextlib.ExitStack() as opened:
         if address is not None:
             connect(address, opened)
         return asyncio.run(Replay(plan, start, tell).run())
+
+
+async def _restore(trainers: Trainers, directory: Path, step: int) -> None:
+    path = step_path(directory, step)
+    try:
+        await trainers.restore(str(directory), step)
+    except CheckpointError as error:
+        if path.exists():
+            raise
+        raise CheckpointError(f"{path} was removed meanwhile, as a run that goes on does (checkpoint.keep): replay again") from error
 
 
 async def _saved(trainers: Trainers, directory: Path, step: int) -> tuple[Path, int]:

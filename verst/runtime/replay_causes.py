@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from verst.runtime.changes import altered
+from verst.runtime.changes import unrecorded
 from verst.runtime.replay_plan import Plan
 from verst.runtime.replayed import ReplayedStep
 from verst.runtime.stored import newest_state
@@ -24,7 +24,7 @@ def _options(plan: Plan) -> list[str]:
     checkpoint, _ = newest_state(plan.run)
     if checkpoint is None or not checkpoint.step:
         return []
-    options = altered(checkpoint.loop["config"], plan.config)
+    options = unrecorded(plan.run, checkpoint.loop["config"], plan.config)
     return [f"{key} is {now} in config.yaml, and was {then} at step {checkpoint.step}" for key, (then, now) in options.items()]
 
 

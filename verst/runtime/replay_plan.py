@@ -134,9 +134,12 @@ def _legs(run: RunDirectory, found: Sequence[Stretch], restored: int, begin: int
 
 
 def _require_groups(run: RunDirectory, journal: JournalReader, steps: range) -> None:
-    """Raises `JournalError` before anything is trained, if groups of these steps have been given up."""
-    gone = [step for step in steps if any(seq not in journal.index.groups for seq in journal.batch(step).groups)]
+    """Raises `JournalError` before anything is trained, if groups of these steps were given up."""
+    gone = [step for step in steps if not all(journal.keeps(seq) for seq in journal.batch(step).groups)]
     if gone:
         later = [step for step in checkpoint_steps(run) if step >= gone[-1]]
         instead = f"give --from {later[0]} or later" if later else "no checkpoint comes after it"
-        raise JournalError(f"{run.root}: the journal no longer has the groups of step {gone[-1]}, so it cannot be trained again; {instead}")
+        raise JournalError(
+            f"{run.root}: the groups of step {gone[-1]} were given up by retention (checkpoint.journal_limit_bytes), so it cannot be "
+            f"trained again; {instead}"
+        )

@@ -96,7 +96,7 @@ class Replayed:
         first = self.first_difference
         differing = sum(not step.same for step in self.steps)
         if first is None:
-            lines = [f"steps {self.steps[0].step} to {self.to}: all weights as committed"]
+            lines = [f"{span(self.steps[0].step, self.to)}: weights as committed"]
         else:
             lines = [
                 f"{differing} of {len(self.steps)} steps have other weights than committed; the first is step {first.step}: "
@@ -118,3 +118,8 @@ class Replayed:
 def compared(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Those of `COMPARED` that a step has."""
     return {name: float(value) for name in COMPARED if (value := metrics.get(name)) is not None and math.isfinite(value)}
+
+
+def span(first: int, last: int) -> str:
+    """Steps in words."""
+    return f"step {last}" if first == last else f"steps {first} to {last}"

@@ -126,7 +126,7 @@ class RunDirectory:
     @property
     def packages(self) -> Mapping[str, str]:
         """Versions that the run began with, by package."""
-        return self._described()["packages"]
+        return self._described().get("packages", {})
 
     @property
     def cwd(self) -> Path:

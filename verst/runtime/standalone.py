@@ -1,4 +1,4 @@
-"""The trainer of a run without the run: one rank in this process, or all of them under Ray. What trains journaled steps again starts it."""
+"""The trainer of a run without the run, for commands that train journaled steps again: one rank in this process, or all under Ray."""
 
 from __future__ import annotations
 

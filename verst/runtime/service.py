@@ -160,8 +160,8 @@ class RunService:
         if ranks or adopted:
             saved = keep_finished(journal, finished)
             self._observer.note(
-                f"the loop starts again with processes that live: {ranks} trainer rank(s), {len(adopted)} replica(s); {saved} group(s) that "
-                "were finished are kept"
+                f"the loop starts again with processes that live: {ranks} trainer rank(s), {len(adopted)} replica(s); {saved} group(s) that"
+                " were finished are kept"
             )
         snapshots = Snapshots(config, self._run.run_id, trainers, self._snapshot_holder, self._observer.note)
         opened.push_async_callback(snapshots.close)

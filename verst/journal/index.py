@@ -135,10 +135,10 @@ class Index:
 
         Says less about what is wrong than the records do one by one.
         """
-        batches = [BatchRecord.from_values(values) for values in segment.values(Kind.BATCH)]
-        taken = [batch.taken for batch in batches]
+        batches = segment.values(Kind.BATCH)
+        taken = [[*batch["groups"], *map(int, batch["dropped"])] for batch in batches]
         taken_N = np.array(list(chain.from_iterable(taken)), np.int64)
-        steps_N = np.repeat(np.array([batch.step for batch in batches], np.int32), [len(seqs) for seqs in taken])
+        steps_N = np.repeat(segment.keys(Kind.BATCH), [len(seqs) for seqs in taken])
         self._check_segment(segment, taken_N)
         for places, kind in ((self.groups, Kind.GROUP), (self.batches, Kind.BATCH), (self.commits, Kind.COMMIT)):
             places.add_all(segment.keys(kind), segment.number, segment.offsets(kind))

@@ -25,7 +25,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_every_option_has_earned_its_place():
     # Not a limit of taste: each option is documented, honoured and tested. Raise the number together with the reason, in the changelog.
-    assert len(option_names()) == 88  # 87, and checkpoint.journal_limit_bytes: a run of weeks fills a disk, and only its owner knows what to keep
+    assert len(option_names()) == 88  # 87, and checkpoint.journal_limit_bytes: only the owner knows what to keep
 
 
 def test_resolved_config_reads_back_to_itself(tmp_path: Path):

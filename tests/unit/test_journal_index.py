@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.loop.fakes import group
@@ -130,12 +132,11 @@ def test_an_index_whose_records_do_not_follow_is_not_trusted(tmp_path: Path):
     """It fits its segment by size and checksum, and yet says what cannot be."""
     written = made(tmp_path)
     true = index_of(tmp_path, 2)
-    lying = true.keys_F.copy()
-    lying[true.kinds_F == Kind.GROUP] = 0  # group 0 lies in segment 1
-    true.__class__(2, lying, true.lengths_F, true.crcs_F, true.kinds_F, true.records).write(tmp_path)
+    replace(true, keys_F=np.where(true.kinds_F == Kind.GROUP, 0, true.keys_F)).write(tmp_path)  # group 0 lies in segment 1
     journal = JournalReader(tmp_path)
     assert contents(journal) == written
-    assert "the records of segment 2 do not follow" in journal.remade[0]
+    assert "00000002.index is not used: its records do not follow from those before them" in journal.remade[0]
+    assert len(journal.remade) == 1
 
 
 def test_damage_behind_an_index_is_found_when_it_is_looked_for(tmp_path: Path):
@@ -181,9 +182,7 @@ def test_what_no_checkpoint_needs_is_given_up_from_the_oldest_on(tmp_path: Path)
         assert set(kept) >= set(range(8, 16)), "groups of steps after the checkpoint"
         assert set(kept).isdisjoint({0, 1, 2, 3})
         assert len(kept) == len(found.index.groups) - found.index.groups.count_in(found.given_up)
-        with pytest.raises(
-            JournalError, match=r"group 0 was given up by retention .*limit_bytes\): .*00000001.index only"
-        ):
+        with pytest.raises(JournalError, match=r"group 0 was given up by retention .*limit_bytes\): .*00000001.index only"):
             found.group_payload(0)
         assert all(found.group_payload(seq) for seq in kept)
         assert [[found.batch(s) for s in found.index.batches], [found.commit(s) for s in found.index.commits]] == before[:2]
@@ -236,6 +235,15 @@ def test_a_damaged_index_of_what_was_given_up_is_named(tmp_path: Path):
     path = index_path(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(JournalError, match=r"00000001.index: no whole index.*its segment was given up: restore the file from a copy"):
+        JournalReader(tmp_path)
+
+
+def test_an_index_of_what_was_given_up_whose_records_do_not_follow_is_named(tmp_path: Path):
+    made(tmp_path)
+    Journal.open(tmp_path).give_up(8, 1)
+    true = read_index(tmp_path, 2)
+    replace(true, keys_F=np.where(true.kinds_F == Kind.GROUP, 0, true.keys_F)).write(tmp_path)
+    with pytest.raises(JournalError, match=r"00000002.index: its records do not follow .* and its segment was given up"):
         JournalReader(tmp_path)
 
 

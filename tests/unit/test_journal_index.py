@@ -271,8 +271,10 @@ def test_columns_grow_and_forget_nothing():
     assert column.end == 100_001
     places = Places()
     places.add(7, Location(3, 12345678901))
+    places.add(9, Location(3, 1))
+    assert (places.since(7), places.since(8), places.since(10), places.count_in({3}), places.count_in({2})) == ([7, 9], [9], [], 2, 0)
     assert places[7] == Location(3, 12345678901)
-    assert (list(places), len(places), 6 in places, "7" in places) == ([7], 1, False, False)
+    assert (list(places), len(places), 6 in places, "7" in places) == ([7, 9], 2, False, False)
     with pytest.raises(KeyError):
         places[6]
 

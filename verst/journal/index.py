@@ -57,8 +57,12 @@ class Index:
         """The newest committed step, or 0."""
         return max(0, self.commits.end - 1)
 
+    def step_of(self, seq: int) -> int:
+        """The step that took a group, 0 if none did yet."""
+        return self._taken.get(seq)
+
     def steps_of(self, seqs_N: NDArray[np.int64]) -> NDArray[np.int32]:
-        """The step that took each of some groups, 0 where none did yet."""
+        """The same of many groups."""
         return self._taken.get_all(seqs_N)
 
     def take(self, record: Record, where: Location) -> None:
@@ -188,9 +192,9 @@ class Index:
             )
         next_seq = self._next_seq
         finished_S = self.groups.holds_up_to(next_seq)
-        digests = dict(enumerate(self._digests, start=1))
+        digests = [*self._digests[after_step:], *[None] * (self.last_batch - self.last_commit)]
         return Recovery(
-            retrain=tuple((step, digests.get(step)) for step in range(after_step + 1, self.last_batch + 1)),
+            retrain=tuple(enumerate(digests, start=after_step + 1)),
             pending=tuple(np.flatnonzero(finished_S & (self._taken.up_to(next_seq) == 0)).tolist()),
             missing=tuple(np.flatnonzero(~finished_S).tolist()),
             next_seq=next_seq,

@@ -92,6 +92,10 @@ class Places(Mapping[int, Location]):
         """Which of the keys below `end` it holds."""
         return self._packed.up_to(end) != 0
 
+    def since(self, key: int) -> list[int]:
+        """The keys from one on, ascending."""
+        return (np.flatnonzero(self._packed.up_to(self.end)[key:]) + key).tolist()
+
     def count_in(self, segments: Collection[int]) -> int:
         """How many keys lie in some segments."""
         found_N = self._packed.up_to(self.end)

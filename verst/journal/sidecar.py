@@ -1,7 +1,7 @@
 """The index file beside each finished segment: `00000001.index` has all of `00000001.journal` but the payloads of its groups.
 
 With it a journal opens without reading its segments. It is made of the segment, and made anew if it is missing, damaged or of other bytes,
-until the payloads are given up (`verst.journal.retention`): then the segment is gone, and its index is what remains.
+until the payloads are given up (`Journal.give_up`): then the segment is gone, and its index is what remains.
 
 The file is one frame (`frames.py`), whose payload is, little-endian and without gaps: the number of the segment's frames F (uint32), flags
 (uint32; 1: the payloads were given up), then for each frame its key (int64 [F]), the length of its payload (int64 [F]), the CRC32 of its

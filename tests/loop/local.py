@@ -14,15 +14,18 @@ import pytest
 from tests.reference import DOCUMENT, undocumented
 from verst.config.load import load_config
 from verst.errors import VerstError
+from verst.journal.audit import audit
 from verst.observe.sinks import read_rows
 from verst.runtime.actors import LocalWorker
 from verst.runtime.branch import create_run, open_branch
+from verst.runtime.changes import reordered_since
 from verst.runtime.extensions import Extensions
 from verst.runtime.loop import Loop
 from verst.runtime.placement import Placement
 from verst.runtime.preflight import preflight
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.service import RunService
+from verst.runtime.stored import checkpoint_steps
 
 
 def prompts_file(directory: Path) -> str:
@@ -56,7 +59,15 @@ class LocalRun:
         finally:
             _, self.lines = await service.lines(0, 0)
         assert undocumented(self.rows) == set(), f"metrics that {DOCUMENT} does not explain"
+        self.require_exactly_once()
         return self
+
+    def require_exactly_once(self) -> None:
+        _, config = RunDirectory.open(self.run.root)
+        exact = config.run.deterministic and not reordered_since(self.run, 0)
+        steps = checkpoint_steps(self.run)
+        found = audit(self.run.journal, self.run.run_id, checkpoints=steps, worst_staleness=config.worst_staleness, exact=exact)
+        assert found.violations == []
 
 
 def local_run(directory: Path, model: Path, values: dict[str, Any], begin_from: str | None = None, **extensions: Any) -> LocalRun:

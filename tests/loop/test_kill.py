@@ -21,6 +21,7 @@ import yaml
 
 from tests.loop.local import LocalRun, prompts_file
 from verst.config.load import load_config
+from verst.journal.audit import audit
 from verst.journal.log import JournalReader
 from verst.observe.sinks import read_rows
 from verst.runtime.extensions import Extensions
@@ -129,6 +130,7 @@ def test_killed_three_times_and_resumed_gives_the_same_weights(tmp_path: Path, m
     assert weights(run) == weights(undisturbed), about
     assert digests(run) == digests(undisturbed), about
     assert sorted(JournalReader(run / "journal").index.groups) == list(range(4 * STEPS)), "a group was lost or generated twice"
+    assert audit(run / "journal", worst_staleness=0, exact=True).violations == []
 
 
 def test_a_living_run_is_left_alone_and_ctrl_c_ends_it_at_a_consistent_point(tmp_path: Path, model: Path, undisturbed: Path):

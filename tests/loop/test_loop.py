@@ -13,7 +13,9 @@ import pytest
 from tests.loop.fakes import EndingStream, FakeParts, FakeStream, config, group
 from verst.config.schema import Config
 from verst.errors import DataError, DeadlineExceeded, EngineFailure, InvariantViolation, TrainingDiverged
+from verst.journal.audit import audit
 from verst.journal.codec import encode_group
+from verst.journal.log import Journal
 from verst.journal.records import PublishRecord
 from verst.runtime.loop import Loop
 from verst.runtime.parts import Parts
@@ -30,6 +32,7 @@ def loop_of(cfg: Config, parts: FakeParts, restored: Restored | None = None) -> 
 async def run(cfg: Config, parts: FakeParts, restored: Restored | None = None) -> Loop:
     loop = loop_of(cfg, parts, restored)
     await asyncio.wait_for(loop.run(), 20)
+    assert audit(parts.journal.directory, worst_staleness=cfg.worst_staleness).violations == []
     return loop
 
 
@@ -207,6 +210,38 @@ async def test_the_last_checkpoint_is_written_once(tmp_path: Path, monkeypatch: 
     parts = FakeParts(cfg, tmp_path)
     await run(cfg, parts)
     assert [e for e in parts.events if e.startswith("snapshot")] == ["snapshot 1", "snapshot 2", "snapshot 3"]
+
+
+async def test_trajectories_are_given_up_after_a_checkpoint_that_does_not_need_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As soon as a checkpoint is whole, as far as the oldest one that is kept allows; and once is told if that is not far enough."""
+
+    def commit(directory: Path, step: int, *_: object, keep: int, **__: object) -> None:
+        (directory / f"step-{step:08d}").mkdir(parents=True)
+        if step > keep:
+            (directory / f"step-{step - keep:08d}").rmdir()
+
+    monkeypatch.setattr("verst.runtime.saving.commit_checkpoint", commit)
+    limit = 20_000
+    checkpoint = {"every_steps": 1, "keep": 2, "export_final": False, "journal_limit_bytes": limit}
+    cfg = config(run={"steps": 12}, checkpoint=checkpoint)
+    Journal.create(tmp_path / "journal", "test-run").close()
+    parts = FakeParts(cfg, tmp_path)
+    parts.journal = Journal.open(tmp_path / "journal", segment_bytes=4_000)
+    await run(cfg, parts)
+    assert parts.journal.given_up
+    kept = [seq for seq in parts.journal.index.groups if parts.journal.keeps(seq)]
+    assert set(kept) >= {22, 23}, "those of step 12: the oldest checkpoint that is kept is of step 11"
+    assert any("gave up the trajectories of 1 segment(s)" in note for note in parts.notes)
+    sizes = [parts.rows[step]["journal/bytes"] for step in sorted(parts.rows)]
+    assert max(sizes) < 2 * limit, "it would have been larger than that"
+    assert all(row["journal/write_s"] > 0 for row in parts.rows.values())
+    checkpoint |= {"journal_limit_bytes": 1}
+    tight = config(run={"steps": 14}, checkpoint=checkpoint)
+    restored = Restored(12, Cursor(24, {"read": 24}), consumed=frozenset(range(24)))
+    again = FakeParts(tight, tmp_path)
+    again.stream.restore({"read": 24})
+    await run(tight, again, restored)
+    assert sum("above checkpoint.journal_limit_bytes 1" in note for note in again.notes) == 1
 
 
 async def test_stop_ends_a_replay_between_two_steps(tmp_path: Path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.loop.fakes import group
@@ -130,12 +132,11 @@ def test_an_index_whose_records_do_not_follow_is_not_trusted(tmp_path: Path):
     """It fits its segment by size and checksum, and yet says what cannot be."""
     written = made(tmp_path)
     true = index_of(tmp_path, 2)
-    lying = true.keys_F.copy()
-    lying[true.kinds_F == Kind.GROUP] = 0  # group 0 lies in segment 1
-    true.__class__(2, lying, true.lengths_F, true.crcs_F, true.kinds_F, true.records).write(tmp_path)
+    replace(true, keys_F=np.where(true.kinds_F == Kind.GROUP, 0, true.keys_F)).write(tmp_path)  # group 0 lies in segment 1
     journal = JournalReader(tmp_path)
     assert contents(journal) == written
-    assert "the records of segment 2 do not follow" in journal.remade[0]
+    assert "00000002.index is not used: its records do not follow from those before them" in journal.remade[0]
+    assert len(journal.remade) == 1
 
 
 def test_damage_behind_an_index_is_found_when_it_is_looked_for(tmp_path: Path):
@@ -237,6 +238,15 @@ def test_a_damaged_index_of_what_was_given_up_is_named(tmp_path: Path):
         JournalReader(tmp_path)
 
 
+def test_an_index_of_what_was_given_up_whose_records_do_not_follow_is_named(tmp_path: Path):
+    made(tmp_path)
+    Journal.open(tmp_path).give_up(8, 1)
+    true = read_index(tmp_path, 2)
+    replace(true, keys_F=np.where(true.kinds_F == Kind.GROUP, 0, true.keys_F)).write(tmp_path)
+    with pytest.raises(JournalError, match=r"00000002.index: its records do not follow .* and its segment was given up"):
+        JournalReader(tmp_path)
+
+
 def test_a_query_leaves_out_what_was_given_up(tmp_path: Path):
     journal = Journal.create(tmp_path, "r", segment_bytes=3000)
     for step in range(1, 5):
@@ -261,8 +271,10 @@ def test_columns_grow_and_forget_nothing():
     assert column.end == 100_001
     places = Places()
     places.add(7, Location(3, 12345678901))
+    places.add(9, Location(3, 1))
+    assert (places.since(7), places.since(8), places.since(10), places.count_in({3}), places.count_in({2})) == ([7, 9], [9], [], 2, 0)
     assert places[7] == Location(3, 12345678901)
-    assert (list(places), len(places), 6 in places, "7" in places) == ([7], 1, False, False)
+    assert (list(places), len(places), 6 in places, "7" in places) == ([7, 9], 2, False, False)
     with pytest.raises(KeyError):
         places[6]
 

@@ -5,6 +5,7 @@ Sequence numbers count from 0, steps from 1; step S makes policy version S.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -15,7 +16,7 @@ from verst.errors import InvariantViolation, JournalError
 from verst.journal.frames import Kind
 from verst.journal.places import Column, Location, Places
 from verst.journal.records import AdmitRecord, BatchRecord, CommitRecord, ConfigRecord, FaultRecord, PublishRecord, Record, RecoveryRecord
-from verst.journal.sidecar import SegmentIndex
+from verst.journal.sidecar import Joined, SegmentIndex
 
 _MOST_BEYOND = 1 << 24
 """How far a group's number may be from those before it: numbers are given one by one, so any other is not of this program."""
@@ -56,8 +57,12 @@ class Index:
         """The newest committed step, or 0."""
         return max(0, self.commits.end - 1)
 
+    def step_of(self, seq: int) -> int:
+        """The step that took a group, 0 if none did yet."""
+        return self._taken.get(seq)
+
     def steps_of(self, seqs_N: NDArray[np.int64]) -> NDArray[np.int32]:
-        """The step that took each of some groups, 0 where none did yet."""
+        """The same of many groups."""
         return self._taken.get_all(seqs_N)
 
     def take(self, record: Record, where: Location) -> None:
@@ -130,31 +135,30 @@ class Index:
         if record.step not in self.batches:
             raise InvariantViolation(f"commit of step {record.step} has no batch in the journal")
 
-    def take_segment(self, segment: SegmentIndex) -> None:
-        """Adds all records of a segment at once. Raises `InvariantViolation`, and adds nothing, if they do not follow from those before.
-
-        Says less about what is wrong than the records do one by one.
+    def take_segments(self, segments: Sequence[SegmentIndex]) -> None:
+        """Adds all records of consecutive segments at once. Raises `InvariantViolation`, and adds nothing, if they do not follow from those
+        before. Says less about what is wrong than the records do one by one.
         """
-        batches = [BatchRecord.from_values(values) for values in segment.values(Kind.BATCH)]
-        taken = [batch.taken for batch in batches]
+        joined = Joined(segments)
+        taken = [[*batch["groups"], *map(int, batch["dropped"])] for batch in joined.values(Kind.BATCH)]
         taken_N = np.array(list(chain.from_iterable(taken)), np.int64)
-        steps_N = np.repeat(np.array([batch.step for batch in batches], np.int32), [len(seqs) for seqs in taken])
-        self._check_segment(segment, taken_N)
+        steps_N = np.repeat(joined.keys(Kind.BATCH), [len(seqs) for seqs in taken])
+        self._check_joined(joined, taken_N)
         for places, kind in ((self.groups, Kind.GROUP), (self.batches, Kind.BATCH), (self.commits, Kind.COMMIT)):
-            places.add_all(segment.keys(kind), segment.number, segment.offsets(kind))
+            places.add_all(joined.keys(kind), *joined.places(kind))
         for places, kind in ((self.admitted, Kind.ADMIT), (self.published, Kind.PUBLISH)):
-            places.add_all(segment.keys(kind), segment.number, segment.offsets(kind))
+            places.add_all(joined.keys(kind), *joined.places(kind))
         for found, kind in ((self.configured, Kind.CONFIG), (self.faults, Kind.FAULT), (self.recoveries, Kind.RECOVERY)):
-            found.extend(Location(segment.number, offset) for offset in segment.offsets(kind).tolist())
-        self._digests.extend(values["digest"] for values in segment.values(Kind.COMMIT))
+            found.extend(Location(int(number), int(offset)) for number, offset in zip(*joined.places(kind), strict=True))
+        self._digests.extend(commit["digest"] for commit in joined.values(Kind.COMMIT))
         self._taken.set_all(taken_N, steps_N)
 
-    def _check_segment(self, segment: SegmentIndex, taken_N: NDArray[np.int64]) -> None:
-        seqs_N, batches_N, commits_N = (segment.keys(kind) for kind in (Kind.GROUP, Kind.BATCH, Kind.COMMIT))
-        named_N = np.concatenate([seqs_N, segment.keys(Kind.ADMIT), taken_N])
+    def _check_joined(self, joined: Joined, taken_N: NDArray[np.int64]) -> None:
+        seqs_N, batches_N, commits_N = (joined.keys(kind) for kind in (Kind.GROUP, Kind.BATCH, Kind.COMMIT))
+        named_N = np.concatenate([seqs_N, joined.keys(Kind.ADMIT), taken_N])
         last_batch = self.last_batch + len(batches_N)
         last_commit = self.last_commit + len(commits_N)
-        versions_N = segment.keys(Kind.PUBLISH)
+        versions_N = joined.keys(Kind.PUBLISH)
         sound = (
             bool(((named_N >= 0) & (named_N < self._next_seq + _MOST_BEYOND)).all())
             and _distinct(seqs_N)
@@ -168,7 +172,7 @@ class Index:
             and bool(((versions_N >= 0) & (versions_N <= last_commit)).all())
         )
         if not sound:
-            raise InvariantViolation(f"the records of segment {segment.number} do not follow from those before them")
+            raise InvariantViolation("its records do not follow from those before them")
 
     @property
     def _next_seq(self) -> int:
@@ -188,9 +192,9 @@ class Index:
             )
         next_seq = self._next_seq
         finished_S = self.groups.holds_up_to(next_seq)
-        digests = dict(enumerate(self._digests, start=1))
+        digests = [*self._digests[after_step:], *[None] * (self.last_batch - self.last_commit)]
         return Recovery(
-            retrain=tuple((step, digests.get(step)) for step in range(after_step + 1, self.last_batch + 1)),
+            retrain=tuple(enumerate(digests, start=after_step + 1)),
             pending=tuple(np.flatnonzero(finished_S & (self._taken.up_to(next_seq) == 0)).tolist()),
             missing=tuple(np.flatnonzero(~finished_S).tolist()),
             next_seq=next_seq,

@@ -92,6 +92,10 @@ class Places(Mapping[int, Location]):
         """Which of the keys below `end` it holds."""
         return self._packed.up_to(end) != 0
 
+    def since(self, key: int) -> list[int]:
+        """The keys from one on, ascending."""
+        return (np.flatnonzero(self._packed.up_to(self.end)[key:]) + key).tolist()
+
     def count_in(self, segments: Collection[int]) -> int:
         """How many keys lie in some segments."""
         found_N = self._packed.up_to(self.end)
@@ -101,9 +105,9 @@ class Places(Mapping[int, Location]):
         """Sets the place of a key, from 0 on; it may have had another."""
         self._packed.set(key, where.segment << _OFFSET_BITS | where.offset)
 
-    def add_all(self, keys_N: NDArray[np.int64], segment: int, offsets_N: NDArray[np.int64]) -> None:
-        """Sets the places of keys that lie in one segment; of one that is named twice the last place counts."""
-        self._packed.set_all(keys_N, segment << _OFFSET_BITS | offsets_N)
+    def add_all(self, keys_N: NDArray[np.int64], segments_N: NDArray[np.int64], offsets_N: NDArray[np.int64]) -> None:
+        """Sets the places of many keys; of one that is named twice the last place counts."""
+        self._packed.set_all(keys_N, segments_N << _OFFSET_BITS | offsets_N)
 
 
 def _end(keys_N: NDArray[np.int64]) -> int:

@@ -106,13 +106,13 @@ def select(journal: JournalReader, query: Query, *, newest_first: bool = False) 
     """
     if query.group is not None and query.group not in journal.index.groups:
         raise DataError(f"{journal.directory} has no group {query.group}; it has {_span(sorted(journal.index.groups))}")
-    taken = steps_of(journal)
     for seq in sorted(journal.index.groups if query.group is None else [query.group], reverse=newest_first):
-        step, dropped = taken.get(seq, (None, None))
+        step = journal.index.step_of(seq) or None
         if not query.admits_step(step) or (query.group is None and not journal.keeps(seq)):
             continue
         group = journal.group(seq)
         if query.admits_prompt(group):
+            dropped = None if step is None else journal.batch(step).dropped.get(seq)
             members = reversed(group.trajectories) if newest_first else group.trajectories
             yield from (Found(group, t, step, dropped) for t in members if query.admits(t))
 
@@ -156,15 +156,6 @@ def token_rows(trajectory: Trajectory, decode: Callable[[int], str | None]) -> l
             }
         )
     return rows
-
-
-def steps_of(journal: JournalReader) -> dict[int, tuple[int, str | None]]:
-    """By group: the step that took it, and why that dropped it if it did."""
-    taken: dict[int, tuple[int, str | None]] = {}
-    for step in journal.index.batches:
-        batch = journal.batch(step)
-        taken |= dict.fromkeys(batch.groups, (step, None)) | {seq: (step, reason) for seq, reason in batch.dropped.items()}
-    return taken
 
 
 def _within(value: float, limits: tuple[float | None, float | None]) -> bool:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from verst.errors import InvariantViolation, JournalError
 from verst.journal.codec import decode_group
@@ -31,6 +31,9 @@ from verst.types import Group
 
 R = TypeVar("R", bound=Record)
 
+_AT_ONCE = 64
+"""Segments whose indexes are taken in together: some MB of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class TornTail:
@@ -43,6 +46,14 @@ class TornTail:
 
     def __str__(self) -> str:
         return f"{self.path}: {self.bytes_cut} bytes at byte {self.offset} are left out: a crash left them unfinished ({self.reason})"
+
+
+class Indexed(NamedTuple):
+    """A finished segment of which the index file is used."""
+
+    found: SegmentIndex
+    first_record: bytes  # of the segment itself, where that is there
+    segment_bytes: int  # on disk
 
 
 class JournalReader:
@@ -82,8 +93,14 @@ class JournalReader:
     def refresh(self) -> None:
         """Takes in all records written since the last look. Raises as the constructor does."""
         numbers = segment_numbers(self.directory)
-        for number in numbers[self._segment - 1 :]:
-            self._read(number, finished=number < numbers[-1])
+        todo = numbers[self._segment - 1 :]
+        while todo:
+            indexed = self._indexed(todo[:-1])
+            if indexed:
+                self._enter(indexed)
+            else:
+                self._read(todo[0], finished=len(todo) > 1)
+            todo = todo[max(1, len(indexed)) :]
 
     def recovery(self, after_step: int) -> Recovery:
         """What remains to be done after the state of `after_step` was restored (0: the initial model); see `Index.recovery`.
@@ -179,12 +196,13 @@ class JournalReader:
         """Takes in what is new in a segment. `finished`: another one follows."""
         if number > self._segment and self.torn is not None:
             raise JournalError(f"{self.torn.path}: {self.torn.reason} at byte {self.torn.offset}, though segment {number} follows")
-        known = number == self._segment and self._end > 0
-        if finished and not known and self._read_index(number):
-            return
-        self._scan(number, self._end if known else 0)
+        self._scan(number, self._end if self._begun(number) else 0)
         if finished and self.torn is None:
             self._finish(number)
+
+    def _begun(self, number: int) -> bool:
+        """Whether frames of a segment were read already."""
+        return number == self._segment and self._end > 0
 
     def _finish(self, number: int) -> None:
         """A segment was read to its end, and another one follows."""
@@ -192,39 +210,63 @@ class JournalReader:
 
     # ---- by its index
 
-    def _read_index(self, number: int) -> bool:
-        """Takes a whole segment from its index file. False if that must not be relied on: the segment itself is read then."""
+    def _indexed(self, numbers: Sequence[int]) -> list[Indexed]:
+        """The first of some finished segments, up to one that must be read itself."""
+        found: list[Indexed] = []
+        for number in numbers[:_AT_ONCE]:
+            indexed = None if self._begun(number) or self.torn else self._index_of_segment(number)
+            if indexed is None:
+                break
+            found.append(indexed)
+        return found
+
+    def _index_of_segment(self, number: int) -> Indexed | None:
+        """None if the index file must not be relied on."""
         path = self._path(number)
-        if not path.exists():
-            self._enter(self._kept(number), 0)
-            return True
+        try:
+            segment_bytes = path.stat().st_size
+        except FileNotFoundError:
+            kept = self._kept(number)
+            return Indexed(kept, kept.first_record, 0)
         if self._verify:
-            return False
+            return None
         try:
             found = read_index(self.directory, number)
-            if path.stat().st_size != found.segment_bytes:
+            if segment_bytes != found.segment_bytes:
                 raise BadFrame(0, f"the index of a segment of {found.segment_bytes} bytes")
-            self._enter(found, found.segment_bytes)
+            with opened(path) as file:
+                return Indexed(found, read_payload(file, 0), segment_bytes)
         except FileNotFoundError:
-            return False
-        except (BadFrame, InvariantViolation) as error:
-            self.remade.append(f"{index_path(self.directory, number)} is not used: {error}; it is made anew from its segment")
-            return False
-        return True
+            return None
+        except BadFrame as error:
+            self._refuse_index(number, error)
+            return None
 
-    def _enter(self, found: SegmentIndex, segment_bytes: int) -> None:
-        self._check_first(found)
-        self.index.take_segment(found)
-        self._segment, self._end, self._rows = found.number, found.segment_bytes, Rows()
-        self._held[found.number] = segment_bytes + _size(index_path(self.directory, found.number))
+    def _refuse_index(self, number: int, error: Exception) -> None:
+        path = index_path(self.directory, number)
+        if number in self.given_up:
+            raise JournalError(f"{path}: {error}, and its segment was given up: restore the file from a copy") from error
+        line = f"{path} is not used: {error}; it is made anew from its segment"
+        if line not in self.remade:  # it may have been looked at as one of several, and again alone
+            self.remade.append(line)
 
-    def _check_first(self, found: SegmentIndex) -> None:
-        """The segment record, of the segment itself where there is one."""
-        key, payload = found.first
-        if found.number not in self.given_up:
-            with opened(self._path(found.number)) as file:
-                payload = read_payload(file, 0)
-        self._check_segment(payload, key, found.number)
+    def _enter(self, indexed: Sequence[Indexed]) -> None:
+        """Takes in whole segments."""
+        before = self._segment, self._end
+        for each in indexed:
+            self._check_segment(each.first_record, int(each.found.keys_F[0]), each.found.number)
+            self._segment, self._end = each.found.number, each.found.segment_bytes
+            self._held[each.found.number] = each.segment_bytes + each.found.file_bytes
+        try:
+            self.index.take_segments([each.found for each in indexed])
+        except InvariantViolation as error:
+            self._segment, self._end = before
+            if len(indexed) == 1:
+                self._refuse_index(indexed[0].found.number, error)
+                self._read(indexed[0].found.number, finished=True)
+            else:  # which of them it is
+                for each in indexed:
+                    self._enter([each])
 
     # ---- byte by byte
 

@@ -68,11 +68,7 @@ class BatchRecord(Record):
 
     @classmethod
     def from_json(cls, payload: bytes) -> BatchRecord:
-        return cls.from_values(json.loads(payload))
-
-    @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> BatchRecord:
-        """Of the JSON object that it is on disk."""
+        values = json.loads(payload)
         dropped = {int(seq): reason for seq, reason in values["dropped"].items()}  # JSON has no numbers as keys
         return cls(values["step"], tuple(values["groups"]), dropped, values["plan"])
 

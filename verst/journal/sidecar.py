@@ -1,7 +1,7 @@
 """The index file beside each finished segment: `00000001.index` has all of `00000001.journal` but the payloads of its groups.
 
 With it a journal opens without reading its segments. It is made of the segment, and made anew if it is missing, damaged or of other bytes,
-until the payloads are given up (`verst.journal.retention`): then the segment is gone, and its index is what remains.
+until the payloads are given up (`Journal.give_up`): then the segment is gone, and its index is what remains.
 
 The file is one frame (`frames.py`), whose payload is, little-endian and without gaps: the number of the segment's frames F (uint32), flags
 (uint32; 1: the payloads were given up), then for each frame its key (int64 [F]), the length of its payload (int64 [F]), the CRC32 of its
@@ -14,7 +14,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -80,37 +80,20 @@ class SegmentIndex:
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
         """Where the payloads start in `records`."""
-        kept_F = np.where(self.kinds_F == Kind.GROUP, 0, self.lengths_F)
-        return np.cumsum(kept_F) - kept_F
+        return _starts(self.kinds_F, self.lengths_F)
 
-    @cached_property
-    def first(self) -> tuple[int, bytes]:
-        """Key and payload of the segment record."""
-        return int(self.keys_F[0]), self.records[: int(self.lengths_F[0])]
+    @property
+    def first_record(self) -> bytes:
+        """Payload of the segment record."""
+        return self.records[: int(self.lengths_F[0])]
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the index file."""
+        return HEADER_BYTES + _COUNTS.size + len(self.keys_F) * sum(dtype.itemsize for dtype in _COLUMNS) + len(self.records)
 
     def keys(self, kind: Kind) -> NDArray[np.int64]:
-        return self.keys_F[self._of(kind)]
-
-    def offsets(self, kind: Kind) -> NDArray[np.int64]:
-        return self.all_offsets[self._of(kind)]
-
-    def _of(self, kind: Kind) -> NDArray[np.int64]:
-        """Which frames are of a kind."""
-        order_F, ends = self._by_kind
-        return order_F[ends[kind] : ends[kind + 1]]
-
-    @cached_property
-    def _by_kind(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The frames sorted by kind, in order within one, and where each kind begins among them."""
-        order_F = np.argsort(self.kinds_F, kind="stable")
-        return order_F, np.searchsorted(self.kinds_F[order_F], np.arange(len(Kind) + 2))
-
-    def values(self, kind: Kind) -> list[dict[str, Any]]:
-        """The JSON objects of the records of one kind, in order. Not of groups."""
-        of_kind = self._of(kind)
-        spans = zip(self._starts[of_kind].tolist(), self.lengths_F[of_kind].tolist(), strict=True)
-        text = b",".join(self.records[start : start + length] for start, length in spans)
-        return json.loads(b"[%b]" % text)  # at once: a run of weeks has a hundred thousand
+        return self.keys_F[self.kinds_F == kind]
 
     def frames(self) -> Iterator[tuple[Frame, bytes | None]]:
         """All frames with their payloads, None for groups."""
@@ -159,6 +142,37 @@ class SegmentIndex:
         return len(content)
 
 
+class Joined:
+    """The frames of consecutive segments, by kind. Many at once: for each alone, calls would take longer than what they do."""
+
+    def __init__(self, segments: Sequence[SegmentIndex]) -> None:
+        self._keys_F = np.concatenate([segment.keys_F for segment in segments])
+        self._kinds_F = np.concatenate([segment.kinds_F for segment in segments])
+        self._lengths_F = np.concatenate([segment.lengths_F for segment in segments])
+        self._offsets_F = np.concatenate([segment.all_offsets for segment in segments])
+        self._numbers_F = np.repeat([segment.number for segment in segments], [len(segment.keys_F) for segment in segments])
+        self._records = b"".join(segment.records for segment in segments)
+        self._starts_F = _starts(self._kinds_F, self._lengths_F)
+        self._by_kind_F = np.argsort(self._kinds_F, kind="stable")
+        self._ends = np.searchsorted(self._kinds_F[self._by_kind_F], np.arange(len(Kind) + 2))
+
+    def keys(self, kind: Kind) -> NDArray[np.int64]:
+        """Those of one kind, in order; so are the others."""
+        return self._keys_F[self._of(kind)]
+
+    def places(self, kind: Kind) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Numbers of their segments, and where they start in them."""
+        return self._numbers_F[self._of(kind)], self._offsets_F[self._of(kind)]
+
+    def values(self, kind: Kind) -> list[dict[str, Any]]:
+        """The JSON objects of records. Not of groups."""
+        spans = zip(self._starts_F[self._of(kind)].tolist(), self._lengths_F[self._of(kind)].tolist(), strict=True)
+        return json.loads(b"[%b]" % b",".join(self._records[start : start + length] for start, length in spans))
+
+    def _of(self, kind: Kind) -> NDArray[np.int64]:
+        return self._by_kind_F[self._ends[kind] : self._ends[kind + 1]]
+
+
 def index_of(directory: Path, number: int) -> SegmentIndex:
     """The index made anew from a finished segment, every byte verified. Raises `JournalError` if that is damaged."""
     path, rows = segment_path(directory, number), Rows()
@@ -197,3 +211,9 @@ def _unpacked(number: int, payload: memoryview) -> SegmentIndex:
         offset += count * dtype.itemsize
     keys_F, lengths_F, crcs_F, kinds_F = columns
     return SegmentIndex(number, keys_F, lengths_F, crcs_F, kinds_F, bytes(payload[offset:]), given_up=bool(flags & _GIVEN_UP))
+
+
+def _starts(kinds_F: NDArray[np.uint8], lengths_F: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where payloads start that lie one after the other, those of groups left out."""
+    kept_F = np.where(kinds_F == Kind.GROUP, 0, lengths_F)
+    return np.cumsum(kept_F) - kept_F

@@ -52,7 +52,7 @@ class Restored:
     cursor: Cursor
     batches: tuple[JournaledBatch, ...] = ()
     finished: frozenset[int] = frozenset()  # in the journal and in no batch
-    consumed: frozenset[int] = frozenset()  # in a batch, or dropped by one
+    consumed: frozenset[int] = frozenset()  # in a batch, or dropped by one; from the cursor on
     saved: int = 0  # the step of the newest checkpoint
     same_sums: bool = True  # steps trained again add numbers in the same order as the first time: on the same ranks and threads
 
@@ -89,7 +89,7 @@ async def recover(parts: Parts) -> Restored:
     changed = reordered_since(parts.run, step)
     if changed:
         note(f"{', '.join(sorted(changed))} changed since: those steps will have the same weights up to rounding, not bit for bit")
-    consumed = frozenset(journal.index.groups) - finished
+    consumed = frozenset(journal.index.groups.since(cursor.seq)) - finished  # those before are not fed again
     return Restored(step, cursor, batches, finished, consumed, same_sums=not changed, saved=saved)
 
 

@@ -135,15 +135,17 @@ def child() -> Iterator[Callable[..., int]]:
 @pytest.mark.parametrize("does", ["sleeps", "keeps_the_lock"])
 def test_stacks_of_a_process_that_answers_nobody(child: Callable[..., int], does: str):
     """The second one lets no other thread run."""
-    pid = child(does)
+    pid, state = child(does), "is sleeping" if does == "sleeps" else "is running"
+    until(lambda: state_of(pid) == state)
     for _ in range(2):
         assert f"in {does}\n" in (found := described(pid))
-        assert found.startswith(f"its process ({pid}) is {'sleeping' if does == 'sleeps' else 'running'}\n")
+        assert found.startswith(f"its process ({pid}) {state}\n")
         assert found.count("most recent call first") == 1  # not the former dump too
 
 
 def test_one_without_a_handler_is_sent_nothing(child: Callable[..., int]):
     pid = child("sleeps", "none")
+    until(lambda: state_of(pid) == "is sleeping")
     assert dumped(pid) is None
     assert described(pid) == f"its process ({pid}) is sleeping"
     assert state_of(pid) == "is sleeping"

@@ -13,7 +13,7 @@ from tests.loop.test_run import digests
 from verst.errors import JournalError
 from verst.runtime.rundir import RunDirectory
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_one_thread")]
 
 STEPS = 4
 

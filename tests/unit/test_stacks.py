@@ -17,7 +17,7 @@ import pytest
 from verst.observe import stacks as module
 from verst.observe.stacks import described, dumped, machine, stacks, state_of, write_stacks
 from verst.runtime.actors import Host, LocalWorker
-from verst.runtime.stacks import keep_stacks, stack_report
+from verst.runtime.stacks import KeepStacks, stack_report
 
 LIMIT_S = 10.0
 
@@ -200,6 +200,12 @@ async def test_a_report_has_every_process(tmp_path: Path):
     report = await stack_report(workers)
     assert report.startswith("==== this process\nthread ")
     assert report.endswith("==== trainer rank 0\nin this process\n\n==== replica 0\ndoes not answer within 5 s; its process (7) is stopped")
-    (line,) = await keep_stacks(workers, tmp_path, "a deadline passed")
+    (line,) = await KeepStacks(lambda: workers, tmp_path)("a deadline passed")
     (path,) = tmp_path.iterdir()  # noqa: ASYNC240 - nothing else runs here
     assert line == f"what each process did then: {path}"
+
+
+async def test_what_cannot_be_written_is_told(tmp_path: Path):
+    (tmp_path / "logs").touch()
+    (line,) = await KeepStacks(lambda: [LocalWorker("trainer rank 0", None)], tmp_path / "logs")("asked for")
+    assert line.startswith("what each process did could not be written: FileExistsError: ")

@@ -150,7 +150,7 @@ class Scaled:
         self.world = world
         self.parts = FakeParts(self.config, root)
         self.replicas = Replicas(fresh([Killable(n, world) for n in range(replicas)]), self.config)
-        self.parts.replacer = Replacer(self.replicas, self._spawn, self.parts.faults)  # pyright: ignore[reportAttributeAccessIssue]
+        self.parts.replacer = Replacer(self.replicas, self._spawn, self.parts.faults, self.parts.keep_stacks)  # pyright: ignore[reportAttributeAccessIssue]
         self.parts.replicas = self.replicas  # pyright: ignore[reportAttributeAccessIssue]
         if by_group:
             self.parts.trainers = Broadcasters(self.parts.events)

@@ -17,6 +17,7 @@ from verst.observe.metrics import Tally
 from verst.observe.outliers import LAYER_US, Outliers, Progress, replica_paces, slowest
 from verst.observe.recorded import GroupLife
 from verst.runtime import overdue as module
+from verst.runtime.actors import LocalWorker
 from verst.runtime.overdue import Overdue, behind
 from verst.runtime.trainers import Trainers
 from verst.training.distributed import Rendezvous, init_distributed, leave_distributed
@@ -73,35 +74,27 @@ def test_one_that_stays_slow_is_told_once(side: str, said: str):
     assert len(look(1.6)) == 1
 
 
-class Rank:
+class Rank(LocalWorker):
     """A worker that takes so long for a token, or answers so to `progress`."""
 
-    def __init__(self, number: int, us: float = 1.0, progress: Progress | None = None, seconds: float = 0.0) -> None:
-        self.name = f"trainer rank {number}"
-        self._us, self._progress, self._seconds = us, progress, seconds
+    def __init__(self, number: int, us: float = 1.0, progress: Progress | None = None) -> None:
+        super().__init__(f"trainer rank {number}", None)
+        self._us, self._progress = us, progress
 
     async def call(self, method: str, /, *args: Any) -> Any:
         if method == "progress":
             return self._progress if self._progress is not None else await asyncio.sleep(60)
-        await asyncio.sleep(self._seconds)
         tally = Tally()
         tally.mean(LAYER_US, 100 * self._us, 100)
         return tally
 
-    post = call
-
-    async def node(self) -> str:
-        return ""
-
     async def stacks(self) -> str:
         return "does not answer within 5 s; its process (7) is stopped (SIGSTOP)\nmore"
-
-    def kill(self) -> None: ...
 
 
 async def test_the_last_update_of_a_step_names_its_slowest_rank():
     ranks = [Rank(0), Rank(1, us=4.0), Rank(2, us=2.0)]
-    trainers = Trainers(ranks.__getitem__, make_config("unused", train={"ranks": 3}), put=lambda encoded: encoded)
+    trainers = Trainers(lambda rank: ranks[rank], make_config("unused", train={"ranks": 3}), put=lambda encoded: encoded)
     trainers.num_updates = 2
     assert "train/straggler_ratio" not in (await trainers.forward_backward(0, [])).report()
     report = (await trainers.forward_backward(1, [])).report()

@@ -17,7 +17,7 @@ import pytest
 from verst.observe import stacks as module
 from verst.observe.stacks import described, dumped, machine, stacks, state_of, write_stacks
 from verst.runtime.actors import Host, LocalWorker
-from verst.runtime.stacks import keep_stacks, stack_report
+from verst.runtime.stacks import KeepStacks, stack_report
 
 LIMIT_S = 10.0
 
@@ -135,15 +135,17 @@ def child() -> Iterator[Callable[..., int]]:
 @pytest.mark.parametrize("does", ["sleeps", "keeps_the_lock"])
 def test_stacks_of_a_process_that_answers_nobody(child: Callable[..., int], does: str):
     """The second one lets no other thread run."""
-    pid = child(does)
+    pid, state = child(does), "is sleeping" if does == "sleeps" else "is running"
+    until(lambda: state_of(pid) == state)
     for _ in range(2):
         assert f"in {does}\n" in (found := described(pid))
-        assert found.startswith(f"its process ({pid}) is {'sleeping' if does == 'sleeps' else 'running'}\n")
+        assert found.startswith(f"its process ({pid}) {state}\n")
         assert found.count("most recent call first") == 1  # not the former dump too
 
 
 def test_one_without_a_handler_is_sent_nothing(child: Callable[..., int]):
     pid = child("sleeps", "none")
+    until(lambda: state_of(pid) == "is sleeping")
     assert dumped(pid) is None
     assert described(pid) == f"its process ({pid}) is sleeping"
     assert state_of(pid) == "is sleeping"
@@ -198,6 +200,12 @@ async def test_a_report_has_every_process(tmp_path: Path):
     report = await stack_report(workers)
     assert report.startswith("==== this process\nthread ")
     assert report.endswith("==== trainer rank 0\nin this process\n\n==== replica 0\ndoes not answer within 5 s; its process (7) is stopped")
-    (line,) = await keep_stacks(workers, tmp_path, "a deadline passed")
+    (line,) = await KeepStacks(lambda: workers, tmp_path)("a deadline passed")
     (path,) = tmp_path.iterdir()  # noqa: ASYNC240 - nothing else runs here
     assert line == f"what each process did then: {path}"
+
+
+async def test_what_cannot_be_written_is_told(tmp_path: Path):
+    (tmp_path / "logs").touch()
+    (line,) = await KeepStacks(lambda: [LocalWorker("trainer rank 0", None)], tmp_path / "logs")("asked for")
+    assert line.startswith("what each process did could not be written: FileExistsError: ")

@@ -149,7 +149,7 @@ class Deaf:
 async def test_what_cannot_be_told_takes_no_deadlines_place():
 
     async def keep(reason: str) -> list[str]:
-        raise OSError(f"no room for the stacks: {reason}")
+        return [f"what each process did then: FILE ({reason})"]
 
     standing = Standing(GroupSlots(2), cast(Any, Deaf()), keep)
 
@@ -161,6 +161,6 @@ async def test_what_cannot_be_told_takes_no_deadlines_place():
     expected = [
         "waited 5 s for replica 0: pull",
         "who waits for whom could not be told: ZeroDivisionError: a defect",
-        "what each process did could not be written: OSError: no room for the stacks: a deadline passed",
+        "what each process did then: FILE (a deadline passed)",
     ]
     assert str(ended.value).splitlines() == expected

@@ -30,5 +30,5 @@ class Faults:
         self._journal.append_recovery(RecoveryRecord(role, step, source, seconds, time.time()))
 
     def failed(self, line: str) -> None:
-        """An attempt to bring something back."""
+        """An attempt to bring something back; or where more is written about a loss."""
         self._note(line)

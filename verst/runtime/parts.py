@@ -20,7 +20,7 @@ from verst.runtime.pools import Replicas
 from verst.runtime.replacer import Replacer
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.snapshots import Snapshots
-from verst.runtime.stacks import keep_stacks
+from verst.runtime.stacks import KeepStacks
 from verst.runtime.trainers import Trainers
 from verst.runtime.transfer import Transfer
 from verst.types import Prompt, Status
@@ -45,15 +45,12 @@ class Parts:
     heartbeat: Heartbeat
     faults: Faults
     eval_prompts: list[Prompt]
+    keep_stacks: KeepStacks
 
     @property
     def group_deadline_s(self) -> float:
         """Limit of the wait for the next group. The replica's own limit expires first and names it."""
         return self.replicas.step_wait_s
-
-    async def keep_stacks(self, reason: str) -> list[str]:
-        """Writes what every process does now into the run's logs; returns the line that says where."""
-        return await keep_stacks([*self.trainers.workers, *self.replicas.workers], self.run.logs, reason)
 
     async def evaluate(self) -> dict[str, float]:
         """Mean reward over the held-out prompts that could be scored, one trajectory each, and the share that failed."""

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 
 from verst.errors import EngineFailure, VerstError, first_line
-from verst.runtime.actors import Worker
+from verst.runtime.actors import Worker, WorkerDied
 from verst.runtime.faults import Faults
 from verst.runtime.pools import Replicas
 from verst.runtime.replica import Replica
+from verst.runtime.stacks import KeepStacks
 
 PAUSES_S = (0.0, 2.0, 10.0)
 """Before the first, second, … attempt at one replacement."""
@@ -23,8 +24,8 @@ PAUSES_S = (0.0, 2.0, 10.0)
 class Replacer:
     """Of one run. `spawn` starts the process of a replica by its number and slot."""
 
-    def __init__(self, replicas: Replicas, spawn: Callable[[int, int], Worker], faults: Faults) -> None:
-        self._replicas, self._spawn, self._faults = replicas, spawn, faults
+    def __init__(self, replicas: Replicas, spawn: Callable[[int, int], Worker], faults: Faults, keep_stacks: KeepStacks) -> None:
+        self._replicas, self._spawn, self._faults, self._keep_stacks = replicas, spawn, faults, keep_stacks
 
     async def run(self) -> None:
         """Replaces what is lost, for ever. Raises `EngineFailure` if a replica cannot be replaced and no other serves."""
@@ -37,6 +38,9 @@ class Replacer:
         began, groups = time.monotonic(), lost.in_flight
         assert lost.error is not None
         self._faults.lost(lost.name, lost.version, lost.error, _with(groups))
+        if not isinstance(lost.error, WorkerDied):  # it lives, and stands in something
+            for line in await self._keep_stacks(f"{lost.name} was lost"):
+                self._faults.failed(line)
         await self._replicas.bury(lost)
         error: Exception | None = lost.error
         for pause_s in PAUSES_S:

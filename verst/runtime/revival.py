@@ -18,6 +18,7 @@ from verst.errors import VerstError
 from verst.runtime.limits import REPLACEMENTS
 from verst.runtime.stored import newest_state
 from verst.runtime.trainers import TrainersLost
+from verst.runtime.wait import NoAnswer
 
 if TYPE_CHECKING:
     from verst.runtime.parts import Parts
@@ -75,6 +76,9 @@ class Revival:
                 f"committed is safe: mend the cause, then go on with: verst resume {self._parts.run.root}"
             ) from lost
         self._parts.faults.lost("the trainers", version, lost)
+        if isinstance(lost.__cause__, NoAnswer):  # before what does not answer is ended
+            for line in await self._parts.keep_stacks("a trainer rank did not answer"):
+                self._parts.faults.failed(line)
         await asyncio.sleep(PAUSES_S[min(self._losses, len(PAUSES_S)) - 1])
 
     async def _restored(self, version: int) -> tuple[int, str, list[str]]:

@@ -41,6 +41,7 @@ from verst.runtime.rollout_worker import RolloutWorker
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.scaler import Means, Scaler
 from verst.runtime.snapshots import Snapshots
+from verst.runtime.stacks import KeepStacks
 from verst.runtime.trainer_worker import TrainerWorker
 from verst.runtime.trainers import Trainers
 from verst.runtime.transfer import Transfer
@@ -180,6 +181,7 @@ class RunService:
         await snapshots.start()
         if kept is not None:
             kept.end_rest()
+        keep = KeepStacks(lambda: [*trainers.workers, *replicas.workers], self._run.logs)
         return Parts(
             config=config,
             run=self._run,
@@ -192,10 +194,11 @@ class RunService:
             transfer=transfer,
             lease=lease,
             snapshots=snapshots,
-            replacer=Replacer(replicas, self._spawn_replica, faults),
+            replacer=Replacer(replicas, self._spawn_replica, faults, keep),
             heartbeat=Heartbeat(lambda: [*trainers.workers, *replicas.workers, *snapshots.workers], self._observer.note),
             faults=faults,
             eval_prompts=held_out,
+            keep_stacks=keep,
         )
 
     async def _close(self, part: Trainers | Replicas) -> None:

@@ -66,8 +66,7 @@ class Standing:
 
     async def told(self, reason: str) -> list[str]:
         """The same, and where the stacks of all processes are written, whatever fails of it."""
-        parts = explained_by(self.lines(), _untold), explained_by(self._keep_stacks(reason), _unkept)
-        lines, kept = await asyncio.gather(*parts)
+        lines, kept = await asyncio.gather(explained_by(self.lines(), _untold), self._keep_stacks(reason))
         return [*lines, *kept]
 
     async def explained(self, part: Callable[[], Awaitable[None]]) -> None:
@@ -100,10 +99,6 @@ class Standing:
 
 def _untold(error: Exception) -> list[str]:
     return [f"who waits for whom could not be told: {type(error).__name__}: {error}"]
-
-
-def _unkept(error: Exception) -> list[str]:
-    return [f"what each process did could not be written: {type(error).__name__}: {error}"]
 
 
 def standing_lines(waits: Sequence[Wait], held: Held, capacity: int) -> list[str]:

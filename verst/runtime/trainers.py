@@ -47,7 +47,7 @@ class TrainersLost(VerstError):
 
 @contextlib.contextmanager
 def _loss_of(worker: Worker) -> Iterator[None]:
-    """What tells that a rank is lost, or has lost the others, becomes `TrainersLost`."""
+    """What tells that a rank is lost, has lost the others, or must not be trained as it is, becomes `TrainersLost`."""
     try:
         yield
     except (WorkerDied, NoAnswer, CollectiveFailed, CorruptWeights) as error:

@@ -26,8 +26,8 @@ _KINDS = 3
 hold too, and experts."""
 
 _REMEDY = (
-    "Nothing was trained with it. A device or its memory may be damaged, or some code wrote where it must not (docs/operations.md says "
-    "how to find out); go on elsewhere, from the newest checkpoint, with: verst resume RUN"
+    "Nothing was trained with it. A device or its memory may be damaged, or some code wrote where it must not: "
+    "docs/operations.md says how to find out"
 )
 
 

@@ -85,7 +85,7 @@ class Sync:
         self.config = run_file(options, directory)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.trainer = TrainerWorker(self.config, 0, device)
-        self.engine: Engine = make_engine(self.config, replica=0, device=device, shared=False, log=directory / "server.log")
+        self.engine: Engine = make_engine(self.config, slot=0, device=device, shared=False, log=directory / "server.log")
         self._address: GroupAddress | None = None
         self._records = (directory / "commits").open("wb", buffering=0)
         self._shared = options.transport == "shared"

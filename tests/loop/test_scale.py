@@ -150,7 +150,8 @@ class Scaled:
         self.world = world
         self.parts = FakeParts(self.config, root)
         self.replicas = Replicas(fresh([Killable(n, world) for n in range(replicas)]), self.config)
-        self.parts.replacer = Replacer(self.replicas, self._spawn, self.parts.faults, self.parts.keep_stacks)  # pyright: ignore[reportAttributeAccessIssue]
+        keep: Any = self.parts.keep_stacks
+        self.parts.replacer = Replacer(self.replicas, self._spawn, self.parts.faults, keep)  # pyright: ignore[reportAttributeAccessIssue]
         self.parts.replicas = self.replicas  # pyright: ignore[reportAttributeAccessIssue]
         if by_group:
             self.parts.trainers = Broadcasters(self.parts.events)

@@ -12,7 +12,7 @@ from tests.loop.local import LocalRun, local_run
 from tests.loop.test_run import ROWS, digests, vowels
 from verst.journal.log import JournalReader
 from verst.runtime import scaler
-from verst.runtime.actors import Host, WorkerDied
+from verst.runtime.actors import Host, LocalWorker, WorkerDied
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.scale_request import ScaleAnswer, ScaleRequest, State
 from verst.runtime.service import RunService
@@ -21,11 +21,12 @@ pytestmark = pytest.mark.usefixtures("_one_thread")
 LIMIT_S = 60.0
 
 
-class HostWorker:
+class HostWorker(LocalWorker):
     """A worker in this process behind a real `Host`: its synchronous methods have a thread, in which they are done one after another."""
 
     def __init__(self, name: str, host: Host) -> None:
-        self.name, self._host = name, host
+        super().__init__(name, None)
+        self._host = host
         self.killed = False
 
     async def call(self, method: str, /, *args: Any) -> Any:

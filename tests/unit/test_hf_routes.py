@@ -167,6 +167,6 @@ async def test_a_dense_model_and_an_engine_that_need_not_record_do_nothing(tmp_p
 )
 def test_what_a_run_file_says_about_recording(tmp_path: Path, changes: dict[str, Any], records: bool):
     config = Config.model_validate({"model": {"path": "m"}, "data": {"path": "d"}, "run": {"steps": 1}} | changes)
-    engine = make_engine(config, replica=0, device="cpu", shared=False, log=tmp_path / "log")
+    engine = make_engine(config, slot=0, device="cpu", shared=False, log=tmp_path / "log")
     assert isinstance(engine, HFEngine)
     assert engine._record_routes is records

@@ -14,18 +14,18 @@ from verst.errors import CheckpointError, DataError, DeadlineExceeded, EngineFai
 from verst.journal.codec import encode_group
 from verst.runtime import pools
 from verst.runtime import trainers as trainers_module
-from verst.runtime.actors import WorkerDied
+from verst.runtime.actors import LocalWorker, WorkerDied
 from verst.runtime.pools import Replicas
 from verst.runtime.replica import Stage, fresh
 from verst.runtime.trainers import Trainers, TrainersLost
 from verst.types import Group, Message, Prompt, Status
 
 
-class Rank:
+class Rank(LocalWorker):
     """A worker whose calls do what `does` says, by method."""
 
     def __init__(self, number: int, **does: Callable[[], Any]) -> None:
-        self.name = f"trainer rank {number}"
+        super().__init__(f"trainer rank {number}", None)
         self.killed = False
         self._does = does
 
@@ -55,7 +55,7 @@ async def dies() -> None:
 
 def trainers(*ranks: Rank) -> Trainers:
     config = Config.model_validate({"run": {"steps": 1}, "model": {"path": "unused"}, "train": {"ranks": len(ranks)}})
-    return Trainers(ranks.__getitem__, config, put=lambda encoded: encoded)
+    return Trainers(lambda rank: ranks[rank], config, put=lambda encoded: encoded)
 
 
 async def test_a_rank_that_dies_is_told_without_waiting_for_its_peers(monkeypatch: pytest.MonkeyPatch):
@@ -95,14 +95,14 @@ async def test_a_checkpoint_that_failed_on_one_rank_waits_for_what_the_others_st
 PROMPT = Prompt("p", (Message("user", "q"),))
 
 
-class RolloutReplica:
+class RolloutReplica(LocalWorker):
     """Of the groups that it is given, it finishes those that are not held."""
 
     def __init__(
         self, number: int, held: Callable[[int], bool], standing: Any = None, breaks: Mapping[int, Exception] | None = None
     ) -> None:
         """`breaks`: groups that it raises something over."""
-        self.name = f"replica {number}"
+        super().__init__(f"replica {number}", None)
         self.given: list[int] = []
         self.killed = False
         self._breaks = breaks or {}

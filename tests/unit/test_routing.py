@@ -18,6 +18,7 @@ from verst.journal.codec import decode_routes, encode_routes
 from verst.observe.metrics import Tally
 from verst.routing.kinds import moe_layers, routed_experts, unread_experts
 from verst.routing.records import expert_dtype, narrowed, require_routes, routes_of, tokens_digest
+from verst.runtime.actors import LocalWorker
 from verst.runtime.batching import assemble, failures, refused
 from verst.runtime.pools import Replicas
 from verst.runtime.trainer_worker import Scores, TrainerFacts
@@ -196,11 +197,12 @@ def test_routes_come_back_to_the_bit_and_cost_a_byte_each():
     assert size < 1.05 * 8 * 1000 * KIND.layers * KIND.chosen
 
 
-class Rank:
+class Rank(LocalWorker):
     """A trainer rank that keeps the routes it is sent."""
 
     def __init__(self, wanted: RoutesWanted | None) -> None:
-        self.name, self.sent, self._wanted = f"rank that wants {wanted}", b"", wanted
+        super().__init__(f"rank that wants {wanted}", None)
+        self.sent, self._wanted = b"", wanted
 
     async def call(self, method: str, /, *args: Any) -> Any:
         if method == "start":
@@ -223,7 +225,7 @@ async def test_each_rank_receives_the_samples_and_layers_it_needs():
     wants = [RoutesWanted(data, 2, layers, packed=True) for data in (0, 1) for layers in ((0,), (1,))]
     ranks = [Rank(wanted) for wanted in (*wants, None)]
     stored: list[bytes] = []
-    trainers = Trainers(ranks.__getitem__, config, put=lambda encoded: stored.append(encoded) or encoded)
+    trainers = Trainers(lambda rank: ranks[rank], config, put=lambda encoded: stored.append(encoded) or encoded)
     await trainers.start()
     assert trainers.routed_experts == KIND
     batch = Batch(1, (0, 1, 2), tuple(sample(i, 4 + i) for i in range(6)))

@@ -17,7 +17,7 @@ import verst
 from verst import cli
 from verst.config.load import load_config
 from verst.errors import ExtensionError
-from verst.runtime import launch
+from verst.runtime import attend, launch
 from verst.runtime.extensions import Extensions
 from verst.runtime.rundir import RunDirectory
 
@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def test_a_first_signal_asks_and_a_second_one_ends_at_once(run: RunDirectory):
-    with launch._signals(run) as asked:
+    with attend.signals(run) as asked:
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked.stop.is_set()
         assert "SIGTERM: ending after the step in progress" in asked.lines[0]
@@ -39,7 +39,7 @@ def test_a_first_signal_asks_and_a_second_one_ends_at_once(run: RunDirectory):
 
 def test_a_question_ends_nothing(run: RunDirectory):
     before = signal.getsignal(signal.SIGUSR1)
-    with launch._signals(run) as asked:
+    with attend.signals(run) as asked:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert (asked.standing.is_set(), asked.stop.is_set(), asked.leave.is_set()) == (True, False, False)
     assert signal.getsignal(signal.SIGUSR1) == before
@@ -48,13 +48,13 @@ def test_a_question_ends_nothing(run: RunDirectory):
 def test_a_closed_terminal_ends_the_watching_only_where_the_run_goes_on_without_it(run: RunDirectory):
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
-        with launch._signals(run):
+        with attend.signals(run):
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL  # on a laptop the run ends with it
-        with launch._signals(run, leaves=True) as asked:
+        with attend.signals(run, leaves=True) as asked:
             os.kill(os.getpid(), signal.SIGHUP)
             assert (asked.leave.is_set(), asked.stop.is_set()) == (True, False)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with launch._signals(run, leaves=True):
+        with attend.signals(run, leaves=True):
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # nohup
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -64,8 +64,8 @@ def test_an_output_that_was_closed_ends_the_watching(run: RunDirectory):
     def closed(line: str) -> None:
         raise BrokenPipeError
 
-    asked = launch.Asked()
-    launch._while_open(closed, asked)("a line")
+    asked = attend.Asked()
+    attend.while_open(closed, asked)("a line")
     assert asked.leave.is_set()
 
 

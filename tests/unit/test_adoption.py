@@ -1,0 +1,134 @@
+"""What a loop finds that starts where another one died."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.loop.fakes import group
+from verst.journal.codec import encode_group
+from verst.journal.log import Journal
+from verst.journal.records import AdmitRecord, PublishRecord
+from verst.runtime import adoption, kept
+from verst.runtime.actors import LocalWorker, WorkerDied
+from verst.runtime.adoption import adopt_replicas, complete, keep_finished
+from verst.runtime.kept import KeptHost
+from verst.runtime.mailbox import Call, Inbox, Mailbox
+from verst.runtime.rollout_worker import Adopted
+
+
+class Left(LocalWorker):
+    """A replica that an earlier loop has left. `says` is what it answers, or raises; None: it does not answer."""
+
+    def __init__(self, number: int, says: Adopted | Exception | None) -> None:
+        super().__init__(f"replica {number}", None)
+        self.killed, self._says = False, says
+
+    async def call(self, method: str, /, *args: Any) -> Any:
+        assert method == "adopt"
+        if self._says is None:
+            await asyncio.sleep(60)
+        if isinstance(self._says, Exception):
+            raise self._says
+        return self._says
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+async def test_those_that_live_are_adopted_and_the_others_ended(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(adoption, "_ANSWER_S", 0.05)
+    left = {
+        0: Left(0, WorkerDied("replica 0 died")),
+        1: Left(1, None),
+        2: Left(2, Adopted(2, True, (b"a",))),
+        3: Left(3, Adopted(0, False, ())),  # in the middle of its start
+        5: Left(5, Adopted(1, True, (b"b", b"c"))),
+    }
+    adopted, finished = await adopt_replicas(left, 3)
+    assert [(replica.number, replica.slot, replica.started) for replica in adopted] == [(2, 2, True), (5, 1, True)]
+    assert sorted(finished) == [b"a", b"b", b"c"]
+    assert {number for number, worker in left.items() if worker.killed} == {0, 1, 3}
+    begun: list[tuple[int, int]] = []
+
+    def spawn(number: int, slot: int) -> LocalWorker:
+        begun.append((number, slot))
+        return LocalWorker(f"replica {number}", None)
+
+    members = complete(adopted, 3, spawn)
+    assert begun == [(6, 0)], "the slot that is free, and a number that nobody had"
+    assert sorted(replica.slot for replica in members) == [0, 1, 2]
+
+
+async def test_fewer_are_adopted_if_fewer_are_wanted():
+    left = {number: Left(number, Adopted(number, True, (b"x",))) for number in range(3)}
+    adopted, finished = await adopt_replicas(left, 1)
+    assert [replica.number for replica in adopted] == [2]
+    assert [worker.killed for worker in left.values()] == [True, True, False]
+    assert len(finished) == 3, "also of those that are not needed any more"
+    assert complete(adopted, 1, lambda number, slot: pytest.fail("none is missing")) == adopted
+
+
+def test_a_run_without_an_earlier_loop_begins_with_its_own(tmp_path: Path):
+    members = complete([], 2, lambda number, slot: LocalWorker(f"replica {number} in {slot}", None))
+    assert [(replica.number, replica.slot, replica.name, replica.started) for replica in members] == [
+        (0, 0, "replica 0 in 0", False),
+        (1, 1, "replica 1 in 1", False),
+    ]
+
+
+def test_finished_groups_go_into_the_journal_once_and_only_of_versions_that_were_compared(tmp_path: Path):
+    journal = Journal.create(tmp_path / "journal", "run")
+    for seq in range(4):
+        journal.append_admitted(AdmitRecord(seq, f"p{seq}", 0))
+    journal.append_published(PublishRecord(0, "hash", (0,)))
+    journal.append_group(0, encode_group(group(0, 0)))
+    found = [encode_group(group(seq, version)) for seq, version in ((0, 0), (1, 0), (2, 1), (9, 0), (1, 0))]
+    assert keep_finished(journal, found) == 1
+    assert list(journal.index.groups) == [0, 1], "not twice, not of version 1, which no engine serves yet, not one that was never admitted"
+
+
+async def test_a_process_that_everyone_has_forgotten_ends_itself(monkeypatch: pytest.MonkeyPatch):
+    ended: list[int] = []
+    gone = asyncio.Event()
+
+    def end(code: int) -> None:
+        ended.append(code)
+        gone.set()
+
+    class Works:
+        async def long(self) -> str:
+            await asyncio.sleep(0.4)
+            return "done"
+
+    monkeypatch.setattr(kept, "ORPHAN_S", 0.2)
+    monkeypatch.setattr(kept.os, "_exit", end)
+    host = KeptHost(Works)
+    assert await host.call("long") == "done"
+    assert not ended, "it works: it is not forgotten, though nobody asks"
+    for _ in range(4):
+        await asyncio.sleep(0.1)
+        await host.where()
+    assert not ended, "a loop asks where its workers are"
+    await asyncio.wait_for(gone.wait(), 5)
+    assert ended == [1]
+
+
+async def test_answers_to_a_loop_that_died_are_not_taken_for_those_to_another():
+    """An inbox outlives the mailbox of the loop that died, with answers that nobody has collected."""
+
+    async def call(method: str, *args: Any) -> str:
+        return f"{method} {args[0]}"
+
+    inbox = Inbox(call)
+
+    async def submit(calls: Any) -> None:
+        inbox.submit(calls)
+
+    inbox.submit([Call(number, "former", (number,)) for number in range(3)])
+    await asyncio.sleep(0.01)
+    mailbox = Mailbox("replica 0", submit, inbox.collect)
+    assert await asyncio.wait_for(asyncio.gather(*(mailbox.call("new", number) for number in range(3))), 5) == ["new 0", "new 1", "new 2"]

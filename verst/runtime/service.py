@@ -37,6 +37,7 @@ from verst.runtime.placement import Placement, place
 from verst.runtime.pools import Replicas
 from verst.runtime.recovery import recover
 from verst.runtime.replacer import Replacer
+from verst.runtime.replica import Replica
 from verst.runtime.rollout_worker import RolloutWorker
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.scaler import Means, Scaler
@@ -153,17 +154,10 @@ class RunService:
         put = ray.put if ray.is_initialized() else _same
         kept = self._processes(placement)
         self._spawn_replica = partial(self._replica, placement, on, extensions)
-        ranks = len(kept.left("trainer rank")) if kept else 0
-        adopted, finished = await adopt_replicas(kept.take("replica") if kept else {}, config.rollout.replicas)
+        again = kept is not None and bool(kept.left("trainer rank"))
+        members = complete(await self._adopted(kept, journal), config.rollout.replicas, self._spawn_replica)
         trainers = Trainers(partial(self._trainer, placement, on), config, put, self._observer.note)
-        members = complete(adopted, config.rollout.replicas, self._spawn_replica)
         replicas = Replicas(members, config, shared=placement.shared, timeline=self._observer.timeline)
-        if ranks or adopted:
-            saved = keep_finished(journal, finished)
-            self._observer.note(
-                f"the loop starts again with processes that live: {ranks} trainer rank(s), {len(adopted)} replica(s); {saved} group(s) that"
-                " were finished are kept"
-            )
         snapshots = Snapshots(config, self._run.run_id, trainers, self._snapshot_holder, self._observer.note)
         opened.push_async_callback(snapshots.close)
         for part in (trainers, replicas):
@@ -174,7 +168,7 @@ class RunService:
         held_out = await asyncio.to_thread(eval_prompts, source, config.data, config.eval.prompts) if config.eval.every_steps else []
         scores = bool(held_out) or algorithm_for(config.algorithm).learns_from == "policy"
         lease = Lease(config, trainers, replicas, shared=placement.shared)
-        await lease.start(scores, again=ranks > 0)
+        await lease.start(scores, again=again)
         replicas.require_routes(trainers.routed_experts)
         transfer = Transfer(config, placement, trainers, replicas, str(self._weights_location))
         await transfer.open(self._run.run_id)
@@ -200,6 +194,20 @@ class RunService:
             eval_prompts=held_out,
             keep_stacks=keep,
         )
+
+    async def _adopted(self, kept: Kept | None, journal: Journal) -> list[Replica]:
+        """Replicas that an earlier loop has left. What they had finished goes into the journal."""
+        if kept is None:
+            return []
+        ranks, left = len(kept.left("trainer rank")), kept.take("replica")
+        replicas, finished = await adopt_replicas(left, self._config.rollout.replicas)
+        if ranks or left:
+            saved = keep_finished(journal, finished)
+            self._observer.note(
+                f"the loop starts again with processes that live: {ranks} trainer rank(s), {len(replicas)} replica(s); {saved} group(s) that"
+                " were finished are kept"
+            )
+        return replicas
 
     async def _close(self, part: Trainers | Replicas) -> None:
         """Ends a part in order. One that cannot be closed any more (it may be why the run ends) is told, not raised."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -22,11 +23,13 @@ import yaml
 import verst
 from tests.loop.local import prompts_file
 from verst.errors import ConfigError
+from verst.journal.audit import audit
 from verst.journal.lock import holder_of
 from verst.journal.log import JournalReader
 from verst.observe.sinks import read_rows
 from verst.runtime import cluster
 from verst.runtime.cluster import ClusterUnreachable
+from verst.runtime.rundir import RunDirectory
 from verst.testing import tiny_model
 
 DEADLINE_S = 120.0
@@ -201,13 +204,48 @@ def test_a_run_outlives_its_terminal_and_obeys_the_next(tmp_path: Path, head: st
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+def test_a_loop_that_dies_unwatched_goes_on_by_itself(tmp_path: Path, head: str):
+    run, process = begin(tmp_path, "unwatched", 400, head)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    killed = json.loads((run / "run.lock").read_text())["pid"]
+    os.kill(killed, signal.SIGKILL)
+    left_at = step_of(run)
+    wait_for(lambda: step_of(run) > left_at + 2)
+    assert json.loads((run / "run.lock").read_text())["pid"] != killed
+    others = beside(run)
+    assert len(others) == 3, "a trainer rank, its snapshot holder and a replica"
+    last = start("resume", run, "--address", head)
+    assert last.stdout is not None
+    while "step " not in (line := last.stdout.readline()):
+        assert line, "it ended without a step"
+    last.send_signal(signal.SIGINT)
+    said, _ = last.communicate(timeout=60)
+    assert last.returncode == 130, said
+    log = RunDirectory.open(run)[0].log.read_text()
+    assert "the loop starts again with processes that live: 1 trainer rank(s), 1 replica(s)" in log
+    assert audit(run / "journal").ok
+    wait_for(lambda: not any(other.is_running() for other in others))
+
+
+def beside(run: Path) -> list[psutil.Process]:
+    """The processes that a run's loop has started: Ray starts them as its siblings."""
+    raylet = psutil.Process(json.loads((run / "run.lock").read_text())["pid"]).parent()
+    assert raylet is not None
+    return [child for child in raylet.children() if child.cmdline()[0].startswith("ray::KeptHost")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_second_signal_ends_it_at_once_and_an_error_is_kept_for_later(tmp_path: Path, head: str):
     run, process = begin(tmp_path, "ended", 400, head)
+    others = beside(run)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     wait_for(lambda: holder_of(run) is None)
+    wait_for(lambda: not any(other.is_running() for other in others))  # they end with it
     (tmp_path / "model" / "config.json").unlink()
     broken = start("resume", run, "--address", head)
     said, _ = broken.communicate(timeout=DEADLINE_S)

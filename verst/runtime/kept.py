@@ -8,6 +8,7 @@ asked for anything for long ends itself: its run is gone for good.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import re
@@ -75,9 +76,7 @@ class Kept:
         self._prefix = f"{run_id}/{digest}/"
         self._number = 0
         self._left: dict[str, RayWorker] = {}
-        everywhere: Any = list_named_actors(all_namespaces=True)
-        names = (found["name"] for found in everywhere if found["namespace"] == NAMESPACE)
-        for name in sorted((name for name in names if name.startswith(f"{run_id}/")), key=_number_of):
+        for name in sorted(_names(run_id), key=_number_of):
             self._find(name)
 
     def _find(self, name: str) -> None:
@@ -122,6 +121,19 @@ class Kept:
         for worker in self._left.values():
             worker.kill()
         self._left = {}
+
+
+def end_all(run_id: str) -> None:
+    """Ends every process of a run whose loop was ended at once, and could end none of them."""
+    for name in _names(run_id):
+        with contextlib.suppress(ValueError):  # it has ended in this moment
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+
+
+def _names(run_id: str) -> list[str]:
+    everywhere: Any = list_named_actors(all_namespaces=True)
+    names = (found["name"] for found in everywhere if found["namespace"] == NAMESPACE)
+    return [name for name in names if name.startswith(f"{run_id}/")]
 
 
 def restarted() -> bool:

@@ -158,7 +158,10 @@ def _supervise(run: RunDirectory, config: Config, address: str | None, echo: Ech
             if address is not None:  # else it ends with Ray
                 import ray
 
+                from verst.runtime.kept import end_all
+
                 ray.kill(handle)
+                end_all(run.run_id)
             raise
     rows = read_rows(run.metrics) if run.metrics.exists() else []
     done = any(row["kind"] == "step" and row["step"] == steps for row in rows)

@@ -204,8 +204,8 @@ class RunService:
         if ranks or left:
             saved = keep_finished(journal, finished)
             self._observer.note(
-                f"the loop starts again with processes that live: {ranks} trainer rank(s), {len(replicas)} replica(s); {saved} group(s) that"
-                " were finished are kept"
+                f"the loop starts again with processes that live: {ranks} trainer rank(s), {len(replicas)} replica(s); {saved} group(s)"
+                " that were finished are kept"
             )
         return replicas
 

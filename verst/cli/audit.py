@@ -55,7 +55,8 @@ def _audit(options: argparse.Namespace) -> int:
 
 def _lines(found: Audit, *, lives: bool, bound: int) -> list[str]:
     trained, dropped = found.groups_trained, sum(found.dropped.values())
-    unfinished = f"{len(found.groups_unfinished)} " + ("in flight" if lives else "not (a resumed run generates them again)")
+    count = len(found.groups_unfinished)
+    unfinished = f"{count} in flight" if lives else f"{count} unfinished" + (", which a resumed run generates again" if count else "")
     in_training = f", {found.groups_in_training} in the step in progress" if found.groups_in_training else ""
     given_up = f" ({found.segments_given_up} of which only the index is kept)" if found.segments_given_up else ""
     last = max(found.digests, default=0)

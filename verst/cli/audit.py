@@ -55,13 +55,14 @@ def _audit(options: argparse.Namespace) -> int:
 
 def _lines(found: Audit, *, lives: bool, bound: int) -> list[str]:
     trained, dropped = found.groups_trained, sum(found.dropped.values())
-    unfinished = f"{len(found.groups_unfinished)} " + ("in flight" if lives else "missing (a resumed run generates them again)")
+    count = len(found.groups_unfinished)
+    unfinished = f"{count} in flight" if lives else f"{count} unfinished" + (", which a resumed run generates again" if count else "")
     in_training = f", {found.groups_in_training} in the step in progress" if found.groups_in_training else ""
     given_up = f" ({found.segments_given_up} of which only the index is kept)" if found.segments_given_up else ""
     last = max(found.digests, default=0)
-    versions = f"{min(found.published)} to {max(found.published)}, none before its commit" if found.published else "none yet"
+    versions = f"{min(found.published)} to {max(found.published)}" if found.published else "none yet"
     return [
-        f"journal      {found.segments + found.segments_given_up} segment(s){given_up}, {size(found.bytes_checked)}, every byte verified",
+        f"journal      {found.segments + found.segments_given_up} segment(s){given_up}, {size(found.bytes_checked)} verified",
         f"admitted     {found.groups_admitted} groups: {found.groups_finished} finished, {unfinished}",
         f"finished     {trained} trained in one step each{in_training}, {dropped} dropped, {found.groups_pending} waiting for a step",
         *_first(f"  dropped    {count}: {one_line(reason)}" for reason, count in found.dropped.items()),

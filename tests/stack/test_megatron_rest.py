@@ -17,6 +17,7 @@ from tests.unit.fsdp_cases import make_batch, make_config
 from tests.unit.test_rest import flip
 from verst.config.schema import Config
 from verst.errors import CorruptWeights
+from verst.training import rest
 from verst.training.distributed import Rendezvous, init_distributed, leave_distributed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -69,6 +70,7 @@ def run_layout(config: Config, arguments: Mapping[str, Any], rank: int) -> Any:
 
 def run_rank(rank: int, directory: str, address: str, paths: Mapping[str, str]) -> None:
     torch.set_num_threads(1)
+    rest.SHARE = 1e9  # every step: these models are too small for it
     init_distributed(rank, 2, address, timeout_s=60)
     results: dict[str, Any] = {}
     for layout, arguments in LAYOUTS.items():
@@ -125,7 +127,8 @@ def test_copies_that_differ_are_seen_though_nothing_changed_at_rest(results: lis
         assert ranks == (0, 1)
 
 
-def test_one_rank(tmp_path: Path) -> None:
+def test_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest, "SHARE", 1e9)
     config = config_of(save_model(tmp_path / "model"), "bfloat16")
     backend = make_megatron(config)
     for step in (1, 2):

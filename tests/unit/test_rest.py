@@ -14,6 +14,7 @@ from tests.processes import copies
 from tests.unit.fsdp_cases import BATCHES, VOCABULARY, make_backend, make_config, path, same_bits, train, weights_of, write_model
 from verst.config.schema import Config
 from verst.errors import CorruptWeights
+from verst.training import rest as module
 from verst.training.distributed import Rendezvous, init_distributed, leave_distributed
 from verst.training.fsdp import FsdpBackend
 from verst.training.rest import AtRest, Held, _differ, _disagreements, unique
@@ -28,6 +29,14 @@ SIZES: dict[str, Any] = {
     **{"n_group": 2, "topk_group": 1},
 }
 """A model whose router has a buffer that belongs to its weights."""
+
+
+@pytest.fixture(autouse=True)
+def _every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever share of the time it takes: these models are too small for it."""
+    monkeypatch.setattr(module, "SHARE", 1e9)
+
+
 KL = {"name": "grpo", "kl_coefficient": 0.1}
 
 
@@ -142,6 +151,30 @@ def test_nothing_kept_is_nothing_to_compare() -> None:
     rest.require("step 1")
 
 
+def test_hashing_takes_a_bounded_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of no time at all is looked at every 20th time; one that is long enough each time."""
+    monkeypatch.setattr(module, "SHARE", 0.01)
+    steps = 0
+    looked: set[int] = set()
+
+    def held() -> Held:
+        looked.add(steps)
+        return Held({"w": torch.zeros(100)})
+
+    rest = AtRest(0, held)
+    while steps < 60:
+        rest.keep("the last update")
+        rest.require("the next step")
+        steps += 1
+    assert sorted(looked) == [0, 1, 21, 41]
+    monkeypatch.setattr(module, "SHARE", 1e9)
+    while steps < 100:
+        rest.keep("the last update")
+        rest.require("the next step")
+        steps += 1
+    assert sorted(looked)[4:] == list(range(61, 100))
+
+
 # ---- two ranks
 
 
@@ -163,6 +196,7 @@ def corrupt(config: Config, rank: int, bad: int, kind: str) -> dict[str, Any]:
 
 def run_rank(rank: int, directory: str, address: str, path: str) -> None:
     torch.set_num_threads(1)
+    module.SHARE = 1e9
     init_distributed(rank, 2, address, timeout_s=60)
     config = make_config(path)
     results = {(bad, kind): corrupt(config, rank, bad, kind) for bad in (0, 1) for kind in ("model", "exp_avg_sq")}

@@ -19,7 +19,7 @@ _FEWEST_NORMS = 10
 _SPIKE = 10.0
 """Times the median: on real runs the norms of healthy steps differ by less."""
 _SLOW = 1.5
-"""Times as slow as the median, for `_STEPS` steps in a row: one step may have an uneven batch."""
+"""Times as slow as the others, for `_STEPS` steps in a row: one step may have an uneven batch."""
 _STEPS = 3
 
 
@@ -32,12 +32,12 @@ class Progress:
 
 
 def slowest(paces: Mapping[int, float]) -> tuple[float, int] | None:
-    """Of seconds a token by number: how many times the median the slowest takes, and who that is. None: nothing to compare."""
+    """Of seconds a token by number: how many times the median of the others the slowest takes, and who it is. None: there are no others."""
     if len(paces) < 2:
         return None
     who = max(paces, key=lambda number: paces[number])
-    middle = statistics.median(paces.values())
-    return (paces[who] / middle, who) if middle > 0 else None
+    others = statistics.median(pace for number, pace in paces.items() if number != who)
+    return (paces[who] / others, who) if others > 0 else None
 
 
 def replica_paces(lives: Sequence[GroupLife]) -> dict[int, float]:
@@ -64,9 +64,9 @@ class Outliers:
         for side, said in (
             (
                 "train",
-                "trainer rank {} is slow: its layers have taken {:.1f} times as long for a token as the median rank's",
+                "trainer rank {} is slow: its layers have taken {:.1f} times as long for a token as those of the others",
             ),
-            ("rollout", "replica {} is slow: it has taken {:.1f} times as long for a token as the median replica"),
+            ("rollout", "replica {} is slow: it has taken {:.1f} times as long for a token as the others"),
         ):
             lines += self._streak(side, said, row.get(f"{side}/straggler_ratio"), row.get(f"{side}/straggler"))
         return metrics, lines

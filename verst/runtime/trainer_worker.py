@@ -145,11 +145,11 @@ class TrainerWorker:
         scores = self.backend.load_batch(batch)
         return Scores(scores.tally, dict(scores.reference_kl))
 
-    @_collective
     async def progress(self) -> Progress:
         """How far the call is that this rank does now. Answered while it is done."""
         return self.backend.progress()
 
+    @_collective
     def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
         return self.backend.forward_backward(update, advantages)
 

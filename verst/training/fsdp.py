@@ -63,7 +63,7 @@ class FsdpBackend(Backend[MasterAdamW]):
         self._reference_parameters = {} if self._reference is None else dict(self._reference.model.named_parameters())
         trainable = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self._optimizer = MasterAdamW(trainable, config.train, self.num_updates, config.run.steps)
-        self._rest.keep("its start")
+        self._rest.keep("its start", always=True)
 
     @property
     def routed_experts(self) -> RoutedExperts | None:
@@ -149,7 +149,7 @@ class FsdpBackend(Backend[MasterAdamW]):
         self._require("load_state")
         restore(self._optimizer, state, self._rank, self._world)
         self._step = None
-        self._rest.keep("the state was restored")
+        self._rest.keep("the state was restored", always=True)
 
     def _policy_modules(self) -> list[nn.Module]:
         return [self._policy]

@@ -1,13 +1,16 @@
 """Weights at rest: nothing may change what a trainer rank trains between two steps, and copies that ranks hold have the same bits.
 
 A rank hashes its tensors after the last update of a step and again before the next step reads them. Both passes are bounded by memory
-bandwidth, so every step has them. Ranks then exchange a few numbers each: whether their tensors are as they were, and one hash of all that
-others may hold too. Names are exchanged only after something was found.
+bandwidth: every step has them where they take less than `SHARE` of its time, as with any model of use, else as many as that allows. Ranks
+then exchange a few numbers each: whether their tensors are as they were, and one hash of all that others may hold too. Names are exchanged
+only after something was found.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +24,10 @@ from verst.training.distributed import all_ranks, local_part
 from verst.training.model import named
 from verst.weights.checksum import start_checksums
 
+SHARE = 0.01
+"""Of the time of a step that hashing may take, on average over steps."""
+_MOST_STEPS = 20
+"""From one that is looked at to the next."""
 _KINDS = 3
 """Sets of tensors that a rank compares with others, at most: those that all of a data-parallel group hold, those that tensor-parallel ranks
 hold too, and experts."""
@@ -51,10 +58,23 @@ class AtRest:
         self._held = held
         self._kept: Callable[[], dict[str, str]] | None = None
         self._since = ""
+        self._every = 1  # steps; the same on all ranks
+        self._passed_over = 0
+        self._spent_s = 0.0  # on the hashes that are kept
+        self._asked = -math.inf  # when `require` was called last
 
-    def keep(self, since: str) -> None:
-        """From here on nothing may change them. A GPU hashes while the caller goes on. `since` is for the message."""
+    def keep(self, since: str, *, always: bool = False) -> None:
+        """From here on nothing may change them. A GPU hashes while the caller goes on. `since` is for the message.
+
+        `always`: also if hashing each step would take more than `SHARE` of the time.
+        """
+        self._passed_over += 1
+        if self._passed_over < self._every and not always:
+            self._kept = None
+            return
+        began, self._passed_over = time.perf_counter(), 0
         self._since, self._kept = since, _hashing(self._held().tensors)
+        self._spent_s = time.perf_counter() - began
 
     def forget(self) -> None:
         """They are about to be changed."""
@@ -62,23 +82,38 @@ class AtRest:
 
     def require_own(self, before: str) -> None:
         """Raises `CorruptWeights` if this rank's are not those that were kept. No collective."""
-        changed = self._changed(_hashing(self._held().tensors)()) if self._kept is not None else []
+        if self._kept is None:
+            return
+        began = time.perf_counter()
+        changed = self._changed(_hashing(self._held().tensors)())
         if changed:
             raise _corrupt([self._rest_line(self._rank, changed, before)], [self._rank])
+        self._spent_s += time.perf_counter() - began
 
     def require(self, before: str) -> None:
         """Raises `CorruptWeights`, on all ranks, if some rank's are not those that it kept, or copies differ. A collective."""
-        held = self._held()
+        began, since_s = time.perf_counter(), time.perf_counter() - self._asked
+        self._asked = began
+        held = Held({}) if self._kept is None else self._held()
         found = _hashing(held.tensors)()
         changed = self._changed(found)
         copies = _by_kind(held.copies, found)
-        rows = _gathered([int(bool(changed)), *(number for kind in range(_KINDS) for number in _digests(copies.get(kind, {})))])
-        differing = [kind for kind in range(_KINDS) if _differ(rows[:, 1 + 2 * kind : 3 + 2 * kind])]
-        if not rows[:, 0].any() and not differing:
+        digests = [number for kind in range(_KINDS) for number in _digests(copies.get(kind, {}))]
+        rows = _gathered([self._wanted_every(began, since_s), int(bool(changed)), *digests])
+        self._every = int(rows[:, 0].max())
+        differing = [kind for kind in range(_KINDS) if _differ(rows[:, 2 + 2 * kind : 4 + 2 * kind])]
+        if not rows[:, 1].any() and not differing:
             return
         told = all_ranks((changed, {place: checksum for kind in differing for place, checksum in copies.get(kind, {}).items()}))
         at_rest = {rank: names for rank, (names, _) in enumerate(told) if names}
         raise self._diagnosed(at_rest, {rank: held for rank, (_, held) in enumerate(told)}, before)
+
+    def _wanted_every(self, began: float, step_s: float) -> int:
+        """Every how many steps this rank would hash. `began`: when it began to look; `step_s`: since it looked at the step before."""
+        if self._kept is None:
+            return self._every
+        spent_s = self._spent_s + time.perf_counter() - began
+        return min(max(1, math.ceil(spent_s / (SHARE * step_s))), _MOST_STEPS)
 
     def _changed(self, found: Mapping[str, str]) -> list[str]:
         kept = self._kept() if self._kept is not None else found

@@ -74,7 +74,7 @@ class MegatronBackend(Backend[Any]):
         join(self._layout, self._device.type, config.train.deadline_s)
         self._place = _Place()
         self._build()
-        self._rest.keep("its start")
+        self._rest.keep("its start", always=True)
 
     # ---- routes
 
@@ -149,7 +149,7 @@ class MegatronBackend(Backend[Any]):
         restore(self._optimizer, state, self._layout, self._tensors)
         self._step = None
         self._settle()
-        self._rest.keep("the state was restored")
+        self._rest.keep("the state was restored", always=True)
 
     def release_memory(self, *, weights: bool) -> None:
         """See `Backend.release_memory`. Raises `ConfigError` for options of Megatron that remember where memory lies."""

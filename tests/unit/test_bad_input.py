@@ -254,7 +254,7 @@ RESUME = [
     Bad("in use", held, "is in use by process", "$ROOT/runs/done", "wait for it, stop it"),
     Bad("journal missing", resumed(remove("journal/*")), "holds no journal", "runs/done/journal", "put it back from a copy"),
     Bad("journal corrupt", resumed(flip("journal/*")), "corrupt payload at byte", "journal/00000001.journal", "restore the file"),
-    Bad("journal without its end", resumed(cut("journal/*", 5)), "incomplete frame", "journal/00000001.journal", "restore the file"),
+    Bad("journal without its end", resumed(cut("journal/*", 165)), "incomplete frame", "journal/00000001.journal", "restore the file"),
 ]
 CHECKPOINT = [
     Bad("corrupt", stored(flip(f"{CHECKPOINT}/rank*"), *TO_EXPORT), "is corrupt", CHECKPOINT, "of another step (4)"),

@@ -151,15 +151,16 @@ def _supervise(run: RunDirectory, config: Config, address: str | None, echo: Ech
     ):
         if address is not None:
             tell = while_open(tell, asked)
+        import ray
+
+        from verst.runtime.actors import WorkerDied
+        from verst.runtime.kept import end_all
+
         handle = _loop(run, address, {} if has_env else env, tell)
         try:
             watch_over(handle, asked, tell)
-        except KeyboardInterrupt:
-            if address is not None:  # else it ends with Ray
-                import ray
-
-                from verst.runtime.kept import end_all
-
+        except (KeyboardInterrupt, WorkerDied) as error:
+            if address is None or isinstance(error, KeyboardInterrupt):  # else Ray goes on starting it, and nobody has to watch
                 ray.kill(handle)
                 end_all(run.run_id)
             raise

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import cloudpickle
 import pytest
@@ -35,8 +36,26 @@ def prompts_file(directory: Path) -> str:
     return str(path)
 
 
+class InProcess(LocalWorker):
+    """Whose end closes what a process would take with it: the reward processes of a replica that was lost."""
+
+    ending: ClassVar[list[asyncio.Task[Any]]] = []
+
+    def __init__(self, name: str, instance: Any) -> None:
+        super().__init__(name, instance)
+        self._open = True
+
+    async def call(self, method: str, /, *args: Any) -> Any:
+        self._open = self._open and method != "close"
+        return await super().call(method, *args)
+
+    def kill(self) -> None:
+        if self._open:
+            self.ending.append(asyncio.ensure_future(self.call("close")))
+
+
 def local_spawn(name: str, factory: Any, *args: Any, gpus: float = 0, env: Any = None) -> LocalWorker:
-    return LocalWorker(name, factory(*args))
+    return InProcess(name, factory(*args))
 
 
 @dataclass
@@ -58,6 +77,8 @@ class LocalRun:
             await service.run()
         finally:
             _, self.lines = await service.lines(0, 0)
+            ending, InProcess.ending = InProcess.ending, []
+            await asyncio.gather(*ending, return_exceptions=True)
         assert undocumented(self.rows) == set(), f"metrics that {DOCUMENT} does not explain"
         self.require_exactly_once()
         return self

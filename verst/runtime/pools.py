@@ -151,7 +151,8 @@ class Replicas:
                     raise
                 losses += replica.stage is Stage.LOST
                 if losses == REPLACEMENTS:
-                    raise EngineFailure(f"group {seq} ({prompt.id}) was on {losses} replicas that were lost; the last: {error}") from error
+                    kind = DeadlineExceeded if isinstance(error, DeadlineExceeded) else EngineFailure
+                    raise kind(f"group {seq} ({prompt.id}) was on {losses} replicas that were lost; the last: {error}") from error
                 replica.rolled_again.append(seq)
             else:
                 del self._rolling[seq]  # not after an error, which ends the run: then it tells where the group was

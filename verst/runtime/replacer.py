@@ -35,9 +35,9 @@ class Replacer:
                 tasks.create_task(self._replace(lost))
 
     async def _replace(self, lost: Replica) -> None:
-        began, groups = time.monotonic(), lost.in_flight
+        began = time.monotonic()
         assert lost.error is not None
-        self._faults.lost(lost.name, lost.version, lost.error, _with(groups))
+        self._faults.lost(lost.name, lost.version, lost.error, _with(lost.had))
         if not isinstance(lost.error, WorkerDied):  # it lives, and stands in something
             for line in await self._keep_stacks(f"{lost.name} was lost"):
                 self._faults.failed(line)

@@ -62,6 +62,8 @@ class Replica:
     """Set when it serves or was refused."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while it leaves, and has nothing in flight or cannot finish what it has."""
+    had: int = 0
+    """Groups in flight when it was lost."""
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when it is lost: nobody waits for it any more."""
     _peak: int = 0  # in flight at a time, as far as one of them has ended
@@ -104,7 +106,7 @@ class Replica:
 
     def lose(self, error: VerstError) -> None:
         """It is given nothing from here on, and its process is ended, which may be stuck."""
-        self.stage, self.error = Stage.LOST, error
+        self.stage, self.error, self.had = Stage.LOST, error, self.in_flight
         self.gone.set()
         self.changed.set()
         self.worker.kill()

@@ -337,13 +337,17 @@ class FaultInjector:
 
 def _below(pid: int, words: str) -> int:
     """The first process below one on this machine whose command line has these words. Raises `ProcessLookupError` if there is none."""
-    import psutil
-
-    with suppress(psutil.NoSuchProcess):  # one that has ended
-        for child in psutil.Process(pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                if words in " ".join(child.cmdline()):
-                    return child.pid
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    for child in sorted(below - {pid}):
+        with suppress(OSError):
+            if words in Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"):
+                return child
     raise ProcessLookupError(f"process {pid} has no process below it with {words!r} in its command line")
 
 

@@ -13,8 +13,10 @@ from tests.faults.campaign import MOMENTS, Campaign, Cell, digests, replay_equal
 from tests.faults.conftest import Make
 from tests.loop.local import LocalRun, local_run
 from tests.loop.rewards import steady
+from verst.journal.log import JournalReader
 from verst.runtime import heartbeat
 from verst.testing import FaultInjector
+from verst.types import Status
 
 VICTIMS = ("trainer rank 0", "trainer rank 1", "replica", "reward worker", "snapshot holder 0")
 STEPS = 24
@@ -78,6 +80,19 @@ async def test_a_kill_at_every_moment(tmp_path: Path, model: Path, token: str, c
 async def test_a_hang(tmp_path: Path, model: Path, token: str, campaign: Make, undisturbed: list[str], victim: str):
     cells = [Cell(victim, moment, kill=False) for moment in ("generating", "mid-all-reduce", "mid-publish", "mid-checkpoint")]
     await unchanged(campaign(cells), run_of(tmp_path, model, 14), token, undisturbed)
+
+
+@pytest.mark.faults
+async def test_a_reward_worker_that_hangs_costs_the_trajectory_that_it_had_at_most(tmp_path: Path, model: Path, token: str, campaign: Make):
+    """Nobody can tell it from a reward that is too slow."""
+    run = run_of(tmp_path, model, 6, reward={"workers": 1, "deadline_s": 8.0})
+    made = campaign([Cell("reward worker", moment, kill=False) for moment in ("scoring", "mid-forward")])
+    await under(made, run)
+    assert made.unstruck == []
+    require_sound(run, token)
+    reader = JournalReader(run.run.journal)
+    failed = [t.error for seq in reader.index.groups for t in reader.group(seq).trajectories if t.status is Status.FAILED]
+    assert failed in ([], ["reward steady exceeded 8 s: make it faster, or raise reward.deadline_s"])
 
 
 @pytest.mark.faults

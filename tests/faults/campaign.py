@@ -68,7 +68,12 @@ class Campaign(FaultInjector):
 
     def moment(self, name: str) -> None:
         super().moment(name)
-        if name == "append_commit" and self._left and all(fault.struck for fault in self.faults):
+        if name != "append_commit" or self._striking:
+            return
+        for fault in self.faults:
+            if fault.struck is None and self._seen[fault.moment] >= fault.nth:  # nobody was there: a dead one is replaced when it is needed
+                fault.nth = self._seen[fault.moment] + 1
+        if self._left and all(fault.struck for fault in self.faults):
             cell = self._left.pop(0)
             (moment, delay_s), (victim, child) = MOMENTS[cell.moment], CHILDREN.get(cell.victim, (cell.victim, None))
             self.plan(victim, moment, kill=cell.kill, delay_s=delay_s, child=child)

@@ -19,7 +19,7 @@ from verst.testing import FaultInjector
 from verst.types import Status
 
 VICTIMS = ("trainer rank 0", "trainer rank 1", "replica", "reward worker", "snapshot holder 0")
-STEPS = 24
+STEPS = 40
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("token", "one_ray")]
 
 ROWS = [{"prompt": f"count {i}", "answer": str(i % 5)} for i in range(64)]

@@ -11,7 +11,7 @@ STACK := $(VENV)/.installed-stack
 DOCS_VENV := .venv-docs
 DOCS := $(DOCS_VENV)/.installed
 
-.PHONY: quickstart stack docs docs-serve test test-loop test-sglang test-unit test-megatron test-fast lint clean
+.PHONY: quickstart stack docs docs-serve test test-loop test-sglang test-unit test-megatron test-fast test-faults lint clean
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -55,10 +55,10 @@ test: $(DEV) $(STACK)
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --output-sync=line -j2 test-sglang test-loop test-megatron test-unit
 
 test-sglang:
-	$(BIN)/python -m pytest -q tests/stack tests/contracts --ignore-glob='*/test_megatron*'
+	$(BIN)/python -m pytest -q -m "not faults" tests/stack tests/contracts --ignore-glob='*/test_megatron*'
 
 test-loop:
-	$(BIN)/python -m pytest -q tests/loop tests/faults
+	$(BIN)/python -m pytest -q -m "not faults" tests/loop tests/faults
 
 test-megatron:
 	$(BIN)/python -m pytest -q tests/stack/test_megatron*.py
@@ -68,6 +68,10 @@ test-unit:
 
 test-fast: $(DEV) $(STACK)
 	$(BIN)/python -m pytest -q -m "not slow" tests/unit tests/gpu tests/loop tests/faults tests/contracts tests/stack
+
+# Every kind of process is killed or stopped at every moment of a step: about half an hour, one run after another
+test-faults: $(DEV) $(STACK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults tests/faults tests/stack/test_stack_faults.py
 
 lint: $(DEV) $(STACK)
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -277,8 +278,11 @@ class Fault:
     nth: int = 1
     signal: signal.Signals = signal.SIGKILL
     delay_s: float = 0.0
+    child: str | None = None
     struck: str | None = None
     """What it hit: the name of the process, once it has."""
+    at: float = 0.0
+    """When: seconds of `time.monotonic`."""
 
 
 class FaultInjector:
@@ -294,10 +298,13 @@ class FaultInjector:
         self._seen: Counter[str] = Counter()
         self._striking: set[asyncio.Task[None]] = set()
 
-    def plan(self, victim: str, moment: str, nth: int = 1, *, kill: bool = True, delay_s: float = 0.0) -> Fault:
-        """Strikes the victim when the moment comes for the nth time from now on, so long after it. `kill` False stops it: it hangs."""
+    def plan(self, victim: str, moment: str, nth: int = 1, *, kill: bool = True, delay_s: float = 0.0, child: str | None = None) -> Fault:
+        """Strikes the victim when the moment comes for the nth time from now on, so long after it. `kill` False stops it: it hangs.
+
+        `child`: strikes the first process below the victim whose command line has these words instead, such as "verst.rewards.worker".
+        """
         sent = signal.SIGKILL if kill else signal.SIGSTOP
-        fault = Fault(victim, moment, nth + self._seen[moment], sent, delay_s)
+        fault = Fault(victim, moment, nth + self._seen[moment], sent, delay_s, child)
         self.faults.append(fault)
         return fault
 
@@ -315,9 +322,9 @@ class FaultInjector:
         for worker in reversed(self._workers):
             if worker.name.startswith(fault.victim):
                 with suppress(WorkerDied, ProcessLookupError):
-                    where = await worker.where()
-                    os.kill(where.pid, fault.signal)
-                    fault.struck = worker.name
+                    pid = (await worker.where()).pid
+                    os.kill(pid if fault.child is None else _below(pid, fault.child), fault.signal)
+                    fault.struck, fault.at = worker.name, time.monotonic()
                     return
 
     def spawn(self, role: str, factory: Callable[..., Any], *args: Any, **options: Any) -> Worker:
@@ -326,6 +333,22 @@ class FaultInjector:
         worker.injector = self
         self._workers.append(worker)
         return worker
+
+
+def _below(pid: int, words: str) -> int:
+    """The first process below one on this machine whose command line has these words. Raises `ProcessLookupError` if there is none."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    for child in sorted(below - {pid}):
+        with suppress(OSError):
+            if words in Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"):
+                return child
+    raise ProcessLookupError(f"process {pid} has no process below it with {words!r} in its command line")
 
 
 class _Watched(RayWorker):

@@ -3,49 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.faults.campaign import MOMENTS, Campaign, Cell, digests, replay_equals, require_sound, under
+from tests.faults.conftest import Make
 from tests.loop.local import LocalRun, local_run
-from tests.loop.rewards import spread
-from verst.journal.audit import audit
-from verst.journal.log import Journal, JournalReader
-from verst.runtime.placement import Placement
-from verst.runtime.service import RunService
+from tests.loop.rewards import steady
+from verst.journal.log import JournalReader
+from verst.runtime import heartbeat
 from verst.testing import FaultInjector
+from verst.types import Status
 
-STEPS = 8
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("one_ray")]
+VICTIMS = ("trainer rank 0", "trainer rank 1", "replica", "reward worker", "snapshot holder 0")
+STEPS = 40
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("token", "one_ray")]
 
 ROWS = [{"prompt": f"count {i}", "answer": str(i % 5)} for i in range(64)]
 
 
-def run_of(directory: Path, model: Path, ranks: int = 2, **values: Any) -> LocalRun:
+def run_of(directory: Path, model: Path, steps: int = STEPS, **values: Any) -> LocalRun:
     base = {
-        "run": {"name": "run", "dir": str(directory), "steps": STEPS, "seed": 3},
+        "run": {"name": "run", "dir": str(directory), "steps": steps, "seed": 3},
         "rollout": {"group_size": 4, "max_new_tokens": 8, "max_running": 16},
-        "train": {"groups_per_step": 4, "threads": 1, "lr": 1e-3, "ranks": ranks, "deadline_s": 60},
-        "checkpoint": {"every_steps": 3},
+        "reward": {"workers": 1},
+        "train": {"groups_per_step": 4, "threads": 1, "lr": 1e-3, "ranks": 2, "deadline_s": 60},
+        "checkpoint": {"every_steps": 1},
     }
-    return local_run(directory, model, base | values, reward=spread, prompts=ROWS)
-
-
-async def under(injector: FaultInjector, run: LocalRun) -> list[str]:
-    """Runs to the end with its faults. Returns what was told."""
-    service = RunService(str(run.run.root), injector.spawn, Placement(0.0, 0.0))
-    try:
-        await service.run()
-    finally:
-        _, lines = await service.lines(0, 0)
-        print("\n".join(lines))  # noqa: T201 - shown by pytest if the test fails
-    return lines
-
-
-def digests(run: LocalRun) -> list[str]:
-    reader = JournalReader(run.run.journal)
-    return [reader.commit(step).digest for step in range(1, STEPS + 1)]
+    return local_run(directory, model, base | values, reward=steady, prompts=ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -58,29 +46,65 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> list[s
 
 
 @pytest.fixture
-async def injector(monkeypatch: pytest.MonkeyPatch) -> FaultInjector:
-    """Also knows the moments of the loop itself: a batch or a commit on its way to the disk."""
-    found, loops = FaultInjector(), [asyncio.get_running_loop()]
-    for name in ("append_batch", "append_commit"):
-        original = getattr(Journal, name)
-
-        def told(self: Journal, record: Any, original: Any = original, name: str = name) -> None:
-            loops[0].call_soon_threadsafe(found.moment, name)
-            original(self, record)
-
-        monkeypatch.setattr(Journal, name, told)
-    return found
+def soon_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not answer is ended after seconds, not after a minute."""
+    monkeypatch.setattr(heartbeat, "EVERY_S", 1.0)
+    monkeypatch.setattr(heartbeat, "SILENCE_S", 10.0)
 
 
-async def test_a_rank_an_engine_and_a_holder_die_in_one_run(tmp_path: Path, model: Path, injector: FaultInjector, undisturbed: list[str]):
-    injector.plan("trainer rank 1", "trainer rank 1: forward_backward", 2, delay_s=0.002)
-    injector.plan("replica", "replica: roll", 10, delay_s=0.01)
-    injector.plan("trainer rank 0", "trainer rank 0: optimizer_step", 4)
-    injector.plan("snapshot holder 0", "append_commit", 5)
-    injector.plan("trainer rank 0", "append_commit", 6)
-    run = run_of(tmp_path, model)
-    await under(injector, run)
-    assert [fault.struck is not None for fault in injector.faults] == [True] * 5
-    assert digests(run) == undisturbed
-    report = audit(run.run.journal)
-    assert report.ok, report
+async def unchanged(campaign: Campaign, run: LocalRun, token: str, undisturbed: list[str]) -> None:
+    await under(campaign, run)
+    assert campaign.unstruck == []
+    assert digests(run) == undisturbed[: len(digests(run))]
+    require_sound(run, token)
+
+
+async def test_some_kills(tmp_path: Path, model: Path, token: str, campaign: Make, undisturbed: list[str]):
+    """Another four each time, of different victims."""
+    seed = random.SystemRandom().randrange(10**6)
+    rng = random.Random(seed)
+    cells = [Cell(victim, rng.choice(list(MOMENTS))) for victim in rng.sample(VICTIMS, 4)]
+    print(f"seed {seed}: {', '.join(map(str, cells))}")  # noqa: T201 - shown by pytest if the test fails
+    await unchanged(campaign(cells), run_of(tmp_path, model, 10), token, undisturbed)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("victim", VICTIMS)
+async def test_a_kill_at_every_moment(tmp_path: Path, model: Path, token: str, campaign: Make, undisturbed: list[str], victim: str):
+    await unchanged(campaign([Cell(victim, moment) for moment in MOMENTS]), run_of(tmp_path, model), token, undisturbed)
+
+
+@pytest.mark.faults
+@pytest.mark.usefixtures("soon_silent")
+@pytest.mark.parametrize("victim", ["trainer rank 0", "trainer rank 1", "replica", "snapshot holder 0"])
+async def test_a_hang(tmp_path: Path, model: Path, token: str, campaign: Make, undisturbed: list[str], victim: str):
+    cells = [Cell(victim, moment, kill=False) for moment in ("generating", "mid-all-reduce", "mid-publish", "mid-checkpoint")]
+    await unchanged(campaign(cells), run_of(tmp_path, model, 14), token, undisturbed)
+
+
+@pytest.mark.faults
+async def test_a_reward_worker_that_hangs_costs_the_trajectory_that_it_had_at_most(tmp_path: Path, model: Path, token: str, campaign: Make):
+    """Nobody can tell it from a reward that is too slow."""
+    run = run_of(tmp_path, model, 6, reward={"workers": 1, "deadline_s": 8.0})
+    made = campaign([Cell("reward worker", moment, kill=False) for moment in ("scoring", "mid-forward")])
+    await under(made, run)
+    assert made.unstruck == []
+    require_sound(run, token)
+    reader = JournalReader(run.run.journal)
+    failed = [t.error for seq in reader.index.groups for t in reader.group(seq).trajectories if t.status is Status.FAILED]
+    assert failed in ([], ["reward steady exceeded 8 s: make it faster, or raise reward.deadline_s"])
+
+
+@pytest.mark.faults
+async def test_ahead_of_training(tmp_path: Path, model: Path, token: str, campaign: Make):
+    """Every victim, while rollout runs ahead and early groups pass late ones: what is trained is in the journal."""
+    moments = list(MOMENTS)
+    cells = [Cell(victim, moments[(3 * n + k) % len(moments)]) for k in range(2) for n, victim in enumerate(VICTIMS)]
+    values = {
+        "rollout": {"group_size": 4, "max_new_tokens": 8, "max_running": 16, "capacity_groups": 12, "window_groups": 4},
+        "algorithm": {"name": "grpo", "old_logprobs": "behaviour"},
+    }
+    run = run_of(tmp_path, model, 28, **values)
+    await under(campaign(cells), run)
+    require_sound(run, token)
+    await replay_equals(run)

@@ -122,6 +122,22 @@ async def test_each_failure_is_attributed_to_its_trajectory(scorer, rewards):
     assert "scoring segfault" in (rewards / "log").read_text()
 
 
+@pytest.mark.slow
+async def test_a_worker_that_is_killed_blames_no_trajectory_unless_it_happens_again(rewards):
+    (rewards / "killed.py").write_text(
+        "import os, pathlib, signal\ndef killed(trajectory, fields):\n    text, seen = trajectory.completion, pathlib.Path('seen')\n"
+        "    if text == 'always' or (text == 'once' and not seen.exists()):\n        seen.touch()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n    return 1\n"
+    )
+    scorer = Scorer(RewardSpec("killed:killed"), workers=1, deadline_s=5)
+    await scorer.start()
+    scored = await scorer.score(group("ok", "once", "ok", "always", "ok"))
+    await scorer.close()
+    assert [t.reward for t in scored.trajectories] == [1, 1, 1, None, 1]
+    assert "was killed by SIGKILL" in str(scored.trajectories[3].error)
+    assert (scorer.stats()["failed/crash"], scorer.stats()["workers_lost"]) == (1, 3)
+
+
 async def test_failed_trajectories_are_not_scored(scorer):
     before = group("ok", "ok")
     broken = before.trajectories[0].failed("engine died")

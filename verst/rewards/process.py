@@ -31,11 +31,12 @@ _ASYNC_GRACE_S = 1.0
 
 
 class Death(NamedTuple):
-    """Why a worker cannot be used any more. `began`: its request was under way."""
+    """Why a worker cannot be used any more. `began`: its request was under way. `outside`: somebody killed it, such as the kernel."""
 
     reason: str
     words: str
     began: bool
+    outside: bool = False
 
 
 class RewardProcess:
@@ -106,7 +107,9 @@ class RewardProcess:
         except TimeoutError:
             return Death("deadline", f"exceeded {self._deadline_s:g} s: make it faster, or raise reward.deadline_s", began)
         if reply is None:
-            return Death("crash", f"broke: its process {await self.ended()}; what it printed is in {self._log or 'stderr'}", began)
+            how = await self.ended()
+            words = f"broke: its process {how}; what it printed is in {self._log or 'stderr'}"
+            return Death("crash", words, began, outside=how.endswith(signal.SIGKILL.name))
         return reply
 
     async def receive(self, limit_s: float) -> dict[str, Any] | None:

@@ -5,7 +5,8 @@ A failure is attributed to the trajectory it hit and is never a silent 0.
 Who waits for whom: a group is cut into one request for each worker, and a request waits for a free worker. The worker says when it begins
 and when each trajectory is scored, so the deadline runs for one trajectory at a time, and when a worker dies the first one that is not
 scored did it; the rest of the request goes to its replacement. A worker that dies before it begins was not ended by a trajectory, and the
-request goes to its replacement.
+request goes to its replacement. One that is killed (SIGKILL) may have been ended by its memory or by nothing in it: the trajectory is tried
+once more.
 
 Async rewards mostly wait, so a worker takes many of their trajectories at a time, of any group: a trajectory waits for one of the places
 (`verst.rewards.together`). After a death those that had begun are tried again, each alone in a worker beside, to find who did it.
@@ -137,6 +138,7 @@ class Scorer:
 
     async def _score(self, fields: Mapping[str, Any], request: Sequence[Trajectory], scored: dict[str, Trajectory]) -> None:
         requests = deque([request])
+        killed: set[str] = set()  # trajectories whose worker was
         unbegun = 0
         while requests:
             request = requests.popleft()
@@ -158,6 +160,10 @@ class Scorer:
                 requests.append(request)
             elif death is not None:
                 left = [t for t in request if t.id not in scored]
+                if left and death.outside and left[0].id not in killed:
+                    killed.add(left[0].id)
+                    requests.append(left)
+                    continue
                 if left:
                     self._fail(left[0], death.reason, death.words, scored)
                 if left[1:]:

@@ -51,7 +51,7 @@ def group_deadline_s(config: Config, trajectories: int, *, shared: bool) -> floa
     `shared`: the trainer uses the device in between, once for each step that rollout may be ahead.
     """
     before = max(trajectories, held_trajectories(config, replicas=config.rollout.replicas))  # later ones may be scored first
-    scoring_s = before * (config.reward.deadline_s + START_DEADLINE_S)  # by one worker, replaced after each
+    scoring_s = before * 2 * (config.reward.deadline_s + START_DEADLINE_S)  # by one worker, replaced after each, which is tried twice
     if config.weights.in_flight == "finish" and not shared:
         versions_s = drain_limit_s(config) + _pull_s(config)  # it begins after the one that it finds under way
     else:

@@ -79,7 +79,7 @@ class Snapshots:
                 self._holders[rank], self._nodes[rank] = self._spawn(rank, node), node
             else:
                 continue
-            await self._ask_once(rank, "open")
+            await self._ask_once(rank, "open", limit_s=self._limit_s)
 
     def expect(self, digests: Mapping[int, str]) -> None:
         """The weights hashes of steps that were committed before this process began."""
@@ -108,6 +108,9 @@ class Snapshots:
             await asyncio.gather(*(self._copy(rank, step, record) for rank, record in enumerate(records)))
         except TrainersLost:
             return  # whoever works with them finds out too
+        except (WorkerDied, NoAnswer) as error:  # the next one may be complete again
+            self._note(f"warning: the snapshot of step {step} in memory is not complete: {first_line(error)}")
+            return
         except VerstError as error:
             self._give_up(first_line(error))
             return
@@ -192,7 +195,7 @@ class Snapshots:
             self._note(f"{first_line(error)}: another snapshot holder takes its place")
             self._holders[rank].kill()
             self._holders[rank] = self._spawn(rank, self._nodes[rank])
-            await self._ask_once(rank, "open")
+            await self._ask_once(rank, "open", limit_s=self._limit_s)  # it is to start first
             return await self._ask_once(rank, method, *args, limit_s=limit_s)
 
     async def _ask_once(self, rank: int, method: str, *args: Any, limit_s: float = _HOLDER_S) -> Any:
@@ -210,6 +213,7 @@ class Snapshots:
             await asyncio.wait({self._completing})
         for rank, holder in enumerate(self._holders):
             try:
+                await self._ask_once(rank, "open")  # one that was replaced may not have taken charge of what it is to remove
                 await self._ask_once(rank, "close")
             except (WorkerDied, NoAnswer) as error:  # what it has left is found and removed by the next run on that machine
                 self._note(f"while closing: {first_line(error)}")

@@ -70,14 +70,21 @@ class SnapshotHolder:
         self._is_open = True
 
     def _adopt(self) -> bool:
-        """Whether a dead holder of the same run had left the directory, which nobody else looks after."""
+        """Whether a dead holder of the same run had left the directory, which nobody else looks after.
+
+        Another run may have removed it meanwhile, as what a dead run has left, and a rank written into a new one, which has no lock.
+        """
+        path = self._directory / LOCK
         try:
-            owner = os.open(self._directory / LOCK, os.O_RDWR | os.O_CLOEXEC)
+            owner = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError:
             return False
         try:
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            mine = os.path.samestat(os.fstat(owner), path.stat())
+        except OSError:  # held, or removed at this moment
+            mine = False
+        if not mine:
             os.close(owner)
             return False
         self._open.callback(os.close, owner)

@@ -69,7 +69,7 @@ test-unit:
 test-fast: $(DEV) $(STACK)
 	$(BIN)/python -m pytest -q -m "not slow" tests/unit tests/gpu tests/loop tests/faults tests/contracts tests/stack
 
-# Every kind of process is killed or stopped at every moment of a step: about half an hour, one run after another
+# Every kind of process is killed or stopped at every moment of a step, one run after another
 test-faults: $(DEV) $(STACK)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults tests/faults tests/stack/test_stack_faults.py
 

@@ -40,12 +40,13 @@ import ray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.loop.local import LocalRun, local_run
+from verst.fault_injection import FaultInjector
 from verst.journal.audit import audit
 from verst.journal.log import Journal, JournalReader
 from verst.journal.records import CommitRecord
 from verst.runtime.placement import Placement
 from verst.runtime.service import RunService
-from verst.testing import FaultInjector, tiny_model
+from verst.testing import tiny_model
 
 GROUPS, MEMBERS = 4, 4
 COMMITTED = "commit"

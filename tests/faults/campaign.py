@@ -13,12 +13,12 @@ import psutil
 
 from tests.loop.local import LocalRun
 from verst.config.schema import Config
+from verst.fault_injection import Fault, FaultInjector
 from verst.journal.audit import Audit, audit
 from verst.journal.log import JournalReader
 from verst.runtime.placement import Placement
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.service import RunService
-from verst.testing import Fault, FaultInjector
 from verst.weights.location import shared_memory
 
 MARK = "VERST_FAULTS"

@@ -13,9 +13,9 @@ from tests.faults.campaign import MOMENTS, Campaign, Cell, digests, replay_equal
 from tests.faults.conftest import Make
 from tests.loop.local import LocalRun, local_run
 from tests.loop.rewards import steady
+from verst.fault_injection import FaultInjector
 from verst.journal.log import JournalReader
 from verst.runtime import heartbeat
-from verst.testing import FaultInjector
 from verst.types import Status
 
 VICTIMS = ("trainer rank 0", "trainer rank 1", "replica", "reward worker", "snapshot holder 0")

@@ -86,6 +86,17 @@ async def test_steps_since_the_newest_snapshot_are_trained_again(tmp_path: Path)
     assert any("restored to step 2 from memory" in note and "steps 3 to 3 are trained again" in note for note in parts.notes)
 
 
+async def test_a_version_that_is_lost_on_its_way_is_not_waited_for_while_its_step_is_trained_again(tmp_path: Path):
+    """Where engines read the trainers' weights: the next update waits for those of the version before to have left."""
+    parts = parts_of(tmp_path, "send 3", reads_trainers=True)
+    parts.kept_every = 2
+    parts.trainers.saved = {}
+    await run(parts.config, parts)
+    sound(parts, tmp_path)
+    (back,) = JournalReader(tmp_path / "journal").recoveries()
+    assert (back.source, back.step) == ("snapshot", 2)
+
+
 async def test_without_a_snapshot_the_run_begins_again_from_its_first_model(tmp_path: Path):
     parts = parts_of(tmp_path, "optimizer 2")
     parts.kept_every = 100

@@ -252,15 +252,18 @@ class Loop:
         metrics |= {"groups/dropped": float(len(dropped.groups) - dropped.replaced), "groups/replaced": float(dropped.replaced)}
         await self._after(told, metrics)
 
-    async def _compute(self, batch: Batch) -> Trained:
-        """The updates of one step, up to the hash of its weights. Nothing outside the trainers changes: it may be done again."""
+    async def _compute(self, batch: Batch, *, bringing_back: bool = False) -> Trained:
+        """The updates of one step, up to the hash of its weights. Nothing outside the trainers changes: it may be done again.
+
+        `bringing_back`: a version that did not arrive is not waited for, since its trainers are gone and it is published again behind this.
+        """
         trained = await train_batch(
             self._parts.trainers,
             batch,
             self._config.algorithm,
             self._spans,
             measured=lambda metrics: self._parts.observer.measured(batch.step, metrics),
-            before_update=self._weights_have_left,
+            before_update=_at_once if bringing_back and self._publisher.unserved else self._weights_have_left,
         )
         with self._spans("publish"):
             return Trained(trained.advantages, trained.tally, await self._publish(batch.step))
@@ -345,7 +348,7 @@ class Loop:
             with self._spans("recover"):
                 restored = await self._revival.bring_back(lost, self.version)
             for step in range(restored + 1, self.version + 1):
-                trained = await self._compute(self._journaled_batch(step))
+                trained = await self._compute(self._journaled_batch(step), bringing_back=True)
                 self._require_same(step, trained.published.manifest.digest, self._parts.journal.commit(step).digest)
             published = await self._publish(self.version) if self._publisher.unserved else None
         if published is not None:
@@ -369,6 +372,10 @@ class Loop:
     def _state(self) -> LoopState:
         """What a checkpoint must hold beside the trainer's state: where the feed has to go on."""
         return LoopState(self.version, self._cursors[min(self._cursors)] if self._cursors else self._next)
+
+
+async def _at_once() -> None:
+    """Nothing has to leave first."""
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -37,7 +37,7 @@ BACKENDS: Mapping[str, Callable[[Config], TrainBackend]] = {"fsdp": make_backend
 MODELS = {"routed": 3, DENSE: 0}
 """A Mixture of Experts and a dense model, with the number of their layers that route."""
 LIMIT = 1e-5  # of one side's log-probability, in float32, from the exact one
-MEAN_LIMIT = 1e-6  # of the difference of two, over some hundred tokens
+MEAN_LIMIT = 2e-6  # of the difference of two over some hundred tokens: 0.7 to 1.0e-6, by what is sampled; with shifted routes above 0.05
 GROUP_SIZE, LONG_TOKENS = 3, 90
 TURNS = partial(FakeEnvironment, [Reply((Message("user", f" w{5 + n} w6 w7 "),), done=False) for n in range(3)])
 

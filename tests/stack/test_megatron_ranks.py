@@ -21,6 +21,7 @@ from tests.unit.fsdp_cases import advantages_of, largest_difference, make_batch,
 from verst.config.schema import Config
 from verst.errors import CheckpointError
 from verst.observe.metrics import Tally, merged
+from verst.observe.outliers import LAYER_US
 from verst.training.checkpoints import CheckpointWriter, commit_checkpoint, load_state, step_path
 from verst.training.distributed import Rendezvous, init_distributed, leave_distributed
 from verst.training.megatron.whole import whole_tensors

@@ -223,7 +223,7 @@ def test_a_loop_that_dies_unwatched_goes_on_by_itself(tmp_path: Path, head: str)
     said, _ = last.communicate(timeout=60)
     assert last.returncode == 130, said
     log = RunDirectory.open(run)[0].log.read_text()
-    assert "the loop starts again with processes that live: 1 trainer rank(s), 1 replica(s)" in log
+    assert "the loop starts again with processes that live: 1 trainer rank(s), 0 replica(s)" in log
     assert audit(run / "journal").ok
     wait_for(lambda: not any(map(lives, others)))
 

@@ -200,7 +200,8 @@ class RunService:
         if kept is None:
             return []
         ranks, left = len(kept.left("trainer rank")), kept.take("replica")
-        replicas, finished = await adopt_replicas(left, self._config.rollout.replicas)
+        # An adopted replica has once given no group back to the next loop: they are started anew until that is understood.
+        replicas, finished = await adopt_replicas(left, 0)
         if ranks or left:
             saved = keep_finished(journal, finished)
             self._observer.note(

@@ -2,7 +2,8 @@
 
     trainer ranks      give up what they do, and are rebuilt in their processes; their state comes from the snapshots
     snapshot holders   go on as they are
-    replicas           keep their engines; groups that they had finished go into the journal, those in flight are rolled again
+    replicas           hand over the groups that they had finished, which go into the journal; those adopted keep their engines, and
+                       what they had in flight is rolled again
 
 Where trainer and replicas share devices nobody is adopted: their turn is not known, and with it who has the memory.
 """

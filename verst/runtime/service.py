@@ -200,7 +200,7 @@ class RunService:
         if kept is None:
             return []
         ranks, left = len(kept.left("trainer rank")), kept.take("replica")
-        # An adopted replica has once given no group back to the next loop: they are started anew until that is understood.
+        # None of them goes on: a `collect` of the dead loop may still wait at its inbox, and would take the answers to this one.
         replicas, finished = await adopt_replicas(left, 0)
         if ranks or left:
             saved = keep_finished(journal, finished)

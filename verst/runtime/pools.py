@@ -284,9 +284,9 @@ class Replicas:
 
     async def _each(self, method: str, deadline_s: float, of: Sequence[Replica]) -> None:
         """Without those that are lost over it."""
-        calls = {(who := f"{r.name}: {method}"): within(r.worker.call(method), deadline_s, who) for r in of if r.stage is not Stage.LOST}
-        answers = await outcomes(calls)
-        for replica, answer in zip([r for r in of if r.stage is not Stage.LOST], answers, strict=True):
+        asked = [replica for replica in of if replica.stage is not Stage.LOST]
+        answers = await outcomes({(who := f"{r.name}: {method}"): within(r.worker.call(method), deadline_s, who) for r in asked})
+        for replica, answer in zip(asked, answers, strict=True):
             if isinstance(answer, LOSSES):
                 self.drop(replica, answer)
             elif isinstance(answer, VerstError):

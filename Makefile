@@ -52,7 +52,7 @@ docs-serve: $(DOCS)
 # Two at a time, one for each core of a small machine, the longest first. Each is a process of its own: Megatron-Core and Ray change the
 # process they are imported into, and what follows must not depend on that. SGLang's servers are shared by all tests of one process.
 test: $(DEV) $(STACK)
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --output-sync=line -j2 test-sglang test-loop test-megatron test-unit
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --output-sync=line --keep-going -j2 test-sglang test-loop test-megatron test-unit
 
 test-sglang:
 	$(BIN)/python -m pytest -q -m "not faults" tests/stack tests/contracts --ignore-glob='*/test_megatron*'

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 from multiprocessing.context import ForkServerContext
+
+import psutil
 
 PRELOADED = ["tests.unit.fsdp_cases", "tests.contracts.engine_cases"]
 """Modules that are imported once. The first process of all decides; later ones import what is not among its modules."""
@@ -17,3 +20,10 @@ def copies(*modules: str) -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*(modules or PRELOADED)])
     return context
+
+
+def lives(pid: int) -> bool:
+    """Whether there is such a process, other than a zombie: a killed one stays that until its parent takes notice."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False

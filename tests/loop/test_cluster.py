@@ -22,6 +22,7 @@ import yaml
 
 import verst
 from tests.loop.local import prompts_file
+from tests.processes import lives
 from verst.errors import ConfigError
 from verst.journal.audit import audit
 from verst.journal.lock import holder_of
@@ -223,16 +224,9 @@ def test_a_loop_that_dies_unwatched_goes_on_by_itself(tmp_path: Path, head: str)
     said, _ = last.communicate(timeout=60)
     assert last.returncode == 130, said
     log = RunDirectory.open(run)[0].log.read_text()
-    assert "the loop starts again with processes that live: 1 trainer rank(s), 0 replica(s)" in log
+    assert "the loop starts again with processes that live: 1 trainer rank(s), 1 replica(s)" in log
     assert audit(run / "journal").ok
-    wait_for(lambda: not any(map(lives, others)))
-
-
-def lives(process: psutil.Process) -> bool:
-    """A worker that was killed stays a zombie as long as its raylet lives."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.status() != psutil.STATUS_ZOMBIE
-    return False
+    wait_for(lambda: not any(lives(process.pid) for process in others))
 
 
 def beside(run: Path) -> list[psutil.Process]:
@@ -252,7 +246,7 @@ def test_a_second_signal_ends_it_at_once_and_an_error_is_kept_for_later(tmp_path
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     wait_for(lambda: holder_of(run) is None)
-    wait_for(lambda: not any(map(lives, others)))  # they end with it
+    wait_for(lambda: not any(lives(process.pid) for process in others))  # they end with it
     (tmp_path / "model" / "config.json").unlink()
     broken = start("resume", run, "--address", head)
     said, _ = broken.communicate(timeout=DEADLINE_S)

@@ -97,9 +97,9 @@ async def test_sglang_and_megatron_take_turns(tmp_path: Path):
     model = tiny_model(tmp_path / "model")
     values = {
         "run": {"name": "turns", "dir": str(tmp_path), "steps": 4, "seed": 1},
-        "rollout": {"engine": "sglang", "group_size": 4, "max_new_tokens": 48, "max_running": 4, "capacity_groups": 16},
+        "rollout": {"engine": "sglang", "group_size": 4, "max_new_tokens": 192, "max_running": 4, "capacity_groups": 16},
         "algorithm": {"name": "grpo", "old_logprobs": "behaviour"},
-        "train": {"backend": "megatron", "groups_per_step": 4, "lr": 1e-3, "microbatch_tokens": 256},
+        "train": {"backend": "megatron", "groups_per_step": 4, "lr": 1e-3, "microbatch_tokens": 512},
         "checkpoint": {"every_steps": 2},
         "weights": {"transport": "shared"},
     }

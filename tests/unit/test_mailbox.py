@@ -15,21 +15,21 @@ from verst.runtime.mailbox import Answer, Call, Inbox, Mailbox
 class Wire:
     """Connects a mailbox to an inbox in the same process and counts messages."""
 
-    def __init__(self, target: Any) -> None:
-        self.inbox = Inbox(target)
+    def __init__(self, target: Any, inbox: Inbox | None = None) -> None:
+        self.inbox = inbox or Inbox(target)
         self.submitted: list[int] = []
         self.collected: list[int] = []
         self.broken: Exception | None = None
         self.mailbox = Mailbox("actor", self.submit, self.collect)
 
-    async def submit(self, calls: Sequence[Call]) -> None:
+    async def submit(self, caller: int, calls: Sequence[Call]) -> None:
         self.submitted.append(len(calls))
-        self.inbox.submit(calls)
+        self.inbox.submit(caller, calls)
 
-    async def collect(self, wait_s: float) -> list[Answer]:
+    async def collect(self, caller: int, wait_s: float) -> list[Answer]:
         if self.broken is not None:
             raise self.broken
-        answers = await self.inbox.collect(wait_s)
+        answers = await self.inbox.collect(caller, wait_s)
         self.collected.append(len(answers))
         return answers
 
@@ -60,6 +60,27 @@ async def test_a_slow_call_holds_up_no_other():
     assert not slow.done()
     release.set()
     assert await asyncio.wait_for(slow, 1) == "slow"
+
+
+async def test_a_caller_that_died_takes_no_answer_of_another():
+    """Its `collect` is still outstanding at the actor, and so is a call of it."""
+    release = asyncio.Event()
+
+    async def target(method: str) -> str:
+        if method == "slow":
+            await release.wait()
+        return method
+
+    dead = Wire(target)
+    given_up = asyncio.create_task(dead.mailbox.call("slow"))
+    while not dead.submitted:
+        await asyncio.sleep(0)
+    successor = Wire(target, dead.inbox)
+    assert await asyncio.wait_for(successor.mailbox.call("fast"), 1) == "fast"
+    assert dead.collected == []
+    release.set()
+    assert await asyncio.wait_for(given_up, 1) == "slow"
+    assert not dead.inbox._running
 
 
 async def test_an_error_reaches_its_caller_only():
@@ -136,7 +157,7 @@ async def test_a_call_whose_caller_gave_up_is_taken_back_from_the_actor():
 
 
 async def test_an_actor_that_answers_nothing_at_all_is_given_up(monkeypatch: pytest.MonkeyPatch):
-    async def never(wait_s: float) -> list[Answer]:
+    async def never(caller: int, wait_s: float) -> list[Answer]:
         await asyncio.sleep(60)
         return []
 

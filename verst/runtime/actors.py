@@ -113,11 +113,11 @@ class Host:
     async def node(self) -> str:
         return ray.get_runtime_context().get_node_id()
 
-    async def submit(self, calls: Sequence[Call]) -> None:
-        self._inbox.submit(calls)
+    async def submit(self, caller: int, calls: Sequence[Call]) -> None:
+        self._inbox.submit(caller, calls)
 
-    async def collect(self, wait_s: float) -> list[Answer]:
-        return await self._inbox.collect(wait_s)
+    async def collect(self, caller: int, wait_s: float) -> list[Answer]:
+        return await self._inbox.collect(caller, wait_s)
 
 
 _HOST: Any = ray.remote(Host)
@@ -189,13 +189,13 @@ class RayWorker:
         """It travels to other actors without the calls of this process."""
         return RayWorker, (self.name, self.handle)
 
-    async def _submit(self, calls: Sequence[Call]) -> None:
+    async def _submit(self, caller: int, calls: Sequence[Call]) -> None:
         with unwrapped(self.name, calls[0].method or "taking calls back"):
-            await self.handle.submit.remote(calls)
+            await self.handle.submit.remote(caller, calls)
 
-    async def _collect(self, wait_s: float) -> list[Answer]:
+    async def _collect(self, caller: int, wait_s: float) -> list[Answer]:
         with unwrapped(self.name, "answering"):
-            return await self.handle.collect.remote(wait_s)
+            return await self.handle.collect.remote(caller, wait_s)
 
 
 class LocalWorker:

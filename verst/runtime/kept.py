@@ -55,13 +55,13 @@ class KeptHost(Host):
         self._heard = time.monotonic()
         return await super().where()
 
-    async def submit(self, calls: Sequence[Call]) -> None:
+    async def submit(self, caller: int, calls: Sequence[Call]) -> None:
         self._heard = time.monotonic()
-        await super().submit(calls)
+        await super().submit(caller, calls)
 
-    async def collect(self, wait_s: float) -> list[Answer]:
+    async def collect(self, caller: int, wait_s: float) -> list[Answer]:
         self._heard = time.monotonic()
-        return await super().collect(wait_s)
+        return await super().collect(caller, wait_s)
 
 
 _KEPT: Any = ray.remote(KeptHost)

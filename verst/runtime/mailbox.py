@@ -16,6 +16,7 @@ import asyncio
 import itertools
 import secrets
 import traceback
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -40,48 +41,60 @@ class Answer(NamedTuple):
     error: Exception | None
 
 
+class _Answers:
+    """What is ready for one mailbox."""
+
+    def __init__(self) -> None:
+        self.ready: list[Answer] = []
+        self.some = asyncio.Event()
+
+
 class Inbox:
-    """The actor's side: runs submitted calls and keeps their answers until they are collected."""
+    """The actor's side: runs submitted calls and keeps their answers until they are collected, by whoever made the calls.
+
+    A caller's process may die with a `collect` outstanding here. What answers another caller must not leave with that one.
+    """
 
     def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
         self._call = call
-        self._answers: list[Answer] = []
-        self._some = asyncio.Event()
-        self._running: dict[int, asyncio.Task[None]] = {}
+        self._answers: defaultdict[int, _Answers] = defaultdict(_Answers)
+        self._running: dict[tuple[int, int], asyncio.Task[None]] = {}
 
-    def submit(self, calls: Sequence[Call]) -> None:
+    def submit(self, caller: int, calls: Sequence[Call]) -> None:
         for call in calls:
+            key = caller, call.number
             if call.method is None:
-                if call.number in self._running:
-                    self._running[call.number].cancel()
+                if key in self._running:
+                    self._running[key].cancel()
                 continue
-            task = self._running[call.number] = asyncio.get_running_loop().create_task(self._run(call))
-            task.add_done_callback(partial(self._ended, call.number))
+            task = self._running[key] = asyncio.get_running_loop().create_task(self._run(call, self._answers[caller]))
+            task.add_done_callback(partial(self._ended, key))
 
-    def _ended(self, number: int, _task: asyncio.Task[None]) -> None:
-        del self._running[number]
+    def _ended(self, key: tuple[int, int], _task: asyncio.Task[None]) -> None:
+        del self._running[key]
 
-    async def _run(self, call: Call) -> None:
+    async def _run(self, call: Call, answers: _Answers) -> None:
         try:
             answer = Answer(call.number, await self._call(call.method, *call.args), None)
         except VerstError as error:
             answer = Answer(call.number, None, error)
         except Exception as error:  # noqa: BLE001 - a defect is its caller's; its type may not exist there, so its traceback travels
             answer = Answer(call.number, None, RuntimeError("".join(traceback.format_exception(error))))
-        self._answers.append(answer)
-        self._some.set()
+        answers.ready.append(answer)
+        answers.some.set()
 
-    async def collect(self, wait_s: float) -> list[Answer]:
+    async def collect(self, caller: int, wait_s: float) -> list[Answer]:
         """All answers that are ready; waits up to `wait_s` for the first. Those that finish in the same turn come together."""
+        answers = self._answers[caller]
         try:
             async with asyncio.timeout(wait_s):
-                await self._some.wait()
+                await answers.some.wait()
         except TimeoutError:
             return []
         await asyncio.sleep(0)
-        answers, self._answers = self._answers, []
-        self._some.clear()
-        return answers
+        ready, answers.ready = answers.ready, []
+        answers.some.clear()
+        return ready
 
 
 class Mailbox:
@@ -92,10 +105,11 @@ class Mailbox:
     """Beyond that: an actor answers even while it works, so one that does not is stuck, and all its calls fail."""
 
     def __init__(
-        self, name: str, submit: Callable[[Sequence[Call]], Awaitable[None]], collect: Callable[[float], Awaitable[list[Answer]]]
+        self, name: str, submit: Callable[[int, Sequence[Call]], Awaitable[None]], collect: Callable[[int, float], Awaitable[list[Answer]]]
     ) -> None:
         self._name, self._submit, self._collect = name, submit, collect
-        self._numbers = itertools.count(secrets.randbits(60))  # an inbox may still hold answers to a loop that died
+        self._caller = secrets.randbits(60)  # no other mailbox of this actor has it, in whichever process
+        self._numbers = itertools.count()
         self._outgoing: list[Call] = []
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -126,13 +140,13 @@ class Mailbox:
     async def _send(self) -> None:
         await asyncio.sleep(0)  # let the calls of this turn come together
         calls, self._outgoing = self._outgoing, []
-        await self._submit(calls)
+        await self._submit(self._caller, calls)
 
     async def _receive(self) -> None:
         try:
             while self._pending:
                 limit_s = self.COLLECT_S + self.SILENCE_S
-                answers = await within(self._collect(self.COLLECT_S), limit_s, f"{self._name} to answer at all", idle=True)
+                answers = await within(self._collect(self._caller, self.COLLECT_S), limit_s, f"{self._name} to answer at all", idle=True)
                 for number, result, error in answers:
                     answer = self._pending.get(number)
                     if answer is None or answer.done():

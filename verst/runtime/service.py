@@ -200,8 +200,7 @@ class RunService:
         if kept is None:
             return []
         ranks, left = len(kept.left("trainer rank")), kept.take("replica")
-        # None of them goes on: a `collect` of the dead loop may still wait at its inbox, and would take the answers to this one.
-        replicas, finished = await adopt_replicas(left, 0)
+        replicas, finished = await adopt_replicas(left, self._config.rollout.replicas)
         if ranks or left:
             saved = keep_finished(journal, finished)
             self._observer.note(

@@ -16,7 +16,6 @@ from verst.runtime import adoption, kept
 from verst.runtime.actors import LocalWorker, WorkerDied
 from verst.runtime.adoption import adopt_replicas, complete, keep_finished
 from verst.runtime.kept import KeptHost
-from verst.runtime.mailbox import Call, Inbox, Mailbox
 from verst.runtime.rollout_worker import Adopted
 
 
@@ -115,20 +114,3 @@ async def test_a_process_that_everyone_has_forgotten_ends_itself(monkeypatch: py
     assert not ended, "a loop asks where its workers are"
     await asyncio.wait_for(gone.wait(), 5)
     assert ended == [1]
-
-
-async def test_answers_to_a_loop_that_died_are_not_taken_for_those_to_another():
-    """An inbox outlives the mailbox of the loop that died, with answers that nobody has collected."""
-
-    async def call(method: str, *args: Any) -> str:
-        return f"{method} {args[0]}"
-
-    inbox = Inbox(call)
-
-    async def submit(calls: Any) -> None:
-        inbox.submit(calls)
-
-    inbox.submit([Call(number, "former", (number,)) for number in range(3)])
-    await asyncio.sleep(0.01)
-    mailbox = Mailbox("replica 0", submit, inbox.collect)
-    assert await asyncio.wait_for(asyncio.gather(*(mailbox.call("new", number) for number in range(3))), 5) == ["new 0", "new 1", "new 2"]

@@ -64,17 +64,17 @@ async def test_a_slow_call_holds_up_no_other():
 
 async def test_a_caller_that_died_takes_no_answer_of_another():
     """Its `collect` is still outstanding at the actor, and so is a call of it."""
-    release = asyncio.Event()
+    release, begun = asyncio.Event(), asyncio.Event()
 
     async def target(method: str) -> str:
         if method == "slow":
+            begun.set()
             await release.wait()
         return method
 
     dead = Wire(target)
     given_up = asyncio.create_task(dead.mailbox.call("slow"))
-    while not dead.submitted:
-        await asyncio.sleep(0)
+    await begun.wait()
     successor = Wire(target, dead.inbox)
     assert await asyncio.wait_for(successor.mailbox.call("fast"), 1) == "fast"
     assert dead.collected == []

@@ -86,6 +86,10 @@ class Engine(Protocol):
         """Ends these requests (None: all) with `FinishReason.ABORT`; their tokens so far are returned."""
         ...
 
+    async def in_flight(self) -> Sequence[Generation]:
+        """What the requests have that are under way, as if they were aborted now. The newest tokens may be missing. They go on."""
+        ...
+
     async def pause(self, mode: PauseMode = PauseMode.IN_PLACE) -> None:
         """Returns once no forward pass runs. What becomes of the requests in flight is the `mode`'s."""
         ...

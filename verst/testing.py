@@ -62,6 +62,7 @@ class FakeEngine:
         self._fail_at = fail_at
         self._stall_at = stall_at
         self._running: set[str] = set()
+        self._so_far: dict[str, Callable[[], Generation]] = {}
         self._aborted: set[str] = set()
         self._paused = False
         self._changed = asyncio.Condition()  # an abort, a resume or a token happened
@@ -97,6 +98,7 @@ class FakeEngine:
             return await self._decode(request, number)
         finally:
             self._running.discard(request.id)
+            self._so_far.pop(request.id, None)
             self._aborted.discard(request.id)
 
     async def generated(self, tokens: int) -> None:
@@ -110,6 +112,9 @@ class FakeEngine:
         self._aborted.update(ended)
         async with self._changed:
             self._changed.notify_all()
+
+    async def in_flight(self) -> Sequence[Generation]:
+        return [so_far() for so_far in self._so_far.values()]
 
     async def pause(self, mode: PauseMode = PauseMode.IN_PLACE) -> None:
         """Keys and values are nothing here, so to retract is to pause."""
@@ -169,6 +174,7 @@ class FakeEngine:
         planned = self._planned(request, number)
         tokens: list[int] = []
         versions: list[int] = []
+        self._so_far[request.id] = lambda: self._generation(request, number, tokens, versions, FinishReason.ABORT)
         finish = FinishReason.LENGTH if len(planned) > request.sampling.max_new_tokens else FinishReason.STOP
         for token in planned[: request.sampling.max_new_tokens]:
             await self._tick(request.id, stall=number == self._stall_at)
@@ -184,6 +190,11 @@ class FakeEngine:
             self.events.append(("fail", request.id))
             raise EngineFailure(f"fake engine: told to fail at request {number} ({request.id})")
         self.events.append(("finish", request.id))
+        return self._generation(request, number, tokens, versions, finish)
+
+    def _generation(
+        self, request: GenerateRequest, number: int, tokens: Sequence[int], versions: Sequence[int], finish: FinishReason
+    ) -> Generation:
         logprobs_T = np.asarray([self.logprob(token) for token in tokens], np.float32)
         experts_RLK = self._routes(request, number, len(tokens))
         return Generation(request.id, np.asarray(tokens, np.int32), logprobs_T, np.asarray(versions, np.int32), finish, experts_RLK)

@@ -107,7 +107,10 @@ class RoutesWanted:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """Token ids in. `seed` fixes the random numbers of this request, whatever its neighbours are."""
+    """Token ids in. `seed` fixes the random numbers of this request, whatever its neighbours are.
+
+    A token's depend on the seed and the token's place in the sequence: what goes on from the tokens so far draws as the whole would have.
+    """
 
     id: str
     tokens_T: NDArray[np.int32]

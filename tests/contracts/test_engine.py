@@ -27,7 +27,7 @@ from tests.contracts.engine_cases import (
     same,
 )
 from verst.errors import EngineFailure
-from verst.types import FinishReason
+from verst.types import FinishReason, Generation
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -116,6 +116,38 @@ async def test_abort_returns_the_tokens_so_far(opened: Opened):
     assert not answers[1].done()
     await engine.resume()
     assert same(await answers[1], whole)
+
+
+async def test_what_is_in_flight_is_what_an_abort_would_return(served: Opened):
+    engine = await served(max_running=2)
+    answers = [asyncio.ensure_future(engine.generate(ask(str(n), prompt(1), max_new_tokens=100, temperature=0.0))) for n in range(2)]
+    so_far: dict[str, Generation] = {}
+    async with asyncio.timeout(60):
+        while len(so_far) < 2:  # one that is paused before its first token has nothing
+            await asyncio.sleep(0.02)
+            await engine.pause()
+            so_far = {generation.id: generation for generation in await engine.in_flight()}
+            await engine.resume()
+    await engine.pause()
+    so_far = {generation.id: generation for generation in await engine.in_flight()}
+    await asyncio.sleep(0.05)
+    assert not any(answer.done() for answer in answers)
+    await engine.abort()
+    cut = await asyncio.gather(*answers)
+    assert all(len(answer.tokens_T) for answer in cut)
+    assert all(same(so_far[answer.id], answer) for answer in cut)
+    assert all((so_far[answer.id].versions_T == answer.versions_T).all() for answer in cut)
+    assert list(await engine.in_flight()) == []
+
+
+async def test_a_request_that_goes_on_from_tokens_draws_as_the_whole_would_have(opened: Opened):
+    engine = await opened(deterministic=True)
+    whole = await engine.generate(ask("whole", prompt(1), seed=5, max_new_tokens=60))
+    for had in (1, 17, 59):
+        rest = ask(f"from {had}", np.concatenate((prompt(1), whole.tokens_T[:had])), seed=5, max_new_tokens=60 - had)
+        (answer,) = await asyncio.gather(engine.generate(rest))
+        assert answer.tokens_T.tobytes() == whole.tokens_T[had:].tobytes()
+        assert answer.logprobs_T.tobytes() == whole.logprobs_T[had:].tobytes()
 
 
 async def test_abort_without_ids_ends_everything(served: Opened):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ import pytest
 from tests.loop.local import LocalRun, local_run, stopped_after
 from verst.errors import DeadlineExceeded
 from verst.journal.log import JournalReader
+from verst.rollout.hf.decoder import Decoder
 from verst.rollout.hf.engine import HFEngine
+from verst.rollout.recorded import Piece
+from verst.runtime import salvage
+from verst.runtime.replica import Replica
+from verst.runtime.salvage import Salvage
 from verst.types import Completion, GenerateRequest, Generation, Message, Prompt, Reply, Status
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_one_thread")]
@@ -135,6 +141,51 @@ async def test_of_two_replicas_the_one_that_stands_still_is_named_and_replaced(t
     (lost,) = [line for line in run.lines if "was lost" in line]
     assert re.match(r"replica 1 was lost after step \d with 4 group\(s\) in flight, which are rolled again: the engine of replica 1 ", lost)
     assert run.metric("rollout/failed") == [0, 0, 0, 0]
+
+
+async def test_tokens_of_a_lost_replica_are_kept_and_the_weights_are_those_of_an_undisturbed_run(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rollout = {"replicas": 2, "group_size": 4, "max_new_tokens": 32, "max_running": 64}
+    values: dict[str, Any] = {"data": {"max_prompt_tokens": 64, "shuffle": False}, "rollout": rollout}
+    undisturbed = await local_run(tmp_path / "undisturbed", model, values, reward=spread, prompts=ROWS).go()
+    monkeypatch.setattr(salvage, "EVERY_S", 0.01)
+    step, add, on = Decoder.step, Salvage.add, Salvage.begin
+    kept: list[int] = []
+    lost = set[int]()
+
+    def begin(self: Salvage, seq: int, replica: Replica) -> list[Piece]:
+        if replica.number == 1 and seq >= 4:
+            lost.add(seq)
+        return on(self, seq, replica)
+
+    def add_and_count(self: Salvage, news: Any) -> None:
+        add(self, news)
+        kept.append(sum(len(piece.generation.tokens_T) for seq in lost for piece in self._pieces.get(seq, {}).values()))
+
+    def slow_and_breaking(self: Decoder) -> Any:
+        time.sleep(0.01)  # 32 tokens take longer than it takes to ask for them
+        mine = {group_of(request.id) for request in self._table.requests if request is not None}
+        if mine & lost and kept and kept[-1] >= 40 and len(broken) == 0:
+            broken.append(kept[-1])
+            raise ZeroDivisionError("a defect")
+        return step(self)
+
+    broken: list[int] = []
+    monkeypatch.setattr(Salvage, "begin", begin)
+    monkeypatch.setattr(Salvage, "add", add_and_count)
+    monkeypatch.setattr(Decoder, "step", slow_and_breaking)
+    run = await local_run(tmp_path / "disturbed", model, values, reward=spread, prompts=ROWS).go()
+    (line,) = [line for line in run.lines if "was lost" in line]
+    said = r"replica 1 was lost after step \d with \d group\(s\) in flight, which are rolled again from (\d+) tokens that are kept: "
+    found = re.match(said, line)
+    assert found is not None, line
+    assert int(found[1]) >= 40
+    for seq in range(12):
+        one, other = (JournalReader(r.run.journal).group(seq).trajectories for r in (undisturbed, run))
+        assert [(t.tokens_T.tolist(), t.logprobs_T.tolist()) for t in one] == [(t.tokens_T.tolist(), t.logprobs_T.tolist()) for t in other]
+    digests = [[JournalReader(r.run.journal).commit(step).digest for step in (1, 2, 3)] for r in (undisturbed, run)]
+    assert digests[0] == digests[1]
 
 
 async def test_a_failed_group_is_not_rolled_again_by_a_resumed_run(tmp_path: Path, model: Path, stall: Any):

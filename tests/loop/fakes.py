@@ -205,8 +205,7 @@ class FakeParts:
         self.probe_tokens = np.array([1, 2, 3], np.int32)
         self.transfer = self
         self.snapshots = self
-        self.replacer = SimpleNamespace(run=asyncio.Event().wait)
-        self.heartbeat = SimpleNamespace(run=asyncio.Event().wait)
+        self.watching: list[Any] = [SimpleNamespace(run=asyncio.Event().wait)]
         self.faults = Faults(self.journal, self.note)
         self.kept: dict[int, list[int]] = {}  # snapshots: what was trained by then
         self.kept_every = 1

@@ -87,7 +87,7 @@ class Recorder:
     async def standing(self) -> dict[int, tuple[str, float]]:
         return {}
 
-    async def roll(self, seq: int, prompt: Prompt, how: str) -> bytes:
+    async def roll(self, seq: int, prompt: Prompt, how: str, known: Any) -> bytes:
         version = self._version
         self._world.rolled.append((self._number, seq, version))
         await asyncio.sleep(0.001 * (seq % 3))
@@ -151,7 +151,8 @@ class Scaled:
         self.parts = FakeParts(self.config, root)
         self.replicas = Replicas(fresh([Killable(n, world) for n in range(replicas)]), self.config)
         keep: Any = self.parts.keep_stacks
-        self.parts.replacer = Replacer(self.replicas, self._spawn, self.parts.faults, keep)  # pyright: ignore[reportAttributeAccessIssue]
+        replacing = Replacer(self.replicas, self._spawn, self.parts.faults, keep)
+        self.parts.watching = [replacing, self.replicas.salvage]
         self.parts.replicas = self.replicas  # pyright: ignore[reportAttributeAccessIssue]
         if by_group:
             self.parts.trainers = Broadcasters(self.parts.events)

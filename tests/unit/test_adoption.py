@@ -6,17 +6,20 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.loop.fakes import group
 from verst.journal.codec import encode_group
 from verst.journal.log import Journal
-from verst.journal.records import AdmitRecord, PublishRecord
+from verst.journal.records import AdmitRecord, BatchRecord, CommitRecord, PublishRecord
+from verst.rollout.recorded import Piece
 from verst.runtime import adoption, kept
 from verst.runtime.actors import LocalWorker, WorkerDied
-from verst.runtime.adoption import adopt_replicas, complete, keep_finished
+from verst.runtime.adoption import adopt_replicas, complete, keep_finished, still_in_flight
 from verst.runtime.kept import KeptHost
 from verst.runtime.rollout_worker import Adopted
+from verst.types import FinishReason, Generation
 
 
 class Left(LocalWorker):
@@ -43,13 +46,13 @@ async def test_those_that_live_are_adopted_and_the_others_ended(monkeypatch: pyt
     left = {
         0: Left(0, WorkerDied("replica 0 died")),
         1: Left(1, None),
-        2: Left(2, Adopted(2, True, (b"a",))),
-        3: Left(3, Adopted(0, False, ())),  # in the middle of its start
-        5: Left(5, Adopted(1, True, (b"b", b"c"))),
+        2: Left(2, Adopted(2, True, (b"a",), {})),
+        3: Left(3, Adopted(0, False, (), {})),  # in the middle of its start
+        5: Left(5, Adopted(1, True, (b"b", b"c"), {})),
     }
-    adopted, finished = await adopt_replicas(left, 3)
+    adopted, had = await adopt_replicas(left, 3)
     assert [(replica.number, replica.slot, replica.started) for replica in adopted] == [(2, 2, True), (5, 1, True)]
-    assert sorted(finished) == [b"a", b"b", b"c"]
+    assert sorted(group for one in had for group in one.finished) == [b"a", b"b", b"c"]
     assert {number for number, worker in left.items() if worker.killed} == {0, 1, 3}
     begun: list[tuple[int, int]] = []
 
@@ -63,11 +66,11 @@ async def test_those_that_live_are_adopted_and_the_others_ended(monkeypatch: pyt
 
 
 async def test_fewer_are_adopted_if_fewer_are_wanted():
-    left = {number: Left(number, Adopted(number, True, (b"x",))) for number in range(3)}
-    adopted, finished = await adopt_replicas(left, 1)
+    left = {number: Left(number, Adopted(number, True, (b"x",), {})) for number in range(3)}
+    adopted, had = await adopt_replicas(left, 1)
     assert [replica.number for replica in adopted] == [2]
     assert [worker.killed for worker in left.values()] == [True, True, False]
-    assert len(finished) == 3, "also of those that are not needed any more"
+    assert len(had) == 3, "also of those that are not needed any more"
     assert complete(adopted, 1, lambda number, slot: pytest.fail("none is missing")) == adopted
 
 
@@ -86,8 +89,28 @@ def test_finished_groups_go_into_the_journal_once_and_only_of_versions_that_were
     journal.append_published(PublishRecord(0, "hash", (0,)))
     journal.append_group(0, encode_group(group(0, 0)))
     found = [encode_group(group(seq, version)) for seq, version in ((0, 0), (1, 0), (2, 1), (9, 0), (1, 0))]
-    assert keep_finished(journal, found) == 1
+    assert keep_finished(journal, [Adopted(0, True, (one,), {}) for one in found]) == 1
     assert list(journal.index.groups) == [0, 1], "not twice, not of version 1, which no engine serves yet, not one that was never admitted"
+
+
+def test_tokens_in_flight_are_kept_of_groups_that_are_still_to_come_and_of_versions_that_were_compared(tmp_path: Path):
+    def piece(name: str, *versions: int) -> Piece:
+        zeros = np.zeros(len(versions))
+        return Piece(
+            "", Generation(name, zeros.astype(np.int32), zeros.astype(np.float32), np.array(versions, np.int32), FinishReason.ABORT)
+        )
+
+    journal = Journal.create(tmp_path / "journal", "run")
+    for seq in range(3):
+        journal.append_admitted(AdmitRecord(seq, f"p{seq}", 0))
+    journal.append_published(PublishRecord(0, "hash", (0,)))
+    journal.append_group(0, encode_group(group(0, 0)))
+    journal.append_batch(BatchRecord(1, (0,), {}))
+    journal.append_commit(CommitRecord(1, "hash"))
+    journal.append_published(PublishRecord(1, "hash", (0,)))
+    old, mixed, new = piece("1/0/0", 0), piece("1/1/0", 0, 1, 1), piece("1/2/0", 1, 2)
+    had = [Adopted(0, True, (), {0: [old], 1: [old, mixed, new]}), Adopted(1, True, (), {2: [new], 9: [old]})]
+    assert still_in_flight(journal, had) == {1: [old, mixed], 2: []}
 
 
 async def test_a_process_that_everyone_has_forgotten_ends_itself(monkeypatch: pytest.MonkeyPatch):

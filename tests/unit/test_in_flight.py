@@ -56,7 +56,7 @@ class Parts:
         self.events: list[str] = []
         self.let = asyncio.Event()
 
-    async def roll(self, seq: int, prompt: Prompt, deadline_s: float) -> Group:
+    async def roll(self, seq: int, prompt: Prompt, deadline_s: float, recorded: Any) -> Group:
         self.events.append(f"begin {seq}")
         await self.let.wait()
         self.events.append(f"end {seq}")
@@ -212,7 +212,7 @@ async def test_later_turns_have_the_time_of_the_groups_that_came_meanwhile():
 async def test_samples_of_one_prompt_have_the_time_of_those_before_them():
     limits: list[float] = []
 
-    async def roll(seq: int, prompt: Prompt, deadline_s: float) -> Group:
+    async def roll(seq: int, prompt: Prompt, deadline_s: float, recorded: Any) -> Group:
         limits.append(deadline_s)
         return group(seq, 0)
 
@@ -227,7 +227,7 @@ async def test_a_group_that_was_given_up_holds_up_no_version_though_it_swallows_
     parts, worker, _ = replica(config("finish"))
     deaf = asyncio.Event()
 
-    async def roll(seq: int, prompt: Prompt, deadline_s: float) -> Group:
+    async def roll(seq: int, prompt: Prompt, deadline_s: float, recorded: Any) -> Group:
         parts.events.append(f"begin {seq}")
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(60)

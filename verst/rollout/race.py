@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
-from verst.protocols import Engine
+from verst.rollout.recorded import Recorded
 from verst.types import FinishReason, GenerateRequest, Generation
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ class Cut(Exception):
 class Race:
     """The `members` of one group, of which `wanted` may end by themselves."""
 
-    def __init__(self, engine: Engine, wanted: int, members: int) -> None:
+    def __init__(self, engine: Recorded, wanted: int, members: int) -> None:
         self._engine = engine
         self._left = wanted
         self._cuts = members > wanted

@@ -25,6 +25,7 @@ from verst.protocols import Engine, Environment
 from verst.rollout.boundary import GuardedEnvironment, checked_experts, checked_generation
 from verst.rollout.clock import Clock
 from verst.rollout.race import Cut, Race
+from verst.rollout.recorded import Recorded
 from verst.rollout.transcript import Transcript
 from verst.types import NO_VERSION, Completion, FinishReason, GenerateRequest, Group, Message, Prompt, Sampling, Status, Trajectory, Turn
 
@@ -75,8 +76,10 @@ class GroupRoller:
         if self.max_turns > 1:
             self.renderer.require_continuable()
 
-    async def roll(self, seq: int, prompt: Prompt, deadline_s: float | None = None) -> Group:
+    async def roll(self, seq: int, prompt: Prompt, deadline_s: float | None = None, recorded: Recorded | None = None) -> Group:
         """The group with admission number `seq`. Rolled again, under the same weights, it gets the same random numbers.
+
+        `recorded`: keeps what is generated of it, and may know what another replica had.
 
         Trajectories that are not finished after `deadline_s` have failed, and their requests are cancelled. None: the caller has a limit.
 
@@ -86,7 +89,7 @@ class GroupRoller:
         started = time.perf_counter()
         admitted_version = self.engine.version
         numbers = range(self.group_size + self.oversample)
-        race = Race(self.engine, self.group_size, len(numbers))
+        race = Race(recorded or Recorded(self.engine), self.group_size, len(numbers))
         try:
             async with asyncio.TaskGroup() as members:
                 tasks = [members.create_task(self._trajectory(seq, member, prompt, race, deadline_s)) for member in numbers]
@@ -223,7 +226,7 @@ class GroupRoller:
         return Status.TRUNCATED
 
     async def _generate(self, request_id: str, seed: int, transcript: Transcript, race: Race) -> FinishReason:
-        """Generates the open turn. After an abort from outside it goes on from the tokens so far, with a seed of its own."""
+        """Generates the open turn. After an abort from outside it goes on from the tokens so far."""
         left = min(self.sampling.max_new_tokens, self.max_model_tokens - transcript.length)
         stop_ids = tuple(dict.fromkeys((*self.sampling.stop_token_ids, *self.renderer.stop_token_ids)))
         piece = 0
@@ -232,7 +235,7 @@ class GroupRoller:
             name = f"{request_id}+{piece}" if piece else request_id
             routed = self.engine.routed_experts
             routes_from = None if routed is None else transcript.routed
-            request = GenerateRequest(name, transcript.tokens(), sampling, stable_seed(seed, piece), routes_from)
+            request = GenerateRequest(name, transcript.tokens(), sampling, seed, routes_from)
             generation = checked_generation(await race.generate(request), request)
             transcript.generate(generation)
             if race.is_cut(generation):

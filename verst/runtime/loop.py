@@ -104,7 +104,7 @@ class Loop:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
-                watching = [tasks.create_task(part.run()) for part in (self._parts.replacer, self._parts.heartbeat)]
+                watching = [tasks.create_task(part.run()) for part in self._parts.watching]
                 await self._standing.explained(self._replay)
                 await self._standing.explained(self._begin)
                 work = (self._read, self._feed, *[self._roll] * self._slots.capacity)

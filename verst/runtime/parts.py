@@ -19,6 +19,7 @@ from verst.runtime.observer import Observer
 from verst.runtime.pools import Replicas
 from verst.runtime.replacer import Replacer
 from verst.runtime.rundir import RunDirectory
+from verst.runtime.salvage import Salvage
 from verst.runtime.snapshots import Snapshots
 from verst.runtime.stacks import KeepStacks
 from verst.runtime.trainers import Trainers
@@ -46,6 +47,11 @@ class Parts:
     faults: Faults
     eval_prompts: list[Prompt]
     keep_stacks: KeepStacks
+
+    @property
+    def watching(self) -> tuple[Replacer, Heartbeat, Salvage]:
+        """What runs beside the loop from its beginning to its end."""
+        return self.replacer, self.heartbeat, self.replicas.salvage
 
     @property
     def group_deadline_s(self) -> float:

@@ -21,6 +21,7 @@ from verst.runtime.batching import given_up
 from verst.runtime.limits import REPLACEMENTS, drain_limit_s, evaluated_prompts, group_deadline_s, replacement_limit_s, step_wait_s
 from verst.runtime.replica import Replica, Stage
 from verst.runtime.rollout_worker import Pulled, Seat
+from verst.runtime.salvage import Salvage
 from verst.runtime.trainer_worker import GROUP
 from verst.runtime.wait import GRACE_S, explained_by, gather_named, outcomes, within
 from verst.types import Group, Manifest, Prompt, RoutedExperts
@@ -43,7 +44,8 @@ class Replicas:
     is new among them is given groups once it holds that version, and one that fails until then is refused and ends nothing.
 
     One whose process dies, whose engine breaks or who does not answer is lost: its groups are rolled again by others, with the same numbers
-    and seeds, and it is replaced (`verst.runtime.replacer`). Without any other, groups wait for the replacement.
+    and seeds and from the tokens that are kept of them (`salvage`), and it is replaced (`verst.runtime.replacer`). Without any other,
+    groups wait for the replacement.
     """
 
     def __init__(self, replicas: Sequence[Replica], config: Config, *, shared: bool = False, timeline: Timeline | None = None) -> None:
@@ -54,6 +56,7 @@ class Replicas:
         self._publishing = asyncio.Lock()
         self._changed = asyncio.Event()  # set as replicas become ready, or serve
         self._lost: asyncio.Queue[Replica] = asyncio.Queue()
+        self.salvage = Salvage(lambda: self._replicas)
         self._timeline = timeline or Timeline()
         self._timeline.replicas = lambda: [replica.number for replica in self.active]
         self._config = config
@@ -156,6 +159,7 @@ class Replicas:
                 replica.rolled_again.append(seq)
             else:
                 del self._rolling[seq]  # not after an error, which ends the run: then it tells where the group was
+                self.salvage.end(seq)
                 return encoded, group
             finally:
                 replica.evaluating -= evaluated
@@ -186,7 +190,7 @@ class Replicas:
     async def _rolled(self, replica: Replica, seq: int, prompt: Prompt, how: str) -> tuple[bytes, Group]:
         """What one replica makes of a group, or a failed one."""
         finished, limit_s = replica.finished, self.deadline_s(replica.in_flight - replica.evaluating)
-        rolling = asyncio.ensure_future(replica.worker.post("roll", seq, prompt, how))
+        rolling = asyncio.ensure_future(replica.worker.post("roll", seq, prompt, how, self.salvage.begin(seq, replica)))
         lost = asyncio.ensure_future(replica.gone.wait())
         try:
             await asyncio.wait({rolling, lost}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
@@ -347,6 +351,7 @@ class Replicas:
 
     def lose(self, replica: Replica, error: VerstError) -> None:
         """One that serves is lost: its groups go to others, and it is replaced."""
+        replica.salvaged = self.salvage.tokens(replica)
         replica.lose(error)
         self._members = [member for member in self._members if member is not replica]
         self._lost.put_nowait(replica)

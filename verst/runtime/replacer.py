@@ -37,7 +37,7 @@ class Replacer:
     async def _replace(self, lost: Replica) -> None:
         began = time.monotonic()
         assert lost.error is not None
-        self._faults.lost(lost.name, lost.version, lost.error, _with(lost.had))
+        self._faults.lost(lost.name, lost.version, lost.error, _with(lost))
         if not isinstance(lost.error, WorkerDied):  # it lives, and stands in something
             for line in await self._keep_stacks(f"{lost.name} was lost"):
                 self._faults.failed(line)
@@ -71,5 +71,6 @@ class Replacer:
         return replica.error
 
 
-def _with(groups: int) -> str:
-    return f" with {groups} group(s) in flight, which are rolled again" if groups else ""
+def _with(lost: Replica) -> str:
+    kept = f" from {lost.salvaged:,} tokens that are kept" if lost.salvaged else ""
+    return f" with {lost.had} group(s) in flight, which are rolled again{kept}" if lost.had else ""

@@ -64,6 +64,8 @@ class Replica:
     """Set while it leaves, and has nothing in flight or cannot finish what it has."""
     had: int = 0
     """Groups in flight when it was lost."""
+    salvaged: int = 0
+    """Generated tokens that are kept of them."""
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when it is lost: nobody waits for it any more."""
     _peak: int = 0  # in flight at a time, as far as one of them has ended

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,12 @@ from verst.config.schema import Config
 from verst.errors import ModelError
 from verst.observe.waits import Waits
 from verst.rollout.clock import Clock
+from verst.rollout.recorded import Piece, Recorded
 from verst.runtime.imports import large_imports
 from verst.runtime.limits import drain_limit_s, rolling_deadline_s
 from verst.runtime.trainer_worker import GROUP
 from verst.runtime.wait import gather_named, within
-from verst.types import Group, Manifest, PauseMode, Prompt, RoutedExperts
+from verst.types import Generation, Group, Manifest, PauseMode, Prompt, RoutedExperts
 
 if TYPE_CHECKING:
     from verst.protocols import WeightUpdate
@@ -43,6 +45,7 @@ class Adopted:
     slot: int
     started: bool  # whether its engine runs
     finished: tuple[bytes, ...]  # groups, encoded, that may not have reached the journal
+    in_flight: Mapping[int, Sequence[Piece]]  # by admission number, what was generated of the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,7 @@ class RolloutWorker:
         self._pulls = asyncio.Lock()
         self._started = False
         self._finished: dict[int, bytes] = {}
+        self._recorded: dict[int, Recorded] = {}
         self._waits = Waits()  # of groups by their numbers, of trajectories by their ids
 
     async def start(self, scores: bool) -> RoutedExperts | None:
@@ -170,8 +174,10 @@ class RolloutWorker:
             clock=self._clock,
         )
 
-    async def roll(self, seq: int, prompt: Prompt, how: str) -> bytes:
+    async def roll(self, seq: int, prompt: Prompt, how: str, known: Sequence[Piece] = ()) -> bytes:
         """Makes one finished group, encoded. What is not rolled or scored by its limit has failed.
+
+        `known`: what a replica that was lost had generated of it.
 
         `how`: "policy", "evaluation" (`samples` trajectories, its own sampling) or "demonstrations" (no engine and no reward).
         """
@@ -181,10 +187,13 @@ class RolloutWorker:
             return encode_group(self._rollers[False].demonstrate(seq, prompt))
         assert self._scorer is not None
         try:
+            if how == "policy":
+                self._recorded[seq] = Recorded(self.engine, known)
             group = await self._rolled(seq, prompt, how)
             self._waits.begin(seq, "its rewards")
             encoded = encode_group(await self._scorer.score(group))
         finally:
+            self._recorded.pop(seq, None)
             self._waits.end(seq)
         if how == "policy":
             self._keep(seq, encoded)
@@ -205,7 +214,7 @@ class RolloutWorker:
         trajectories = self._samples if how == "evaluation" else self._config.rolled_per_group
         self._trajectories += trajectories
         limit_s = rolling_deadline_s(self._config, self._trajectories, self._samples)
-        rolling = asyncio.ensure_future(self._rollers[how == "evaluation"].roll(seq, prompt, limit_s))
+        rolling = asyncio.ensure_future(self._rollers[how == "evaluation"].roll(seq, prompt, limit_s, self._recorded.get(seq)))
         self._tasks.add(rolling)
         rolling.add_done_callback(self._ended)
         try:
@@ -230,6 +239,15 @@ class RolloutWorker:
             seq = key if isinstance(key, int) else int(str(key).partition("/")[0])
             found.setdefault(seq, (awaited, seconds))
         return found
+
+    async def news(self) -> dict[int, list[Piece]]:
+        """What was generated of each group here since this was last asked."""
+        so_far = await self._so_far()
+        news = {seq: recorded.news(so_far) for seq, recorded in self._recorded.items()}
+        return {seq: pieces for seq, pieces in news.items() if pieces}
+
+    async def _so_far(self) -> dict[str, Generation]:
+        return {generation.id: generation for generation in await self.engine.in_flight()}
 
     async def drain(self) -> None:
         """Returns once nothing is in flight. What comes after waits for `admit`."""
@@ -290,11 +308,13 @@ class RolloutWorker:
 
     async def adopt(self) -> Adopted:
         """Another loop takes over from one that died. What was in flight is given up, what was finished is handed over."""
+        so_far = await self._so_far() if self._started else {}
+        in_flight = {seq: recorded.all(so_far) for seq, recorded in self._recorded.items()}
         for rolling in self._tasks:
             rolling.cancel()
         await self.admit()
         finished, self._finished = tuple(self._finished.values()), {}
-        return Adopted(self._slot, self._started, finished)
+        return Adopted(self._slot, self._started, finished, in_flight)
 
     async def routed_experts(self) -> RoutedExperts | None:
         """What the engine records of its routes."""

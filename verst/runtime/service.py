@@ -21,8 +21,9 @@ from verst.errors import ConfigError, VerstError
 from verst.extend import origin
 from verst.journal.lock import RunLock
 from verst.journal.log import Journal
+from verst.rollout.recorded import Piece
 from verst.runtime.actors import Worker
-from verst.runtime.adoption import adopt_replicas, complete, keep_finished
+from verst.runtime.adoption import adopt_replicas, complete, keep_finished, still_in_flight
 from verst.runtime.bundles import reserve
 from verst.runtime.changes import journal_changes
 from verst.runtime.extensions import Extensions
@@ -155,9 +156,11 @@ class RunService:
         kept = self._processes(placement)
         self._spawn_replica = partial(self._replica, placement, on, extensions)
         again = kept is not None and bool(kept.left("trainer rank"))
-        members = complete(await self._adopted(kept, journal), config.rollout.replicas, self._spawn_replica)
+        adopted, in_flight = await self._adopted(kept, journal)
+        members = complete(adopted, config.rollout.replicas, self._spawn_replica)
         trainers = Trainers(partial(self._trainer, placement, on), config, put, self._observer.note)
         replicas = Replicas(members, config, shared=placement.shared, timeline=self._observer.timeline)
+        replicas.salvage.add(in_flight)
         snapshots = Snapshots(config, self._run.run_id, trainers, self._snapshot_holder, self._observer.note)
         opened.push_async_callback(snapshots.close)
         for part in (trainers, replicas):
@@ -195,19 +198,20 @@ class RunService:
             keep_stacks=keep,
         )
 
-    async def _adopted(self, kept: Kept | None, journal: Journal) -> list[Replica]:
-        """Replicas that an earlier loop has left. What they had finished goes into the journal."""
+    async def _adopted(self, kept: Kept | None, journal: Journal) -> tuple[list[Replica], dict[int, list[Piece]]]:
+        """Replicas that an earlier loop has left, and what they had in flight. What they had finished goes into the journal."""
         if kept is None:
-            return []
+            return [], {}
         ranks, left = len(kept.left("trainer rank")), kept.take("replica")
-        replicas, finished = await adopt_replicas(left, self._config.rollout.replicas)
+        replicas, had = await adopt_replicas(left, self._config.rollout.replicas)
+        in_flight = still_in_flight(journal, had)
         if ranks or left:
-            saved = keep_finished(journal, finished)
+            saved = keep_finished(journal, had)
             self._observer.note(
                 f"the loop starts again with processes that live: {ranks} trainer rank(s), {len(replicas)} replica(s); {saved} group(s)"
                 " that were finished are kept"
             )
-        return replicas
+        return replicas, in_flight
 
     async def _close(self, part: Trainers | Replicas) -> None:
         """Ends a part in order. One that cannot be closed any more (it may be why the run ends) is told, not raised."""

@@ -99,6 +99,10 @@ class Decoder:
         self.waiting = kept
         return ended
 
+    def in_flight(self) -> list[Generation]:
+        """What each running sequence has so far, as if it were aborted."""
+        return [self._generation(int(slot), FinishReason.ABORT) for slot in np.flatnonzero(self._table.active_S)]
+
     def logprobs(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
         """Log-probability `[T]` of each token given those before it, at temperature 1; entry 0 is 0."""
         check_tokens("the probe", tokens_T, self._model.vocab_size, self._model.max_tokens)
@@ -258,13 +262,21 @@ class Decoder:
         ]
 
     def _end(self, slot: int, reason: FinishReason) -> Generation:
-        """Frees the slot; returns what it generated, with the routes that were asked for."""
+        """Frees the slot; returns what it generated."""
+        generation = self._generation(slot, reason)
+        self._table.free(slot)
+        if self._routes is not None:
+            self._routes.free(slot)
+        return generation
+
+    def _generation(self, slot: int, reason: FinishReason) -> Generation:
+        """What the slot has generated, with the routes that were asked for."""
         request = self._table.requests[slot]
         assert request is not None
-        generation = self._table.finish(slot, reason)
+        generation = self._table.generation(slot, reason)
         if self._routes is None or request.routes_from is None:
             return generation
-        return replace(generation, experts_RLK=self._routes.take(slot, len(generation.tokens_T), request.routes_from))
+        return replace(generation, experts_RLK=self._routes.rows(slot, len(generation.tokens_T), request.routes_from))
 
     def _stop_string_ended(self, slot: int) -> bool:
         request = self._table.requests[slot]

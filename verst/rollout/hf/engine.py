@@ -94,6 +94,9 @@ class HFEngine:
     async def abort(self, ids: Sequence[str] | None = None) -> None:
         await self._call(lambda: self._abort(ids))
 
+    async def in_flight(self) -> Sequence[Generation]:
+        return await self._call(lambda: self._loaded().in_flight())
+
     async def pause(self, mode: PauseMode = PauseMode.IN_PLACE) -> None:
         await self._call(lambda: self._pause(mode))
 

@@ -36,11 +36,13 @@ class SlotRoutes:
             self._generated_STLK[slots, places] = experts_RLK.numpy()[slots]
             self._coming = None
 
-    def take(self, slot: int, generated: int, routes_from: int) -> NDArray[Any]:
+    def free(self, slot: int) -> None:
+        self._prompt_of[slot] = None
+
+    def rows(self, slot: int, generated: int, routes_from: int) -> NDArray[Any]:
         """The rows of a sequence from token `routes_from` on, without that of its newest token. A copy."""
         prompt_PLK = self._prompt_of[slot]
         assert prompt_PLK is not None
-        self._prompt_of[slot] = None
         return np.concatenate((prompt_PLK.numpy(), self._generated_STLK[slot, : generated - 1]))[routes_from:].copy()
 
     def move(self, source: int, target: int, generated: int) -> None:

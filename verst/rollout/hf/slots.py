@@ -66,12 +66,14 @@ class SlotTable:
         """Which of these slots' newest tokens are stop tokens of theirs."""
         return (self.stop_ids_SK[active] == self.newest_S[active, None]).any(1)
 
-    def finish(self, slot: int, reason: FinishReason) -> Generation:
-        """Frees the slot; returns what it generated."""
-        request, count = self.requests[slot], self.generated_S[slot]
-        assert request is not None
+    def free(self, slot: int) -> None:
         self.requests[slot] = None
         self.active_S[slot] = False
+
+    def generation(self, slot: int, reason: FinishReason) -> Generation:
+        """What the slot has generated, as copies."""
+        request, count = self.requests[slot], self.generated_S[slot]
+        assert request is not None
         return Generation(
             id=request.id,
             tokens_T=self.tokens_ST[slot, :count].copy(),

@@ -138,6 +138,10 @@ class SGLangEngine:
             run.changed.set()
         await self._calls.take_back(chosen)
 
+    async def in_flight(self) -> Sequence[Generation]:
+        """See `Engine.in_flight`. What the server has generated is known when it answers: at every pause, which takes all requests back."""
+        return [run.generation(FinishReason.ABORT) for run in self._runs.values() if run.tokens]
+
     async def pause(self, mode: PauseMode = PauseMode.IN_PLACE) -> None:
         """Returns when the server runs nothing of ours. Requests in flight go on after `resume` as `mode` says.
 

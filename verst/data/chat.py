@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from verst.config.hub import model_directory
 from verst.config.plan import loading
+from verst.data.special import SpecialText
 from verst.errors import DataError, ModelError
 from verst.types import Message
 
@@ -52,7 +53,7 @@ class _Ending:
 
 
 class ChatRenderer:
-    """Renders conversations with a tokenizer's chat template.
+    """Renders conversations with a tokenizer's chat template. Special tokens in the text of a message are its text (`verst.data.special`).
 
     A tokenizer without a chat template (a base model) gets plain text: the contents of the messages, concatenated, with the
     beginning-of-sequence token in front if the tokenizer itself would add one. Such a model ends a turn with its end-of-sequence token.
@@ -64,6 +65,7 @@ class ChatRenderer:
         self._eos: int | None = getattr(tokenizer, "eos_token_id", None)
         self._added = frozenset(tokenizer.added_tokens_decoder)
         self._special = frozenset(tokenizer.all_special_ids)
+        self._text = SpecialText(tokenizer)
         self._opened = lru_cache(maxsize=256)(self._open)  # the trajectories of a group open alike
 
     @cached_property
@@ -85,7 +87,7 @@ class ChatRenderer:
         return self._opened(tuple(messages))
 
     def _open(self, messages: tuple[Message, ...]) -> NDArray[np.int32]:
-        tokens_T = _array(self._encode(self._render(messages, generate=True)))
+        tokens_T = _array(self._encode(self._render(self._hidden(messages), generate=True)))
         tokens_T.flags.writeable = False
         return tokens_T
 
@@ -98,7 +100,7 @@ class ChatRenderer:
         Raises `DataError` if the template refuses the messages, `ModelError` if it cannot be continued (see `require_continuable`).
         """
         self.require_continuable()
-        rendered = self._render([_USER, _ANSWER, *messages], generate=True)
+        rendered = self._render([_USER, _ANSWER, *self._hidden(messages)], generate=True)
         tokens = self._encode_after(_MARKER, self._after_marker(rendered))
         closing = self._closing
         if after_stop and tuple(tokens[: len(closing)]) == closing:
@@ -224,6 +226,12 @@ class ChatRenderer:
             roles = ", ".join(message.role for message in messages)
             raise DataError(f"{self._name} refuses messages of the roles {roles}: {error}; change the messages or the template") from error
 
+    def _hidden(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Special tokens in their text can end no message. Without a template there are none: its one text is the user's own."""
+        if not self.has_template:
+            return messages
+        return [Message(self._text.hide(message.role), self._text.hide(message.content)) for message in messages]
+
     @cached_property
     def _begin(self) -> str:
         bos: Any = self.tokenizer.bos_token_id
@@ -231,7 +239,7 @@ class ChatRenderer:
         return str(self.tokenizer.bos_token) if adds else ""
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)  # the template writes the special tokens itself
+        return self._text.encode(text)
 
     def _encode_after(self, before: str, text: str) -> list[int]:
         """Tokens of `text` where it follows `before`: some tokenizers mark the beginning of a text, which this is not.

@@ -1,0 +1,56 @@
+"""Special tokens that stand in the text of a message: they stay text.
+
+A template writes special tokens between messages, and a tokenizer cannot tell those from the same characters in a message. What an
+environment echoes of a completion, or a prompt quotes, could so end its message and open another one, of the system for example. So
+before a template sees a message, such characters are replaced by marks, and each mark is then encoded as ordinary tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from verst.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MARK = "Verst9b1fSpecial{}End"
+"""No spaces, so that a template that trims keeps it. Where a message has one itself, it becomes the text of that special token, no more."""
+
+
+class SpecialText:
+    """The special tokens of one tokenizer. Tokens that are only added, such as `<think>` of most tokenizers, are not special."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._tokenizer = tokenizer
+        self._texts = sorted({text for text in [*added, *tokenizer.all_special_tokens] if text}, key=lambda text: (-len(text), text))
+        self._number = {text: number for number, text in enumerate(self._texts)}
+        self._special = re.compile("|".join(map(re.escape, self._texts)) or r"(?!)")
+        self._marks = re.compile(_MARK.format(r"(\d+)"))
+        self._encoded: dict[int, list[int]] = {}
+
+    def hide(self, text: str) -> str:
+        """Text for a template, with marks in the place of special tokens."""
+        return self._special.sub(lambda found: _MARK.format(self._number[found[0]]), text)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of what a template wrote. Raises `DataError` if the tokenizer can write a special token in no other way."""
+        pieces = self._marks.split(text)
+        tokens = self._plain(pieces[0])
+        for number, after in zip(pieces[1::2], pieces[2::2], strict=True):
+            tokens += self._as_text(int(number)) + self._plain(after)
+        return tokens
+
+    def _plain(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)  # the template writes the special tokens itself
+
+    def _as_text(self, number: int) -> list[int]:
+        if number not in self._encoded:
+            text = self._texts[min(number, len(self._texts) - 1)]
+            tokens = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+            if self._tokenizer.convert_tokens_to_ids(text) in tokens:
+                raise DataError(f"a message has {text!r} in its text, which this tokenizer can write as a special token only: remove it")
+            self._encoded[number] = tokens
+        return self._encoded[number]

@@ -73,24 +73,3 @@ async def test_best_of_n_trains_one_of_each_group_and_none_of_a_bad_one(tmp_path
         assert max(rewards) > 4
     (row,) = [row for row in run.rows if row.get("loss/total") is not None]
     assert row["groups/replaced"] > 0
-
-
-def long_answers_cost(trajectory: Any, fields: Any) -> float:
-    return 1.0
-
-
-async def test_the_overlong_punishment_reaches_the_advantages(tmp_path: Path, quickstart: Path):
-    """Of answers that are all right, only those that run into the limit are worse: without it nothing would be to learn."""
-    (example,) = (file for file in EXAMPLES if file.stem == "dr_grpo")
-    sizes = {"max_new_tokens": 6, "group_size": 8}
-    gradients = {}
-    for share in (0.0, 0.9):
-        values = values_of(example, tmp_path, rollout=sizes, algorithm={"overlong_share": share})
-        directory = tmp_path / str(share)
-        directory.mkdir()
-        run = await local_run(directory, quickstart, values, reward=long_answers_cost).go()
-        gradients[share] = run.metric("update/grad_norm")[0]
-        lengths = run.metric("rollout/generated_tokens")
-    assert lengths[0] < 6, "every answer was as long as can be"
-    assert gradients[0.0] == 0
-    assert gradients[0.9] > 0

@@ -18,7 +18,10 @@ from verst.algorithms.losses import LossInputs
 from verst.algorithms.selection import all_equal, best
 from verst.algorithms.table import ALGORITHMS
 from verst.config.algorithms import PRESETS
+from verst.config.load import load_config
 from verst.errors import InvariantViolation
+from verst.runtime.batching import advantages
+from verst.types import Batch, Sample
 
 SAMPLES = np.array([0, 0, 0, 1, 1, 2])
 """Three samples, of three, two and one loss tokens."""
@@ -31,11 +34,11 @@ def options_of(name: str, **asked: Any) -> Any:
     return PRESETS[name].model_validate({"name": name, **asked})
 
 
-def loss_of(name: str, log_ratios: Any, advantages: Any, samples: Any = SAMPLES, **asked: Any) -> tuple[Any, torch.Tensor]:
+def loss_of(name: str, log_ratios: Any, values: Any, samples: Any = SAMPLES, **asked: Any) -> tuple[Any, torch.Tensor]:
     """The output, and the log-probabilities [N] that it can be differentiated by; the old ones are −1, −2, −3 …"""
     old = -torch.arange(1.0, len(log_ratios) + 1, dtype=torch.float64)
     logprobs = (old + torch.as_tensor(np.asarray(log_ratios), dtype=torch.float64)).requires_grad_()
-    each = torch.as_tensor(np.asarray(advantages, dtype=np.float64)[samples])
+    each = torch.as_tensor(np.asarray(values, dtype=np.float64)[samples])
     inputs = LossInputs(logprobs, old, old, None, each, torch.as_tensor(samples))
     return ALGORITHMS[name].loss(inputs, options_of(name, **asked)), logprobs
 
@@ -46,9 +49,9 @@ def weights_of(mode: Any) -> NDArray[np.float64]:
     return np.concatenate([w[m] for w, m in zip(token_weights(masks, mode, LIMIT), masks, strict=True)]).astype(np.float64)
 
 
-def update_loss(name: str, log_ratios: Any, advantages: Any, **asked: Any) -> tuple[float, NDArray[np.float64]]:
+def update_loss(name: str, log_ratios: Any, values: Any, **asked: Any) -> tuple[float, NDArray[np.float64]]:
     """The loss of an update of the three samples, as a backend sums it, and its gradient [N] by the log-probabilities."""
-    output, logprobs = loss_of(name, log_ratios, advantages, **asked)
+    output, logprobs = loss_of(name, log_ratios, values, **asked)
     total = (torch.as_tensor(weights_of(options_of(name, **asked).aggregate)) * output.per_token).sum()
     (gradient,) = torch.autograd.grad(total, logprobs)
     return total.item(), gradient.numpy()
@@ -123,6 +126,23 @@ def test_the_overlong_punishment_worked_by_hand():
 def test_every_policy_gradient_can_shorten_answers(name: str):
     shaped = ALGORITHMS[name].shape_rewards([1.0, 1.0], {}, [0.5, 1.0], options_of(name, overlong_share=0.5))
     assert shaped.tolist() == [1.0, 0.0]
+
+
+def test_the_lengths_of_a_batch_reach_its_advantages():
+    """Answers of 4, 6 and 8 of 8 tokens in two turns, all right: with a share of a half they are worth 1, ½ and 0."""
+    config = load_config(
+        {"run": {"steps": 1}, "model": {"path": "m"}, "algorithm": {"name": "dr_grpo", "overlong_share": 0.5}},
+        ["rollout.max_new_tokens=4", "rollout.max_turns=2"],
+    )
+    samples = [sample_of(name, tokens, 1.0) for name, tokens in (("short", 4), ("middling", 6), ("long", 8))]
+    np.testing.assert_allclose(advantages(Batch(1, (0,), tuple(samples)), config, {}), [0.5, 0, -0.5])
+
+
+def sample_of(name: str, tokens: int, reward: float) -> Sample:
+    """A prompt of three tokens, and so many generated ones."""
+    mask_T = np.arange(3 + tokens) >= 3
+    zeros_T = np.zeros(3 + tokens, dtype=np.int32)
+    return Sample(name, 0, zeros_T, mask_T, zeros_T.astype(np.float32), zeros_T, reward)
 
 
 # ---- which groups and samples

@@ -84,32 +84,25 @@ def test_batch_normalisation_worked_by_hand():
         batch_normalised([0.0, np.nan])
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        # Group 0: rewards 4 2, mean 3, deviation √2. Group 1: 1 0 0 and −1, mean 0, squares 1 + 0 + 0 + 1, deviation √(2/3).
-        ("grpo", [1 / np.sqrt(2), -1 / np.sqrt(2), *(np.array([1, 0, 0, -1]) / np.sqrt(2 / 3))]),
-        ("dapo", [1 / np.sqrt(2), -1 / np.sqrt(2), *(np.array([1, 0, 0, -1]) / np.sqrt(2 / 3))]),
-        ("gspo", [1 / np.sqrt(2), -1 / np.sqrt(2), *(np.array([1, 0, 0, -1]) / np.sqrt(2 / 3))]),
-        ("cispo", [1 / np.sqrt(2), -1 / np.sqrt(2), *(np.array([1, 0, 0, -1]) / np.sqrt(2 / 3))]),
-        ("dr_grpo", [1, -1, 1, 0, 0, -1]),
-        ("rloo", [2, -2, 4 / 3, 0, 0, -4 / 3]),  # n / (n − 1) times as much
-        # All six: mean 1, 3 1 0 −1 −1 −2 left, squares 16 in all, divisor 5.
-        ("reinforce_plus_plus", np.array([3, 1, 0, -1, -1, -2]) / np.sqrt(16 / 5)),
-        # Less the group's means: 1 −1 1 0 0 −1, mean 0, squares 4 in all, divisor 5.
-        ("reinforce_plus_plus_baseline", np.array([1, -1, 1, 0, 0, -1]) / np.sqrt(4 / 5)),
-        ("best_of_n", [1] * 6),
-        ("sft", [1] * 6),
-    ],
-)
-def test_advantages_by_the_table(name: str, expected: Any):
+# Group 0: rewards 4 2, mean 3, deviation √2. Group 1: 1 0 0 and −1, mean 0, squares 1 + 0 + 0 + 1, deviation √(2/3).
+OF_THE_GROUP = [1 / np.sqrt(2), -1 / np.sqrt(2), *(np.array([1, 0, 0, -1]) / np.sqrt(2 / 3))]
+ADVANTAGES: dict[str, Any] = {
+    **dict.fromkeys(["grpo", "dapo", "gspo", "cispo"], OF_THE_GROUP),
+    "dr_grpo": [1, -1, 1, 0, 0, -1],
+    "rloo": [2, -2, 4 / 3, 0, 0, -4 / 3],  # n / (n − 1) times as much
+    # All six: mean 1, 3 1 0 −1 −1 −2 left, squares 16 in all, divisor 5.
+    "reinforce_plus_plus": np.array([3, 1, 0, -1, -1, -2]) / np.sqrt(16 / 5),
+    # Less the group's means: 1 −1 1 0 0 −1, mean 0, squares 4 in all, divisor 5.
+    "reinforce_plus_plus_baseline": np.array([1, -1, 1, 0, 0, -1]) / np.sqrt(4 / 5),
+    **dict.fromkeys(["best_of_n", "sft"], [1] * 6),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_advantages_by_the_table(name: str):
     rewards, groups = [4, 2, 1, 0, 0, -1], np.array([0, 0, 1, 1, 1, 1])
-    np.testing.assert_allclose(ALGORITHMS[name].advantages(rewards, groups, options_of(name)), expected, rtol=3e-6, atol=1e-12)
-
-
-def test_the_table_of_advantages_covers_every_algorithm():
-    (marks,) = (mark for mark in test_advantages_by_the_table.pytestmark if mark.name == "parametrize")
-    assert {name for name, _ in marks.args[1]} == set(PRESETS)
+    found = ALGORITHMS[name].advantages(rewards, groups, options_of(name))
+    np.testing.assert_allclose(found, ADVANTAGES[name], rtol=3e-6, atol=1e-12)
 
 
 def test_the_overlong_punishment_worked_by_hand():
@@ -305,8 +298,8 @@ def test_on_policy_every_one_is_the_policy_gradient(name: str):
 
 @pytest.mark.parametrize("name", POLICY_GRADIENTS)
 def test_every_policy_gradient_takes_corrections_and_a_kl_term(name: str):
-    values = [torch.full((2,), v, dtype=torch.float64) for v in (-1.0, -1.0, -1.5, -1.2)]  # policy, old, behaviour, reference
-    inputs = LossInputs(values[0].requires_grad_(), *values[1:], torch.ones(2, dtype=torch.float64), torch.tensor([0, 0]))
+    policy, old, behaviour, reference, ones = (torch.full((2,), v, dtype=torch.float64) for v in (-1.0, -1.0, -1.5, -1.2, 1.0))
+    inputs = LossInputs(policy.requires_grad_(), old, behaviour, reference, ones, torch.tensor([0, 0]))
     plain = ALGORITHMS[name].loss(inputs, options_of(name)).per_token
     correction = {"kind": "truncate", "level": "token", "upper": 1.25}
     output = ALGORITHMS[name].loss(inputs, options_of(name, corrections=[correction], kl_coefficient=0.5, kl_in="loss", kl_estimator="k1"))

@@ -136,10 +136,10 @@ class BareRun:
         return GenerateRequest(trajectory.id, given_T, self._sampling, stable_seed(stable_seed(trajectory.seed, 0), 0))
 
     def _train(self, step: int, groups: Sequence[Group], spans: Spans) -> None:
-        batch = assemble(step, groups)
+        batch = assemble(step, groups, self.config.algorithm)
         with spans("load"):
             scores = self._backend.load_batch(batch)
-        values = advantages(batch, self.config.algorithm, scores.reference_kl)
+        values = advantages(batch, self.config, scores.reference_kl)
         for update in range(self._backend.num_updates):
             with spans("forward_backward"):
                 self._backend.forward_backward(update, values)

@@ -188,13 +188,13 @@ class Run:
         self._arm.rows.append(metrics | {"step_s": seconds})
 
     def _train(self, number: int, groups: Sequence[Group]) -> dict[str, float]:
-        batch = assemble(number, groups)
+        batch = assemble(number, groups, self._config.algorithm)
         if self._arm.routes == "shifted":
             batch = shifted(batch)
         tally = Tally()
         scores = self._backend.load_batch(batch)
         tally.merge(scores.tally)
-        values = advantages(batch, self._config.algorithm, scores.reference_kl)
+        values = advantages(batch, self._config, scores.reference_kl)
         for update in range(self._backend.num_updates):
             tally.merge(self._backend.forward_backward(update, values))
             tally.merge(self._backend.optimizer_step(update))

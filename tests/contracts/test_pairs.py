@@ -86,7 +86,7 @@ class Pair:
         groups = [await self.roller().roll(4 * step + n, prompts[n]) for n in range(3)]
         assert any(len(trajectory.turns) > 1 for group in groups for trajectory in group.trajectories)
         groups.append(await self.interrupted(4 * step + 3, prompts[3]))
-        return assemble(step, [rewarded(group) for group in groups])
+        return assemble(step, [rewarded(group) for group in groups], self.config.algorithm)
 
     async def interrupted(self, seq: int, prompt: Prompt) -> Group:
         """Rolls it again if all of its generations ended by themselves before the first abort, or none had a token."""
@@ -111,7 +111,7 @@ class Pair:
 
     def updated(self, batch: Batch) -> Tally:
         """The updates of the step, once the batch is loaded."""
-        tally, advantages_ = Tally(), advantages(batch, self.config.algorithm, {})
+        tally, advantages_ = Tally(), advantages(batch, self.config, {})
         for update in range(self.backend.num_updates):
             tally.merge(self.backend.forward_backward(update, advantages_))
             tally.merge(self.backend.optimizer_step(update))

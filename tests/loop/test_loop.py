@@ -200,7 +200,10 @@ async def test_groups_without_signal_are_replaced_and_counted(tmp_path: Path):
 async def test_a_task_without_any_signal_ends_the_run(tmp_path: Path):
     cfg = config(algorithm={"name": "grpo", "dynamic_sampling": True})
     parts = FakeParts(cfg, tmp_path, lambda seq, version: group(seq, version, (1.0, 1.0)))
-    with pytest.raises(DataError, match=r"step 1: 41 groups were dropped because .* \(the last: 1.0\) before a batch was whole"):
+    with pytest.raises(
+        DataError,
+        match=r"step 1: 41 groups were dropped because .* \(the last: all its rewards are equal \(1.0\)\) before a batch was whole",
+    ):
         await run(cfg, parts)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Case:
     family: str
     arguments: Mapping[str, Any]
     train: Mapping[str, Any]
+    algorithm: Mapping[str, Any] = field(default_factory=lambda: {"name": "grpo"})
 
 
 def case(family: str, *, recompute: bool = False, **arguments: Any) -> Case:
@@ -73,6 +74,8 @@ FOUR: Mapping[str, Case] = {
     "pp2 ep2": case("qwen3_moe", **PP2, **EP2),
     "dp2 tp2 sp etp2": case("deepseek_v3", **TP2, **SP),
 }
+SEQUENCES = Case("qwen3", CP2, {"minibatches": 2}, {"name": "gspo", "clip_low": 0.02, "clip_high": 0.02})
+"""With ratios over whole samples, of which a context-parallel rank computes a part."""
 ROUTED_TWO: Mapping[str, Case] = {
     "tp2 sp": case("qwen3_moe", **TP2, **SP),
     "tp2 sp ep2": case("qwen3_moe", **TP2, **SP, **EP2, expert_tensor_parallel_size=1),
@@ -112,7 +115,7 @@ def config_of(paths: Mapping[str, str], chosen: Case) -> Config:
     return make_config(
         paths[chosen.family],
         train={"lr": 1e-3, "microbatch_tokens": 40, "routes": "ignore", **chosen.train},
-        algorithm={"name": "grpo", **kl},
+        algorithm={**chosen.algorithm, **kl},
     )
 
 
@@ -243,6 +246,7 @@ def run_rank(rank: int, world: int, directory: str, address: str, paths: Mapping
     for name, chosen in (ROUTED_TWO if world == 2 else ROUTED_FOUR).items():
         results[f"{name} routed"] = run_routed(routed_config_of(paths, chosen), chosen.arguments, rank, world)
     if world == 2:
+        results["sequences"] = run_layout(config_of(paths, SEQUENCES), SEQUENCES.arguments, rank, world)
         results["skip"] = run_skip(config_of(paths, TWO["dp2"]), rank, world)
         foreign = make_megatron(config_of(paths, TWO["pp2"]), rank, world, **PP2)
         with pytest.raises(CheckpointError, match=r"saved by 2 ranks of the megatron backend \(TP2\)"):
@@ -312,20 +316,16 @@ def four(paths: dict[str, str], tmp_path_factory: pytest.TempPathFactory, two: l
 @pytest.fixture(scope="module")
 def alone(paths: dict[str, str]) -> dict[str, Any]:
     """One process on each family, once."""
-    results = {}
-    for family in FAMILIES:
-        config = config_of(paths, case(family))
-        backend = make_megatron(config)
-        first = taken(backend)
-        tallies = [run_step(backend, config, batch) for batch in batches()]
-        results[family] = {
-            "first": first,
-            "tallies": tallies,
-            "weights": taken(backend),
-            "probe": backend.logprobs(batches()[0].samples[0].tokens_T),
-        }
+    results = {family: run_alone(config_of(paths, case(family))) for family in FAMILIES}
     leave_distributed()
     return results
+
+
+def run_alone(config: Config) -> dict[str, Any]:
+    backend = make_megatron(config)
+    first = taken(backend)
+    tallies = [run_step(backend, config, batch) for batch in batches()]
+    return {"first": first, "tallies": tallies, "weights": taken(backend), "probe": backend.logprobs(batches()[0].samples[0].tokens_T)}
 
 
 def judge(ranks: list[dict[str, Any]], name: str, expected: dict[str, Any]) -> None:
@@ -351,6 +351,13 @@ def judge(ranks: list[dict[str, Any]], name: str, expected: dict[str, Any]) -> N
 @pytest.mark.parametrize("name", TWO)
 def test_two_ranks_equal_one(two: list[dict[str, Any]], alone: dict[str, Any], name: str) -> None:
     judge(two, name, alone[TWO[name].family])
+
+
+def test_ratios_of_sequences_are_those_of_whole_samples(two: list[dict[str, Any]], paths: dict[str, str]) -> None:
+    expected = run_alone(config_of(paths, SEQUENCES))
+    leave_distributed()
+    judge(two, "sequences", expected)
+    assert any(tally.report()["policy/clipped_high"] > 0 for tally in expected["tallies"]), "no bound acts"
 
 
 @pytest.mark.parametrize("name", FOUR)

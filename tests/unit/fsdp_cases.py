@@ -14,11 +14,11 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from verst.algorithms.table import algorithm_for
 from verst.config.schema import Config
 from verst.observe.metrics import Tally
 from verst.protocols import TrainBackend
 from verst.routing.records import narrowed, routes_of
+from verst.runtime import batching
 from verst.training.fsdp import FsdpBackend
 from verst.types import NO_VERSION, Batch, RoutedExperts, Sample
 
@@ -133,9 +133,7 @@ def make_backend(config: Config, rank: int = 0, world: int = 1, device: str = "c
 
 
 def advantages_of(config: Config, batch: Batch, reference_kl: Mapping[int, float]) -> list[float]:
-    algorithm = algorithm_for(config.algorithm)
-    rewards = algorithm.shape_rewards([s.reward for s in batch.samples], reference_kl, config.algorithm)
-    return algorithm.advantages(rewards, np.array([s.group for s in batch.samples]), config.algorithm).tolist()
+    return batching.advantages(batch, config, reference_kl)
 
 
 def train(

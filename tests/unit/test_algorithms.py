@@ -13,9 +13,9 @@ from verst.algorithms.advantages import group_advantages, penalised_rewards
 from verst.algorithms.aggregate import token_weights
 from verst.algorithms.fidelity import mismatch_tokens, tally_mismatch
 from verst.algorithms.kl import Estimator, kl_per_sample, kl_per_token
-from verst.algorithms.losses import LossInputs, grpo_loss, sft_loss
+from verst.algorithms.losses import LossInputs, grpo_loss, likelihood_loss
 from verst.algorithms.table import ALGORITHMS, algorithm_for
-from verst.config.schema import GrpoConfig, SftConfig
+from verst.config.algorithms import PRESETS, GrpoConfig, SftConfig
 from verst.errors import InvariantViolation
 from verst.observe.metrics import Tally, merged
 
@@ -32,7 +32,7 @@ def float32(*values):
 
 
 def test_the_package_needs_no_torch():
-    modules = "advantages, aggregate, corrections, fidelity, kl, losses, table"
+    modules = "advantages, aggregate, corrections, fidelity, kl, losses, selection, table"
     code = f"import sys; from verst.algorithms import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -236,7 +236,7 @@ def test_a_kl_term_without_a_reference_is_refused():
 
 
 def test_sft_is_the_negative_log_likelihood():
-    assert sft_loss(loss_inputs([-0.5, -2.0], [1, 1]), SFT).per_token.tolist() == [0.5, 2.0]
+    assert likelihood_loss(loss_inputs([-0.5, -2.0], [1, 1]), SFT).per_token.tolist() == [0.5, 2.0]
 
 
 # Weights
@@ -244,29 +244,31 @@ def test_sft_is_the_negative_log_likelihood():
 
 def test_weights_worked_by_hand():
     masks = [np.array(m, dtype=bool) for m in ([0, 0, 1, 1, 1], [0, 1], [0, 0])]
-    token = token_weights(masks, "token_mean")  # four loss tokens in all
+    token = token_weights(masks, "token_mean", 8)  # four loss tokens in all
     assert [w.tolist() for w in token] == [[0, 0, 0.25, 0.25, 0.25], [0, 0.25], [0, 0]]
-    sequence = token_weights(masks, "sequence_mean")  # two sequences with loss tokens; the third does not count
+    sequence = token_weights(masks, "sequence_mean", 8)  # two sequences with loss tokens; the third does not count
     np.testing.assert_allclose(sequence[0], [0, 0, 1 / 6, 1 / 6, 1 / 6], rtol=1e-7)
     assert [w.tolist() for w in sequence[1:]] == [[0, 0.5], [0, 0]]
-    assert all(w.dtype == np.float32 for w in token + sequence)
+    constant = token_weights(masks, "constant", 8)  # two sequences, each of 8 tokens at most
+    assert [w.tolist() for w in constant] == [[0, 0, 1 / 16, 1 / 16, 1 / 16], [0, 1 / 16], [0, 0]]
+    assert all(w.dtype == np.float32 for w in token + sequence + constant)
 
 
-@pytest.mark.parametrize("mode", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("mode", ["token_mean", "sequence_mean", "constant"])
 def test_an_update_without_loss_tokens_weighs_nothing(mode):
-    assert [w.tolist() for w in token_weights([np.zeros(3, dtype=bool), np.zeros(0, dtype=bool)], mode)] == [[0, 0, 0], []]
+    assert [w.tolist() for w in token_weights([np.zeros(3, dtype=bool), np.zeros(0, dtype=bool)], mode, 8)] == [[0, 0, 0], []]
 
 
 def test_a_first_token_cannot_be_predicted():
     with pytest.raises(InvariantViolation, match="sequence 1 of the update has its first token"):
-        token_weights([np.array([False, True]), np.array([True])], "token_mean")
+        token_weights([np.array([False, True]), np.array([True])], "token_mean", 8)
 
 
 @given(st.lists(st.lists(st.booleans(), max_size=12), min_size=1, max_size=12), st.sampled_from(["token_mean", "sequence_mean"]))
 @settings(max_examples=50, deadline=None)
 def test_weights_sum_to_one(tails, mode):
     masks = [np.array([False, *tail]) for tail in tails]
-    weights = token_weights(masks, mode)
+    weights = token_weights(masks, mode, 12)
     assert all(((w > 0) == mask).all() for w, mask in zip(weights, masks, strict=True))
     assert sum(float(w.sum()) for w in weights) == pytest.approx(float(any(map(any, tails))), abs=1e-6)
 
@@ -326,9 +328,9 @@ def test_broken_log_probabilities_are_not_hidden():
 
 
 def test_every_algorithm_of_the_schema_is_in_the_table():
-    for config in (grpo(), SFT):
-        assert algorithm_for(config).name == config.name
-    assert all(name == algorithm.name for name, algorithm in ALGORITHMS.items())
+    assert list(ALGORITHMS) == list(PRESETS)
+    for name, preset in PRESETS.items():
+        assert algorithm_for(preset()).name == ALGORITHMS[name].name == name  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -352,12 +354,12 @@ def test_what_a_step_must_compute_first(options, updates, reference, old):
 def test_rewards_and_advantages_by_the_table():
     groups = np.array([0, 0])
     algorithm, options = ALGORITHMS["grpo"], grpo(normalize_std=False, kl_coefficient=0.5, kl_in="reward")
-    shaped = algorithm.shape_rewards([1.0, 0.0], {0: 1.0}, options)
+    shaped = algorithm.shape_rewards([1.0, 0.0], {0: 1.0}, [1, 1], options)
     assert shaped.tolist() == [0.5, 0.0]
     assert algorithm.advantages(shaped, groups, options).tolist() == [0.25, -0.25]
     in_loss = grpo(kl_coefficient=0.5)  # the backend may report a KL; it then belongs to the loss alone
-    assert algorithm.shape_rewards([1.0, 0.0], {0: 1.0}, in_loss).tolist() == [1.0, 0.0]
+    assert algorithm.shape_rewards([1.0, 0.0], {0: 1.0}, [1, 1], in_loss).tolist() == [1.0, 0.0]
     sft = ALGORITHMS["sft"]
     assert (algorithm.learns_from, sft.learns_from) == ("policy", "demonstrations")
-    assert sft.shape_rewards([0.0, 0.0], {}, SFT).tolist() == [0.0, 0.0]
+    assert sft.shape_rewards([0.0, 0.0], {}, [1, 1], SFT).tolist() == [0.0, 0.0]
     assert sft.advantages([0.0, 0.0], groups, SFT).tolist() == [1.0, 1.0]

@@ -1,8 +1,9 @@
 """The gradient of an update is the same however its samples are divided: microbatches, ranks, padding, neighbours."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from verst.algorithms.aggregate import token_weights
 from verst.algorithms.losses import LossInputs
 from verst.algorithms.table import Algorithm, algorithm_for
-from verst.config.schema import GrpoConfig, SftConfig
+from verst.config.algorithms import PRESETS, AlgorithmConfig, PolicyGradientConfig
 from verst.data.packing import plan_step
 from verst.training.logprobs import token_logprobs
 
@@ -23,7 +24,7 @@ GROUPS = (0, 0, 0, 1, 1, 1, 1, 2, 2, 2)
 
 # Largest |difference| over the largest |gradient|, about ten times the worst of 800 random divisions: sums in another order.
 TOLERANCE = {torch.float64: 5e-15, torch.float32: 5e-6}
-CASES = [("grpo", "token_mean"), ("grpo", "sequence_mean"), ("sft", "token_mean"), ("sft", "sequence_mean")]
+CASES = [(name, mode) for name in PRESETS for mode in ("token_mean", "sequence_mean", "constant")]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Update:
     """Ten sequences and a causal toy model: a hidden state is tanh of the mean of the embeddings so far."""
 
     algorithm: Algorithm
-    options: GrpoConfig | SftConfig
+    options: AlgorithmConfig
     tokens: list[torch.Tensor]
     masks: list[torch.Tensor]
     weights: list[torch.Tensor]
@@ -44,10 +45,12 @@ class Update:
 @cache
 def make_update(name: str, mode: str, dtype: torch.dtype) -> Update:
     draw = np.random.default_rng(0)
-    if name == "grpo":
-        options = GrpoConfig.model_validate({"aggregate": mode, "kl_coefficient": 0.1, "clip_low": 0.1, "clip_high": 0.15})
-    else:
-        options = SftConfig.model_validate({"aggregate": mode})
+    preset, asked = PRESETS[name], {"aggregate": mode}
+    if issubclass(preset, PolicyGradientConfig):
+        asked |= {"kl_coefficient": 0.1, "kl_in": "loss", "kl_estimator": "k3"}
+    if "clip_low" in preset.model_fields:
+        asked |= {"clip_low": 0.1, "clip_high": 0.15} if name != "gspo" else {"clip_low": 0.02, "clip_high": 0.02}
+    options: Any = preset.model_validate(asked)
     masks = [np.array([False, *(draw.random(n - 1) < 0.7)]) for n in LENGTHS]
     masks[3][:] = False  # one sequence has nothing to learn from
     algorithm = algorithm_for(options)
@@ -56,7 +59,7 @@ def make_update(name: str, mode: str, dtype: torch.dtype) -> Update:
         options=options,
         tokens=[torch.from_numpy(draw.integers(VOCAB, size=n)) for n in LENGTHS],
         masks=[torch.from_numpy(mask) for mask in masks],
-        weights=[torch.from_numpy(w).to(dtype) for w in token_weights(masks, options.aggregate)],
+        weights=[torch.from_numpy(w).to(dtype) for w in token_weights(masks, options.aggregate, 12)],
         shifts={
             name: [torch.from_numpy(draw.normal(0, 0.2, size=n)).to(dtype) for n in LENGTHS]
             for name in ("old_logprobs", "behaviour_logprobs", "reference_logprobs")
@@ -105,13 +108,22 @@ def test_any_division_gives_the_same_gradient(dtype, owners, cuts, case):
     assert difference(make_update(*case, dtype), microbatches) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 12])
+@pytest.mark.parametrize(("ranks", "packed"), [(1, False), (2, True), (3, False), (12, True)])
 @pytest.mark.parametrize("microbatch_tokens", [12, 40, 1000])
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_planned_steps_give_the_same_gradient(case, microbatch_tokens, ranks):
-    plan = plan_step(LENGTHS, GROUPS, minibatches=1, epochs=1, ranks=ranks, microbatch_tokens=microbatch_tokens)
+def test_planned_steps_give_the_same_gradient(case, microbatch_tokens, ranks, packed):
+    plan = plan_step(LENGTHS, GROUPS, minibatches=1, epochs=1, ranks=ranks, microbatch_tokens=microbatch_tokens, packed=packed)
     microbatches = [m for rank in plan.updates[0].ranks for m in rank]
     assert difference(make_update(*case, torch.float64), microbatches) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if "clip_low" in preset.model_fields])
+def test_the_bounds_act_in_the_toy_update(name):
+    """Else a ratio taken over a part of a sample would not show."""
+    update = make_update(name, "token_mean", torch.float64)
+    clipped = gradient(update, [range(10)])
+    loose = replace(update, options=update.options.model_copy(update={"clip_low": 1.0, "clip_high": 1e9}))
+    assert (gradient(loose, [range(10)]) - clipped).abs().max() > 1e-3 * clipped.abs().max()
 
 
 def test_the_toy_update_exercises_what_it_should():

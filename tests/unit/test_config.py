@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from verst.config.algorithms import PRESETS, ComparingConfig, DapoConfig
 from verst.config.checks import warnings
 from verst.config.load import dump_config, load_config, option_names
 from verst.config.schema import Config
@@ -25,8 +26,8 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_every_option_has_earned_its_place():
     # Not a limit of taste: each option is documented, honoured and tested. Raise the number together with the reason, in the changelog.
-    # of the newest two: a run of weeks fills a disk, and snapshots take memory: only the owner knows what to keep
-    assert len(option_names()) == 89
+    # of the newest two: how long an answer may get before it costs, and which answers are good enough to imitate, are the task's to say
+    assert len({name for preset in PRESETS for name in option_names(preset)}) == 91
 
 
 def test_resolved_config_reads_back_to_itself(tmp_path: Path):
@@ -58,9 +59,9 @@ def test_the_callers_mapping_is_left_alone():
         ),
         (
             "run: {steps: 3}\nmodel: {path: m}\nalgorithm: {name: ppo}\n",
-            r"algorithm\.name: 'ppo' is not an algorithm; there are: grpo, sft",
+            r"algorithm\.name: 'ppo' is not an algorithm; there are: grpo, dr_grpo, .*, sft",
         ),
-        ("run: {steps: 3}\nmodel: {path: m}\nalgorithm: {clip_low: 0.1}\n", r"algorithm\.name is required: grpo or sft"),
+        ("run: {steps: 3}\nmodel: {path: m}\nalgorithm: {clip_low: 0.1}\n", r"algorithm\.name is required: one of grpo, dr_grpo, .*, sft"),
         ("run: {steps: 3}\nmodel: {path: m}\nrollout: {group_size: 1}\n", r"rollout\.group_size is 1, but grpo's baseline"),
         (
             "run: {steps: 3}\nmodel: {path: m}\nrollout: {capacity_groups: 3}\n",
@@ -199,6 +200,74 @@ def test_options_apply_again_with_what_they_belong_to():
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "defaults"),
+    [
+        ("grpo", {"clip_low": 0.2, "clip_high": 0.2, "aggregate": "token_mean", "normalize_std": True, "dynamic_sampling": False}),
+        ("dr_grpo", {"clip_high": 0.2, "aggregate": "constant", "normalize_std": False}),
+        ("dapo", {"clip_low": 0.2, "clip_high": 0.28, "aggregate": "token_mean", "dynamic_sampling": True, "overlong_share": 0.2}),
+        ("gspo", {"clip_low": 3e-4, "clip_high": 4e-4, "aggregate": "sequence_mean"}),
+        ("cispo", {"clip_low": 1.0, "clip_high": 4.0, "aggregate": "token_mean"}),
+        ("rloo", {"aggregate": "constant", "kl_in": "reward", "kl_estimator": "k1"}),
+        ("reinforce_plus_plus", {"clip_low": 0.2, "kl_in": "reward", "kl_estimator": "k1"}),
+        ("reinforce_plus_plus_baseline", {"clip_low": 0.2, "kl_in": "loss", "kl_estimator": "k2", "dynamic_sampling": False}),
+        ("best_of_n", {"aggregate": "token_mean", "reward_above": 0.0}),
+        ("sft", {"aggregate": "token_mean"}),
+    ],
+)
+def test_a_name_sets_the_defaults_of_its_paper_and_check_shows_them(name: str, defaults: dict[str, Any]):
+    config = load_config(MINIMAL, [f"algorithm.name={name}"])
+    values = config.algorithm.model_dump()
+    assert values | defaults == values
+    shown = yaml.safe_load(dump_config(config))["algorithm"]
+    assert shown == {option: value for option, value in values.items() if option not in ("kl_in", "kl_estimator")}  # there is no KL term
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("rloo", "clip_low: 0.1"),
+        ("rloo", "normalize_std: true"),
+        ("reinforce_plus_plus", "dynamic_sampling: true"),
+        ("reinforce_plus_plus_baseline", "normalize_std: true"),
+        ("best_of_n", "kl_coefficient: 0.1"),
+        ("sft", "reward_above: 1"),
+        ("grpo", "reward_above: 1"),
+    ],
+)
+def test_an_option_of_another_algorithm_is_refused_by_name(name: str, option: str):
+    key = option.partition(":")[0]
+    with pytest.raises(ConfigError, match=rf"unknown option algorithm\.{key}, which {name} does not have; it is an option of: \w+"):
+        load_config(MINIMAL, [f"algorithm={{name: {name}, {option}}}"])
+
+
+def test_overrides_win_over_a_preset():
+    algorithm = load_config(MINIMAL, ["algorithm={name: dapo, overlong_share: 0}", "algorithm.clip_high=0.25"]).algorithm
+    assert isinstance(algorithm, DapoConfig)
+    assert (algorithm.overlong_share, algorithm.clip_high, algorithm.dynamic_sampling) == (0, 0.25, True)
+
+
+COMPARING = [name for name, preset in PRESETS.items() if issubclass(preset, ComparingConfig)]
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"sft"}))
+def test_a_group_of_one_is_refused_where_the_baseline_is_the_groups(name: str):
+    asked = [f"algorithm.name={name}", "rollout.group_size=1"]
+    assert len(COMPARING) == 7
+    if name not in COMPARING:
+        load_config(MINIMAL, asked)
+        return
+    with pytest.raises(ConfigError, match=rf"group_size is 1, but {name}'s baseline"):
+        load_config(MINIMAL, asked)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"sft", "best_of_n"}))
+def test_every_policy_gradient_needs_to_know_of_staleness(name: str):
+    with pytest.raises(ConfigError, match=r"capacity_groups \(32\) lets tokens be 1 versions old.*set algorithm.old_logprobs=behaviour"):
+        load_config(MINIMAL, ["rollout.capacity_groups=32", f"algorithm.name={name}"])
+    load_config(MINIMAL, ["rollout.capacity_groups=32", f"algorithm={{name: {name}, old_logprobs: behaviour}}"])
+
+
 AHEAD = ["rollout.capacity_groups=32"]
 
 
@@ -208,6 +277,7 @@ def test_running_ahead_needs_a_loss_that_knows_of_it():
     load_config(MINIMAL, [*AHEAD, "algorithm={name: grpo, old_logprobs: behaviour}"])
     load_config(MINIMAL, [*AHEAD, "algorithm={name: grpo, corrections: [{kind: truncate, level: token, upper: 2}]}"])
     load_config(MINIMAL, [*AHEAD, "algorithm.name=sft"])
+    load_config(MINIMAL, [*AHEAD, "algorithm.name=best_of_n"])  # imitates an older policy's answers, and has no ratio
 
 
 @pytest.mark.parametrize(("capacity", "window", "bound"), [(16, 1, 0), (17, 1, 1), (32, 1, 1), (33, 1, 2), (48, 16, 3), (48, 18, 4)])
@@ -263,7 +333,7 @@ def test_what_a_run_may_do_but_should_know(override: str, message: str):
     assert warnings(load_config(MINIMAL)) == []
 
 
-@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml")), ids=lambda f: f.stem)
 def test_the_shipped_examples_are_valid_and_read_back(tmp_path: Path, file: Path):
     config = load_config(file)
     assert load_config(write(tmp_path, dump_config(config))) == config

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from verst import cli
+from verst.config.algorithms import PRESETS
 from verst.config.load import dump_config, load_config, option_names
 from verst.config.schema import Config
 from verst.config.text import NotYaml, key_lines, parse
@@ -29,7 +30,7 @@ from verst.testing import tiny_model
 EXAMPLES = int(os.environ.get("VERST_FUZZ_EXAMPLES", "0"))
 SCHEMA = Config.model_json_schema()
 SECTIONS = list(SCHEMA["properties"])
-OPTIONS = sorted({*option_names("grpo"), *option_names("sft")})
+OPTIONS = sorted({name for preset in PRESETS for name in option_names(preset)})
 MINIMAL: dict[str, Any] = {"run": {"steps": 3}, "model": {"path": "model"}, "data": {"path": "prompts.jsonl"}}
 ODD_TEXT = [
     "",
@@ -84,7 +85,7 @@ def tried(examples: int) -> settings:
 
 
 def options_of(section: str) -> dict[str, Any]:
-    """Name and JSON schema of a section's options; those of both algorithms."""
+    """Name and JSON schema of a section's options; those of all algorithms."""
     about = SCHEMA["properties"][section]
     found: dict[str, Any] = {}
     for part in about.get("oneOf", [about]):
@@ -144,7 +145,7 @@ def run_files(draw: st.DrawFn, wrong: st.SearchStrategy[Any] | None = None) -> d
         section = draw(st.sampled_from(SECTIONS))
         known = options_of(section)
         name = draw(st.sampled_from(list(known)))
-        part = values.setdefault(section, {"name": draw(st.sampled_from(["grpo", "sft"]))} if section == "algorithm" else {})
+        part = values.setdefault(section, {"name": draw(st.sampled_from(list(PRESETS)))} if section == "algorithm" else {})
         if not isinstance(part, dict):
             continue
         part[name] = draw(fitting(known[name]) if wrong is None else fitting(known[name]) | wrong)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tests.unit.fsdp_cases import BATCHES, make_backend, make_config, path, train
 from verst.algorithms.corrections import correct, mask, ratios, reject, truncate
 from verst.algorithms.losses import LossInputs, grpo_loss
+from verst.config.algorithms import CorrectionConfig, GrpoConfig
 from verst.config.load import dump_config, load_config
-from verst.config.schema import CorrectionConfig, GrpoConfig
 from verst.errors import ConfigError
 from verst.types import Sample
 
@@ -299,5 +299,7 @@ def test_what_makes_no_sense_is_refused_with_the_reason(options: list[dict[str, 
 
 
 def test_demonstrations_have_no_ratios():
-    with pytest.raises(ConfigError, match=r"unknown option algorithm\.corrections, an option of grpo that sft does not have"):
+    with pytest.raises(
+        ConfigError, match=r"unknown option algorithm\.corrections, which sft does not have; it is an option of: grpo, dr_grpo"
+    ):
         load_config({**MINIMAL, "algorithm": {"name": "sft", "corrections": [TIS]}})

@@ -24,7 +24,8 @@ from tests.unit.fsdp_cases import (
     train,
     weights_of,
 )
-from verst.config.schema import Config, GrpoConfig
+from verst.config.algorithms import GrpoConfig
+from verst.config.schema import Config
 from verst.errors import CheckpointError, InvariantViolation, ModelError, TrainingDiverged
 from verst.training.state import RankState
 from verst.types import Batch, Sample

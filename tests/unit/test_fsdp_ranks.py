@@ -57,6 +57,7 @@ def configs(path: str, tied: str, moe: str) -> dict[str, Config]:
         "updates": make_config(path, train={"minibatches": 2, "epochs": 2, "schedule": "cosine"}, algorithm=kl),
         "tied": make_config(tied, train={"gradient_checkpointing": True}, algorithm=kl | {"kl_in": "reward"}),
         "uneven": make_config(path, train={"microbatch_tokens": 16}),
+        "sequences": make_config(path, train={"minibatches": 2}, algorithm={"name": "gspo", "clip_low": 0.02, "clip_high": 0.02}),
         "routed": make_config(moe, train={"minibatches": 2, "gradient_checkpointing": True}, algorithm=kl),
         "routed_uneven": make_config(moe, train={"microbatch_tokens": 16}),
         "bfloat16": make_config(path, model={"dtype": "bfloat16"}, train={"lr": 1e-3}),
@@ -196,7 +197,7 @@ def single_rank(config: Config, batches: list[Batch]) -> tuple[FsdpBackend, list
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "updates", "tied", "uneven", "routed", "routed_uneven"])
+@pytest.mark.parametrize("name", ["plain", "updates", "tied", "uneven", "sequences", "routed", "routed_uneven"])
 def test_two_ranks_equal_one(results: Results, name: str) -> None:
     config = results.config(name)
     start = weights_of(make_backend(config))

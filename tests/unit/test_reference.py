@@ -12,6 +12,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from verst import cli
+from verst.config.algorithms import PRESETS
 from verst.config.checks import inapplicable
 from verst.config.load import load_config, option_names
 from verst.config.reference import json_schema, markdown
@@ -20,7 +21,7 @@ from verst.errors import ConfigError
 from verst.runtime.changes import CHANGEABLE
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 MINIMAL: dict[str, Any] = {"run": {"steps": 3}, "model": {"path": "m"}}
 PAGE = markdown(CHANGEABLE)
 VALIDATOR = Draft202012Validator(json_schema())
@@ -33,7 +34,7 @@ def test_the_page_is_current():
 
 def test_every_option_has_a_row_with_its_description():
     rows = {line.split("`")[1]: line for line in PAGE.splitlines() if line.startswith("| `")}
-    for name in {*option_names("grpo"), *option_names("sft")}:
+    for name in {name for preset in PRESETS for name in option_names(preset)}:
         what = rows[name].split(" | ")[3]
         assert len(what.split()) > 2, f"{name} has no description"
         assert ("↻" in rows[name]) == (name in CHANGEABLE)
@@ -48,13 +49,23 @@ def test_types_and_limits_are_in_plain_words():
         "| `eval.temperature` | `0`, or number from 0.01, up to 100 | `0.0` |",
         "| `tracking.prometheus_port` ↻ | `auto`, or whole number from 0, up to 65535 | `0` |",
         "| `weights.transport` | `file`, `group`, `shared` | none |",
+        "| `algorithm.clip_high` | number above 0 | `0.2`; `0.28`: dapo; `0.0004`: gspo; `4.0`: cispo | The ratio is clipped above",
+        "| `algorithm.reward_above` | number from 0 | `0.0` |",
     ):
         assert row in PAGE
 
 
+def test_an_option_that_some_algorithms_lack_says_which():
+    rows = {line.split("`")[1]: line for line in PAGE.splitlines() if line.startswith("| `algorithm.")}
+    assert "Not of rloo, best_of_n, sft." in rows["algorithm.clip_low"]
+    assert "Only of best_of_n." in rows["algorithm.reward_above"]
+    assert "Not of" not in rows["algorithm.aggregate"]
+    assert "Only of" not in rows["algorithm.aggregate"]
+
+
 def test_every_reason_that_an_option_is_not_read_is_there():
     """Over many runs, so that a new rule that the page's few runs do not show is found."""
-    algorithms = ({"name": "sft"}, {"name": "grpo"}, {"name": "grpo", "kl_coefficient": 0.1})
+    algorithms = (*({"name": preset} for preset in PRESETS), {"name": "grpo", "kl_coefficient": 0.1})
     trackings = ({"trackers": []}, {"trackers": ["wandb"]}, {"trackers": ["tensorboard"], "prometheus_port": "auto"})
     for algorithm, tracking, every, task in product(algorithms, trackings, (0, 5), (None, "chain_sum")):
         data, evaluation = {"holdout": 0.1, "task": task}, {"every_steps": every}

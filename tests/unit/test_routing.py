@@ -11,6 +11,7 @@ import pytest
 import transformers
 
 from tests.unit.test_roll import END, MORE, PROMPT, ids, roller
+from verst.config.algorithms import GrpoConfig
 from verst.config.schema import Config
 from verst.data.packing import plan_step, samples_of_rank
 from verst.errors import ConfigError, RoutesRefused
@@ -176,7 +177,7 @@ def test_a_sample_without_its_routes_is_refused_and_counted():
     group = refused(Group(0, PROMPT, (good, bad), 0), KIND)
     assert [t.status for t in group.trajectories] == [Status.FINISHED, Status.FAILED]
     assert failures([group]) == {"no routes were recorded with its tokens": 1}
-    (kept,) = assemble(1, [group]).samples
+    (kept,) = assemble(1, [group], GrpoConfig()).samples
     assert kept.routes is good.routes
     assert refused(Group(0, PROMPT, (good, bad), 0), None).trajectories == (good, bad)
 

@@ -15,13 +15,18 @@ from numpy.typing import NDArray
 
 from verst.errors import InvariantViolation
 
+Mode = Literal["token_mean", "sequence_mean", "constant"]
 
-def token_weights(loss_masks: Sequence[NDArray[np.bool_]], mode: Literal["token_mean", "sequence_mean"]) -> list[NDArray[np.float32]]:
+
+def token_weights(loss_masks: Sequence[NDArray[np.bool_]], mode: Mode, limit_tokens: int) -> list[NDArray[np.float32]]:
     """Weights [T] of each sequence's tokens, from the loss masks [T] of all sequences of one update, on all ranks.
 
-    `token_mean`: 1 / loss tokens of the update. `sequence_mean`: 1 / (sequences with loss tokens × loss tokens of this sequence);
-    a sequence without any has no mean to take part with, so it does not count. Tokens outside the mask weigh 0, and the
-    weights of an update sum to 1, or to 0 if it has no loss token at all.
+    - `token_mean`: 1 / loss tokens of the update (DAPO, arXiv 2503.14476, eq. 8)
+    - `sequence_mean`: 1 / (sequences × loss tokens of this one) (GRPO, arXiv 2402.03300, eq. 3)
+    - `constant`: 1 / (sequences × `limit_tokens`), the most that one can have (Dr. GRPO, arXiv 2503.20783, its masked mean)
+
+    A sequence without loss tokens has no mean to take part with, so it does not count. Tokens outside the mask weigh 0. The weights of an
+    update sum to 1, with `constant` to the mean length over the limit, and to 0 if it has no loss token at all.
 
     Raises `InvariantViolation` if a first token is in its mask: nothing precedes it, so no model predicts it.
     """
@@ -34,6 +39,6 @@ def token_weights(loss_masks: Sequence[NDArray[np.bool_]], mode: Literal["token_
     total, sequences = sum(counts), sum(count > 0 for count in counts)
     weights = []
     for mask, count in zip(loss_masks, counts, strict=True):
-        share = total if mode == "token_mean" else sequences * count
-        weights.append(np.where(mask, 1.0 / max(share, 1), 0.0).astype(np.float32))
+        divisor = {"token_mean": total, "sequence_mean": sequences * count, "constant": sequences * limit_tokens}[mode]
+        weights.append(np.where(mask, 1.0 / max(divisor, 1), 0.0).astype(np.float32))
     return weights

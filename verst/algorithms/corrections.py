@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-    from verst.config.schema import CorrectionConfig
+    from verst.config.algorithms import CorrectionConfig
 
 Level = Literal["token", "geometric", "sequence"]
 

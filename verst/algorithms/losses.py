@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from verst.algorithms.corrections import correct
+from verst.algorithms.corrections import correct, ratios
 from verst.algorithms.kl import kl_per_token
 from verst.errors import InvariantViolation
 
 if TYPE_CHECKING:
     import torch
 
-    from verst.config.schema import GrpoConfig, SftConfig
+    from verst.config.algorithms import ClippedConfig, PolicyGradientConfig
+    from verst.config.values import Section
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +45,62 @@ class LossOutput:
     metrics: dict[str, torch.Tensor]
 
 
-def grpo_loss(inputs: LossInputs, options: GrpoConfig) -> LossOutput:
-    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), bounds apart (DAPO, arXiv 2503.14476), with GRPO's KL term (arXiv 2402.03300).
+def grpo_loss(inputs: LossInputs, options: ClippedConfig) -> LossOutput:
+    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), bounds apart (DAPO, arXiv 2503.14476, eq. 8): GRPO, Dr. GRPO, DAPO, REINFORCE++.
 
-    With ratio r = exp(logprob − old logprob): −w · min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A) + kl_coefficient · KL estimate.
-    The weight w is 1 without `corrections`, else theirs, of old over behaviour probabilities (`verst.algorithms.corrections`).
-    Metrics: `ratio`; `clipped_low` and `clipped_high`, 1 where that bound has switched the token's gradient off; those of the
-    corrections; `kl` where there is a reference. A ratio beyond float32 (log-ratio above 88) gives a non-finite gradient, which the
-    update reports and skips.
+    With ratio r = exp(logprob − old logprob): −min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A). Metrics: `ratio`; `clipped_low` and
+    `clipped_high`, 1 where that bound has switched the token's gradient off. A ratio beyond float32 (log-ratio above 88) gives a
+    non-finite gradient, which the update reports and skips. What `corrections` and the KL term add stands in `_completed`.
     """
-    old = inputs.behaviour_logprobs if options.old_logprobs == "behaviour" else inputs.old_logprobs
+    return _clipped(inputs, options, (inputs.logprobs - _old(inputs, options)).exp())
+
+
+def gspo_loss(inputs: LossInputs, options: ClippedConfig) -> LossOutput:
+    """The clipped surrogate with one ratio for each sequence: GSPO, arXiv 2507.18071, eq. 5 to 7.
+
+    s = exp(mean of logprob − old logprob over the sample). Each token has s as the value of its ratio, and the gradient of its own
+    log-probability: GSPO-token, eq. 13 and 14. With one advantage for the sample, as here, value and gradient are GSPO's (§4.3),
+    whatever the samples' tokens weigh. Metrics as of `grpo_loss`; where a bound acts, it acts on all tokens of the sample.
+    """
+    sequence_N = ratios(inputs.logprobs, _old(inputs, options), inputs.samples, "geometric").to(inputs.logprobs.dtype)
+    return _clipped(inputs, options, sequence_N * (inputs.logprobs - inputs.logprobs.detach()).exp())
+
+
+def cispo_loss(inputs: LossInputs, options: ClippedConfig) -> LossOutput:
+    """REINFORCE with a clipped importance weight, which is a constant to the gradient: CISPO, MiniMax-M1, arXiv 2506.13585, eq. 4 and 5.
+
+    −clip(r, 1 − clip_low, 1 + clip_high)·A·logprob. No token's gradient is ever switched off. Metrics: `ratio`; `clipped_low` and
+    `clipped_high`, 1 where that bound is the weight.
+    """
+    ratio = (inputs.logprobs.detach() - _old(inputs, options)).exp()
+    low, high = 1 - options.clip_low, 1 + options.clip_high
+    per_token = -ratio.clamp(low, high) * inputs.advantages * inputs.logprobs
+    bounds = {"clipped_low": (ratio < low).to(ratio.dtype), "clipped_high": (ratio > high).to(ratio.dtype)}
+    return _completed(inputs, options, per_token, {"ratio": ratio} | bounds)
+
+
+def reinforce_loss(inputs: LossInputs, options: PolicyGradientConfig) -> LossOutput:
+    """The policy gradient without bounds: RLOO, arXiv 2402.14740, its REINFORCE estimator.
+
+    −r·A. In a step's only update r is 1 and the gradient −A·∇logprob; in later ones, and with `old_logprobs: behaviour`, the ratio
+    makes it that of the policy that sampled, token by token. Metric: `ratio`.
+    """
+    ratio = (inputs.logprobs - _old(inputs, options)).exp()
+    return _completed(inputs, options, -ratio * inputs.advantages, {"ratio": ratio.detach()})
+
+
+def likelihood_loss(inputs: LossInputs, options: Section) -> LossOutput:
+    """Negative log-likelihood of the tokens to imitate, in nats."""
+    del options  # aggregation is not the loss's business
+    return LossOutput(-inputs.logprobs, {})
+
+
+def _old(inputs: LossInputs, options: PolicyGradientConfig) -> torch.Tensor:
+    return inputs.behaviour_logprobs if options.old_logprobs == "behaviour" else inputs.old_logprobs
+
+
+def _clipped(inputs: LossInputs, options: ClippedConfig, ratio: torch.Tensor) -> LossOutput:
     advantages = inputs.advantages
-    ratio = (inputs.logprobs - old).exp()
     low, high = 1 - options.clip_low, 1 + options.clip_high
     per_token = -(ratio * advantages).minimum(ratio.clamp(low, high) * advantages)
     seen = ratio.detach()
@@ -64,21 +109,26 @@ def grpo_loss(inputs: LossInputs, options: GrpoConfig) -> LossOutput:
         "clipped_low": ((seen < low) & (advantages < 0)).to(seen.dtype),
         "clipped_high": ((seen > high) & (advantages > 0)).to(seen.dtype),
     }
+    return _completed(inputs, options, per_token, metrics)
+
+
+def _completed(inputs: LossInputs, options: PolicyGradientConfig, per_token: torch.Tensor, metrics: dict[str, torch.Tensor]) -> LossOutput:
+    """w · loss + kl_coefficient · KL estimate, with the metrics of both: those of the corrections, and `kl` where there is a reference.
+
+    The weight w is 1 without `corrections`, else theirs, of old over behaviour probabilities (`verst.algorithms.corrections`).
+    The KL term is GRPO's (arXiv 2402.03300, eq. 4), and no correction weighs it.
+    """
     if options.corrections:
         weights, told = correct(inputs.old_logprobs, inputs.behaviour_logprobs, inputs.samples, options.corrections)
         per_token = weights * per_token
         metrics |= told
     if options.kl_coefficient > 0:
         if inputs.reference_logprobs is None:
-            raise InvariantViolation("grpo: algorithm.kl_coefficient is above 0, but the backend gave no reference log-probabilities")
+            raise InvariantViolation(
+                f"{options.name}: algorithm.kl_coefficient is above 0, but the backend gave no reference log-probabilities"
+            )
         kl = kl_per_token(inputs.logprobs, inputs.reference_logprobs, options.kl_estimator)
         metrics["kl"] = kl.detach()
         if options.kl_in == "loss":
             per_token = per_token + options.kl_coefficient * kl
     return LossOutput(per_token, metrics)
-
-
-def sft_loss(inputs: LossInputs, options: SftConfig) -> LossOutput:
-    """Negative log-likelihood of the demonstration's tokens, in nats."""
-    del options  # aggregation, its one option, is not the loss's business
-    return LossOutput(-inputs.logprobs, {})

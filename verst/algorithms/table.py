@@ -1,36 +1,69 @@
-"""The algorithms, in one table. An entry answers every question that loop and backend ask; neither ever asks for a name."""
+"""The algorithms, in one table. An entry answers every question that loop and backend ask; neither ever asks for a name.
+
+An entry is composed of what the modules beside this one have: a way from rewards to advantages, a loss, and which samples are trained.
+Its defaults are its section of the run file (`verst.config.algorithms`); `docs/algorithms.md` has formulas and papers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from verst.algorithms.advantages import group_advantages, penalised_rewards
-from verst.algorithms.losses import LossInputs, LossOutput, grpo_loss, sft_loss
+from verst.algorithms.advantages import (
+    batch_normalised,
+    group_advantages,
+    leave_one_out_advantages,
+    penalised_rewards,
+    shortened_rewards,
+)
+from verst.algorithms.losses import (
+    LossInputs,
+    LossOutput,
+    cispo_loss,
+    grpo_loss,
+    gspo_loss,
+    likelihood_loss,
+    reinforce_loss,
+)
+from verst.algorithms.selection import all_equal, best
 
 if TYPE_CHECKING:
-    from verst.config.schema import AlgorithmConfig, Config, GrpoConfig, SftConfig
+    from verst.config.algorithms import (
+        AlgorithmConfig,
+        BestOfNConfig,
+        ComparingConfig,
+        GroupRelativeConfig,
+        PolicyGradientConfig,
+        ReinforcePlusPlusConfig,
+    )
+    from verst.config.schema import Config
+
+Advantages = Callable[[ArrayLike, NDArray[np.integer], Any], NDArray[np.float64]]
+Loss = Callable[[LossInputs, Any], LossOutput]
+WithoutSignal = Callable[[Sequence[float], Any], str | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Algorithm:
-    """One algorithm. `options` is its own section of the run file (`GrpoConfig`, `SftConfig`)."""
+    """One algorithm. `options` is its own section of the run file (`GrpoConfig`, `SftConfig` …)."""
 
     name: str
     learns_from: Literal["policy", "demonstrations"]
     """Whether its samples are rolled out by the policy or read from the data."""
     min_members: int
     """Trajectories of a group that must be trainable: below that there is no baseline, and the group is dropped."""
-    needs_signal: Callable[[Any], bool]
-    """(options) → whether a group whose rewards are all equal is dropped too, and replaced."""
-    loss: Callable[[LossInputs, Any], LossOutput]
-    shape_rewards: Callable[[ArrayLike, Mapping[int, float], Any], NDArray[np.float64]]
-    """(rewards [N], KL sum by sample index, options) → the rewards [N] that advantages are computed from."""
-    advantages: Callable[[ArrayLike, NDArray[np.integer], Any], NDArray[np.float64]]
+    without_signal: WithoutSignal
+    """(rewards of a group's trainable trajectories, options) → why it has no gradient, so that it is dropped and replaced; None: it has."""
+    trained: Callable[[Sequence[float]], Sequence[int]]
+    """(rewards of a group's trainable trajectories) → the indices, ascending, of those that are trained."""
+    loss: Loss
+    shape_rewards: Callable[[ArrayLike, Mapping[int, float], ArrayLike, Any], NDArray[np.float64]]
+    """(rewards [N], KL sum by sample index, loss tokens over the most there can be [N], options) → the rewards [N] of the advantages."""
+    advantages: Advantages
     """(rewards [N], group number of each sample [N], options) → advantages [N]."""
     needs_reference: Callable[[Any], bool]
     """(options) → whether a frozen copy of the initial model must be kept and scored."""
@@ -48,76 +81,133 @@ def records_routes(config: Config) -> bool:
     return config.train.routes != "ignore" and algorithm_for(config.algorithm).learns_from == "policy"
 
 
-def _grpo_needs_signal(options: GrpoConfig) -> bool:
-    return options.dynamic_sampling
+# ---- which groups and samples are trained
 
 
-def _grpo_rewards(rewards_N: ArrayLike, reference_kl: Mapping[int, float], options: GrpoConfig) -> NDArray[np.float64]:
+def _every_group(rewards: Sequence[float], options: Any) -> None:
+    del rewards, options
+
+
+def _equal_rewards(rewards: Sequence[float], options: ComparingConfig) -> str | None:
+    return f"all its rewards are equal ({rewards[0]})" if options.dynamic_sampling and all_equal(rewards) else None
+
+
+def _nothing_good(rewards: Sequence[float], options: BestOfNConfig) -> str | None:
+    return None if max(rewards) > options.reward_above else f"its best reward ({max(rewards)}) is not above {options.reward_above}"
+
+
+def _all(rewards: Sequence[float]) -> Sequence[int]:
+    return range(len(rewards))
+
+
+# ---- rewards and advantages
+
+
+def _shaped_rewards(
+    rewards_N: ArrayLike, reference_kl: Mapping[int, float], filled_N: ArrayLike, options: PolicyGradientConfig
+) -> NDArray[np.float64]:
     coefficient = options.kl_coefficient if options.kl_in == "reward" else 0.0
-    return penalised_rewards(rewards_N, reference_kl if coefficient else {}, coefficient)
+    rewards = penalised_rewards(rewards_N, reference_kl if coefficient else {}, coefficient)
+    return shortened_rewards(rewards, filled_N, options.overlong_share)
 
 
-def _grpo_advantages(rewards_N: ArrayLike, groups_N: NDArray[np.integer], options: GrpoConfig) -> NDArray[np.float64]:
+def _given_rewards(rewards_N: ArrayLike, reference_kl: Mapping[int, float], filled_N: ArrayLike, options: Any) -> NDArray[np.float64]:
+    del reference_kl, filled_N, options
+    return np.asarray(rewards_N, dtype=np.float64)
+
+
+def _of_the_group(rewards_N: ArrayLike, groups_N: NDArray[np.integer], options: GroupRelativeConfig) -> NDArray[np.float64]:
     return group_advantages(rewards_N, groups_N, normalize_std=options.normalize_std)
 
 
-def _grpo_needs_reference(options: GrpoConfig) -> bool:
+def _of_the_others(rewards_N: ArrayLike, groups_N: NDArray[np.integer], options: Any) -> NDArray[np.float64]:
+    del options
+    return leave_one_out_advantages(rewards_N, groups_N)
+
+
+def _of_the_batch(rewards_N: ArrayLike, groups_N: NDArray[np.integer], options: ReinforcePlusPlusConfig) -> NDArray[np.float64]:
+    del groups_N, options
+    return batch_normalised(rewards_N)
+
+
+def _of_group_and_batch(rewards_N: ArrayLike, groups_N: NDArray[np.integer], options: Any) -> NDArray[np.float64]:
+    del options
+    return batch_normalised(group_advantages(rewards_N, groups_N, normalize_std=False))
+
+
+def _all_alike(rewards_N: ArrayLike, groups_N: NDArray[np.integer], options: Any) -> NDArray[np.float64]:
+    del groups_N, options
+    return np.ones(np.shape(rewards_N), dtype=np.float64)
+
+
+# ---- what is computed before the first update
+
+
+def _with_kl(options: PolicyGradientConfig) -> bool:
     return options.kl_coefficient > 0
 
 
-def _grpo_needs_old_logprobs(options: GrpoConfig, num_updates: int) -> bool:
+def _for_the_ratio(options: PolicyGradientConfig, num_updates: int) -> bool:
     # With one update the policy is still the old one while its gradient is computed: the ratio is 1 and needs no second pass.
     # A KL term in the reward is part of the advantages, so it must be known before any gradient is.
     kl_in_reward = options.kl_coefficient > 0 and options.kl_in == "reward"
     return options.old_logprobs == "trainer" and (num_updates > 1 or kl_in_reward)
 
 
-def _sft_needs_signal(options: SftConfig) -> bool:
+def _never(*options: Any) -> bool:
     del options
     return False
 
 
-def _sft_rewards(rewards_N: ArrayLike, reference_kl: Mapping[int, float], options: SftConfig) -> NDArray[np.float64]:
-    del reference_kl, options
-    return np.asarray(rewards_N, dtype=np.float64)
+def _policy_gradient(name: str, loss: Loss, advantages: Advantages, *, compares: bool = True) -> Algorithm:
+    """Raises the probability of samples by their advantage. `compares`: with the others of the group."""
+    return Algorithm(
+        name=name,
+        learns_from="policy",
+        min_members=2 if compares else 1,
+        without_signal=_equal_rewards if compares else _every_group,
+        trained=_all,
+        loss=loss,
+        shape_rewards=_shaped_rewards,
+        advantages=advantages,
+        needs_reference=_with_kl,
+        needs_old_logprobs=_for_the_ratio,
+    )
 
 
-def _sft_advantages(rewards_N: ArrayLike, groups_N: NDArray[np.integer], options: SftConfig) -> NDArray[np.float64]:
-    del groups_N, options
-    return np.ones(np.shape(rewards_N), dtype=np.float64)  # every demonstration is to be imitated, alike
-
-
-def _sft_needs_reference(options: SftConfig) -> bool:
-    del options
-    return False
-
-
-def _sft_needs_old_logprobs(options: SftConfig, num_updates: int) -> bool:
-    del options, num_updates
-    return False
+def _imitation(
+    name: str,
+    learns_from: Literal["policy", "demonstrations"],
+    without_signal: WithoutSignal,
+    trained: Callable[[Sequence[float]], Sequence[int]],
+) -> Algorithm:
+    """Raises the likelihood of what it trains, all alike."""
+    return Algorithm(
+        name=name,
+        learns_from=learns_from,
+        min_members=1,
+        without_signal=without_signal,
+        trained=trained,
+        loss=likelihood_loss,
+        shape_rewards=_given_rewards,
+        advantages=_all_alike,
+        needs_reference=_never,
+        needs_old_logprobs=_never,
+    )
 
 
 ALGORITHMS: Mapping[str, Algorithm] = {
-    "grpo": Algorithm(
-        name="grpo",
-        learns_from="policy",
-        min_members=2,
-        needs_signal=_grpo_needs_signal,
-        loss=grpo_loss,
-        shape_rewards=_grpo_rewards,
-        advantages=_grpo_advantages,
-        needs_reference=_grpo_needs_reference,
-        needs_old_logprobs=_grpo_needs_old_logprobs,
-    ),
-    "sft": Algorithm(
-        name="sft",
-        learns_from="demonstrations",
-        min_members=1,
-        needs_signal=_sft_needs_signal,
-        loss=sft_loss,
-        shape_rewards=_sft_rewards,
-        advantages=_sft_advantages,
-        needs_reference=_sft_needs_reference,
-        needs_old_logprobs=_sft_needs_old_logprobs,
-    ),
+    algorithm.name: algorithm
+    for algorithm in (
+        _policy_gradient("grpo", grpo_loss, _of_the_group),
+        _policy_gradient("dr_grpo", grpo_loss, _of_the_group),
+        _policy_gradient("dapo", grpo_loss, _of_the_group),
+        _policy_gradient("gspo", gspo_loss, _of_the_group),
+        _policy_gradient("cispo", cispo_loss, _of_the_group),
+        _policy_gradient("rloo", reinforce_loss, _of_the_others),
+        _policy_gradient("reinforce_plus_plus", grpo_loss, _of_the_batch, compares=False),
+        _policy_gradient("reinforce_plus_plus_baseline", grpo_loss, _of_group_and_batch),
+        _imitation("best_of_n", "policy", _nothing_good, best),
+        _imitation("sft", "demonstrations", _every_group, _all),
+    )
 }

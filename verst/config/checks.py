@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from verst.config.algorithms import ComparingConfig, CorrectionConfig, PolicyGradientConfig, SftConfig
+
 if TYPE_CHECKING:
-    from verst.config.schema import Config, CorrectionConfig, GrpoConfig
+    from verst.config.schema import Config
 
 _SAMPLING = ("rollout.group_size", "rollout.oversample", "rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.min_p")
 _FIDELITY = ("fidelity.limit", "fidelity.action")
@@ -44,14 +46,14 @@ def inapplicable(config: Config) -> dict[str, str]:
     if config.train.backend != "megatron":
         reasons["train.megatron"] = f"the backend is {config.train.backend}, not megatron"
     reasons |= _untracked(config)
-    if config.algorithm.name == "sft":
+    algorithm = config.algorithm
+    if isinstance(algorithm, SftConfig):
         reasons |= _each((*_SAMPLING, *_FIDELITY), "sft imitates demonstrations, one for each prompt, and samples nothing to train on")
         reasons["tracking.samples_every_steps"] = "sft samples nothing"
         if not evaluates:
             reasons |= _each(_ROLLED_AND_SCORED, "sft generates and scores only for evaluation, and eval.every_steps is 0")
-    else:
-        if not config.algorithm.kl_coefficient:
-            reasons |= _each(("algorithm.kl_in", "algorithm.kl_estimator"), "algorithm.kl_coefficient is 0, so there is no KL term")
+    if isinstance(algorithm, PolicyGradientConfig) and not algorithm.kl_coefficient:
+        reasons |= _each(("algorithm.kl_in", "algorithm.kl_estimator"), "algorithm.kl_coefficient is 0, so there is no KL term")
     return reasons
 
 
@@ -86,7 +88,7 @@ def problems(config: Config) -> list[str]:
 def warnings(config: Config) -> list[str]:
     """What a run may do, but its owner should know."""
     found = []
-    if config.algorithm.name == "grpo":
+    if isinstance(config.algorithm, PolicyGradientConfig):
         defaults = type(config.rollout).model_fields
         filters = [f"rollout.{name}" for name in _FILTERS if getattr(config.rollout, name) != defaults[name].default]
         if filters:
@@ -130,7 +132,7 @@ def _data_problems(config: Config) -> list[str]:
         found.append(f"{' and '.join(sources)} are set: keep one")
     if "messages" in columns and columns.keys() & {"prompt", "demonstration"}:
         found.append("data.columns has messages, whole conversations, so it takes neither prompt nor demonstration: keep one way")
-    if "demonstration" in columns and config.algorithm.name != "sft":
+    if "demonstration" in columns and not isinstance(config.algorithm, SftConfig):
         found.append(f"data.columns has a demonstration, but {config.algorithm.name} imitates nothing: give the column a field's name")
     if config.eval.every_steps and not config.data.holdout:
         found.append("eval.every_steps needs data.holdout > 0: the prompts kept for evaluation")
@@ -138,11 +140,13 @@ def _data_problems(config: Config) -> list[str]:
 
 
 def _group_problems(config: Config) -> list[str]:
-    rollout, found = config.rollout, []
-    if config.algorithm.name == "grpo":
-        same = "so the trajectories of a group would all be the same and every advantage 0"
-        if rollout.group_size < 2:
-            found.append("rollout.group_size is 1, but grpo's baseline is the mean of the group: every advantage would be 0. Use 2 or more")
+    rollout, algorithm, found = config.rollout, config.algorithm, []
+    if isinstance(algorithm, ComparingConfig) and rollout.group_size < 2:
+        found.append(
+            f"rollout.group_size is 1, but {algorithm.name}'s baseline is the mean of the group: every advantage would be 0. Use 2 or more"
+        )
+    if not isinstance(algorithm, SftConfig):
+        same = "so the trajectories of a group would all be the same"
         if rollout.temperature == 0:
             found.append(f"rollout.temperature is 0 (greedy), {same}. Use 1.0; evaluation has its own eval.temperature")
         if rollout.top_k == 1:
@@ -157,12 +161,12 @@ def _group_problems(config: Config) -> list[str]:
             f"rollout.capacity_groups ({rollout.capacity_groups}) is below train.groups_per_step ({config.train.groups_per_step}): "
             "a batch could never be filled"
         )
-    if config.worst_staleness and config.algorithm.name == "grpo":
-        found += _off_policy_problems(config, config.algorithm)
+    if config.worst_staleness and isinstance(algorithm, PolicyGradientConfig):
+        found += _off_policy_problems(config, algorithm)
     return found
 
 
-def _off_policy_problems(config: Config, algorithm: GrpoConfig) -> list[str]:
+def _off_policy_problems(config: Config, algorithm: PolicyGradientConfig) -> list[str]:
     """The ratio to log-probabilities that the trainer computes anew says nothing of the weights that the tokens were sampled by."""
     if algorithm.old_logprobs == "behaviour" or algorithm.corrections:
         return []
@@ -173,7 +177,7 @@ def _off_policy_problems(config: Config, algorithm: GrpoConfig) -> list[str]:
 
 
 def _correction_problems(config: Config) -> list[str]:
-    if config.algorithm.name != "grpo" or not config.algorithm.corrections:
+    if not isinstance(config.algorithm, PolicyGradientConfig) or not config.algorithm.corrections:
         return []
     found = []
     if config.algorithm.old_logprobs == "behaviour":

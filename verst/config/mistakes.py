@@ -11,9 +11,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from verst.config.schema import Config, CorrectionConfig, GrpoConfig, SftConfig
-
-ALGORITHMS: dict[str, type[BaseModel]] = {"grpo": GrpoConfig, "sft": SftConfig}
+from verst.config.algorithms import PRESETS, CorrectionConfig
+from verst.config.schema import Config
 
 _SHOWN = 60  # characters of a wrong value
 _MAPPINGS = ("options", "environment_options", "sglang", "megatron")
@@ -96,7 +95,7 @@ def known_options(model: type[BaseModel], prefix: tuple[str, ...], algorithm: st
     for name, field in model.model_fields.items():
         key = (*prefix, name)
         found.append(key)
-        inner = ALGORITHMS[algorithm] if name == "algorithm" else field.annotation
+        inner = PRESETS[algorithm] if name == "algorithm" else field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             found += known_options(inner, key, algorithm)
     return found
@@ -105,7 +104,7 @@ def known_options(model: type[BaseModel], prefix: tuple[str, ...], algorithm: st
 def _key(loc: tuple[int | str, ...]) -> tuple[str, ...]:
     """The option's key in the file. pydantic adds the algorithm's name ("algorithm", "grpo", "clip"), and what lies below an option."""
     parts = [str(p) for p in itertools.takewhile(lambda p: isinstance(p, str), loc)]
-    if parts[0] == "algorithm" and parts[1:] and parts[1] in ALGORITHMS:
+    if parts[0] == "algorithm" and parts[1:] and parts[1] in PRESETS:
         del parts[1]
     return tuple(parts[: 3 if parts[1:2] and parts[1] in _MAPPINGS else 2])
 
@@ -125,9 +124,9 @@ def _problem(errors: Sequence[ErrorDetails], key: tuple[str, ...], within: str) 
     if kind == "missing":
         return _missing(error, dotted)
     if kind == "union_tag_invalid":
-        return f"{dotted}.name: {_value(error['input'].get('name'))} is not an algorithm; there are: {', '.join(ALGORITHMS)}"
+        return f"{dotted}.name: {_value(error['input'].get('name'))} is not an algorithm; there are: {', '.join(PRESETS)}"
     if kind == "union_tag_not_found":
-        return f"{dotted}.name is required: {' or '.join(ALGORITHMS)}"
+        return f"{dotted}.name is required: one of {', '.join(PRESETS)}"
     expected = ", or ".join(dict.fromkeys(map(_expected, errors)))
     return f"{dotted}: {expected} (got {_value(error['input'])})"
 
@@ -168,12 +167,12 @@ def _clipped(text: str) -> str:
 
 def _suggestion(error: ErrorDetails, key: tuple[str, ...]) -> str:
     """The nearest valid name in the same section, else the same name in another section, else the section's names."""
-    algorithm = next((str(p) for p in error["loc"] if p in ALGORITHMS), "grpo")
+    algorithm = next((str(p) for p in error["loc"] if p in PRESETS), "grpo")
     if _in_list(error["loc"]):  # the one option that is a list of sections
         return f"; valid here: {', '.join(CorrectionConfig.model_fields)}"
-    owners = [name for name, options in ALGORITHMS.items() if key[0] == "algorithm" and key[-1] in options.model_fields]
+    owners = [name for name, options in PRESETS.items() if key[0] == "algorithm" and key[-1] in options.model_fields]
     if owners:
-        return f", an option of {' and '.join(owners)} that {algorithm} does not have"
+        return f", which {algorithm} does not have; it is an option of: {', '.join(owners)}"
     known = known_options(Config, (), algorithm)
     siblings = [k[-1] for k in known if k[:-1] == key[:-1]]
     near = difflib.get_close_matches(key[-1], siblings, n=1, cutoff=0.6)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verst.config.algorithms import PolicyGradientConfig, SftConfig
 from verst.config.hub import model_directory
 from verst.config.schema import Config
 from verst.errors import ModelError
@@ -148,8 +149,7 @@ def plan_lines(config: Config) -> list[str]:
 
 def _token_plan(config: Config) -> list[str]:
     rollout, train = config.rollout, config.train
-    learns = config.algorithm.name == "grpo"
-    trajectories = train.groups_per_step * (rollout.group_size if learns else 1)
+    trajectories = train.groups_per_step * (1 if isinstance(config.algorithm, SftConfig) else rollout.group_size)
     longest = config.max_trajectory_tokens
     most = trajectories * longest
     updates = train.minibatches * train.epochs
@@ -167,7 +167,7 @@ def _token_plan(config: Config) -> list[str]:
 def _memory_plan(config: Config, facts: ModelFacts) -> list[str]:
     """Bytes by purpose. Activations depend on the model's code and are not estimated."""
     element = _BYTES[config.model.dtype]
-    reference = config.algorithm.name == "grpo" and config.algorithm.kl_coefficient > 0
+    reference = isinstance(config.algorithm, PolicyGradientConfig) and config.algorithm.kl_coefficient > 0
     # fp32 master weights, two AdamW moments and gradients; a bfloat16 model keeps its own copy of the weights beside the master's
     trainer = facts.parameters * (4 + 4 + 4 + 4 + (2 if element == 2 else 0) + (element if reference else 0)) / config.train.ranks
     weights = facts.parameters * element

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from verst.config.checks import inapplicable
@@ -59,6 +59,9 @@ def markdown(changeable: Container[str]) -> str:
     unread = _unread()
     parts = [_INTRODUCTION]
     for name, section in schema["properties"].items():
+        if "oneOf" in section:
+            presets = [schema["$defs"][_referred(reference)] for reference in section["oneOf"]]
+            parts.append(_presets(name, presets, unread, changeable))
         for heading, prefix, definition in _definitions(name, section, schema["$defs"]):
             parts.append(_section(heading, prefix, definition, unread, changeable))
     return "\n".join(parts)
@@ -88,15 +91,47 @@ def _unread() -> dict[str, list[str]]:
 def _definitions(name: str, section: Mapping[str, Any], definitions: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """The tables of one section, as heading, what precedes its options' names, and schema.
 
-    They are its own, for `algorithm` one of each, and those of options that are lists of sections.
+    They are its own, unless it is one of several, and those of options that are lists of sections.
     """
+    if "oneOf" not in section:
+        yield f"`{name}`", f"{name}.", definitions[_referred(section)]
+    lists: dict[str, str] = {}
     for reference in section.get("oneOf", [section]):
-        definition = definitions[_referred(reference)]
-        kind = definition["properties"].get("name", {}).get("const")
-        yield f"`{name}`" + (f", with `name: {kind}`" if kind else ""), f"{name}.", definition
-        for option, about in definition["properties"].items():
+        for option, about in definitions[_referred(reference)]["properties"].items():
             if "$ref" in about.get("items", {}):
-                yield f"Each of `{name}.{option}`", "", definitions[_referred(about["items"])]
+                lists[option] = _referred(about["items"])
+    for option, definition in lists.items():
+        yield f"Each of `{name}.{option}`", "", definitions[definition]
+
+
+def _presets(name: str, presets: Sequence[Mapping[str, Any]], unread: Mapping[str, list[str]], changeable: Container[str]) -> str:
+    """One section that is one of several, which share most options: what each is, and one table with the defaults of all."""
+    merged: dict[str, Any] = {}
+    kinds = [preset["properties"]["name"]["const"] for preset in presets]
+    for option in dict.fromkeys(option for preset in presets for option in preset["properties"]):
+        having = {kind: p["properties"][option] for kind, p in zip(kinds, presets, strict=True) if option in p["properties"]}
+        merged[option] = {**next(iter(having.values())), "description": _of_some(having, kinds), "defaults": _defaults(having)}
+    merged["name"] = {"enum": kinds, "description": "Which algorithm this is, and so the defaults of the others."}
+    lines = [f"`{kind}`: {_linked(preset['description'])}" for kind, preset in zip(kinds, presets, strict=True)]
+    what = "The name sets the defaults; docs/algorithms.md has the formulas.\n\n" + "\n".join(f"- {line}" for line in lines)
+    definition = {"description": what, "properties": merged, "required": ["name"]}
+    return _section(f"`{name}`", f"{name}.", definition, unread, changeable)
+
+
+def _of_some(having: Mapping[str, Mapping[str, Any]], kinds: Sequence[str]) -> str:
+    """An option's description, with the presets that do not have it."""
+    lacking = [kind for kind in kinds if kind not in having]
+    which = f" Only of {', '.join(having)}." if len(having) <= len(lacking) else f" Not of {', '.join(lacking)}." if lacking else ""
+    return next(iter(having.values())).get("description", "") + which
+
+
+def _defaults(having: Mapping[str, Mapping[str, Any]]) -> str:
+    """The commonest default, then the others with the presets that have them."""
+    by_value: dict[str, list[str]] = {}
+    for kind, about in having.items():
+        by_value.setdefault(_default(about), []).append(kind)
+    common, *others = sorted(by_value, key=lambda value: -len(by_value[value]))
+    return "; ".join([common, *(f"{value}: {', '.join(by_value[value])}" for value in others)])
 
 
 def _referred(reference: Mapping[str, Any]) -> str:
@@ -112,11 +147,11 @@ def _section(heading: str, prefix: str, definition: Mapping[str, Any], unread: M
     for option, about in definition["properties"].items():
         key = prefix + option
         numbers = [f"({notes.setdefault(reason, len(notes) + 1)})" for reason in unread.get(key, ())]
-        what = about.get("description", "Which algorithm this is." if "const" in about else "")
+        what = about.get("description", "")
         cells = (
             f"`{key}`" + (" ↻" if key in changeable else ""),
             _type(about),
-            _default(about, required=option in definition.get("required", ())),
+            "required" if option in definition.get("required", ()) else about.get("defaults") or _default(about),
             _linked(what) + (f" *Not read {' '.join(numbers)}.*" if numbers else ""),
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -130,9 +165,7 @@ def _linked(text: str) -> str:
     return re.sub(r"`?docs/([a-z-]+\.md)`?", r"[docs/\1](\1)", text)
 
 
-def _default(about: Mapping[str, Any], *, required: bool) -> str:
-    if required:
-        return "required"
+def _default(about: Mapping[str, Any]) -> str:
     default = about.get("default", {} if about.get("type") == "object" else [] if about.get("type") == "array" else None)
     if default is None:
         return "none"

@@ -5,23 +5,13 @@ Each option earns its place: `tests/unit/test_config.py` counts them.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from verst.config import checks
-
-
-def _not_a_truth_value(value: Any) -> Any:
-    if isinstance(value, bool):  # YAML's yes and on; Python would take them for 1
-        raise ValueError("expected a number, not true or false")
-    return value
-
-
-def _greedy_or_warm(temperature: float) -> float:
-    if 0 < temperature < _COLDEST:
-        raise ValueError(f"a temperature between 0 and {_COLDEST} is greedy in all but name: use 0, or {_COLDEST} or more")
-    return temperature
+from verst.config.algorithms import AlgorithmConfig, GrpoConfig
+from verst.config.values import Count, Options, Positive, Real, Seconds, Section, Temperature, Text, Whole
 
 
 def _not_partial(name: str) -> str:
@@ -30,46 +20,10 @@ def _not_partial(name: str) -> str:
     return name
 
 
-def _without_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("expected text without the character NUL")
-    return text
-
-
 def _each_once(names: list[str]) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError("a name is there twice: remove one")
     return names
-
-
-_COLDEST = 0.01
-
-Whole = Annotated[int, BeforeValidator(_not_a_truth_value), Field(ge=0, le=2**31 - 1)]
-"""A whole number, 0 included."""
-Count = Annotated[int, BeforeValidator(_not_a_truth_value), Field(gt=0, le=2**31 - 1)]
-Real = Annotated[float, BeforeValidator(_not_a_truth_value), Field(ge=0, allow_inf_nan=False)]
-"""A finite number, not below 0: what every float of the run file is."""
-Positive = Annotated[float, BeforeValidator(_not_a_truth_value), Field(gt=0, allow_inf_nan=False)]
-Seconds = Annotated[Positive, Field(le=30 * 86400)]
-Temperature = Annotated[
-    Real,
-    Field(le=100),
-    AfterValidator(_greedy_or_warm),
-    WithJsonSchema({"anyOf": [{"const": 0}, {"type": "number", "minimum": _COLDEST, "maximum": 100}]}),
-]
-Text = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
-Options = dict[str, JsonValue]
-"""Keyword arguments for code that is not the core's: what a run file can hold, and a resumed run reads back unchanged."""
-
-
-class Section(BaseModel):
-    """A part of the run file: unknown keys are errors, values are never changed after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-
-_NAMED = ConfigDict(json_schema_extra={"required": ["name"]})
-"""Of algorithms: the name decides which options there are, so a section without it is refused. pydantic's JSON schema does not say so."""
 
 
 class RunConfig(Section):
@@ -171,63 +125,6 @@ class RewardConfig(Section):
         description="Worker processes that score, for each replica: one trajectory at a time each, or up to 64 if the reward is async.",
     )
     deadline_s: Seconds = Field(default=30.0, description="Limit of scoring one trajectory; past it the worker is replaced.")
-
-
-class CorrectionConfig(Section):
-    """One factor of the weight that a token's loss gets for having been drawn from the engine's distribution; see `docs/fidelity.md`."""
-
-    kind: Literal["truncate", "mask", "reject"] = Field(
-        description="Weigh by the ratio up to `upper`; weigh by it between the bounds and by 0 outside; or only drop samples outside."
-    )
-    level: Literal["token", "geometric", "sequence"] = Field(
-        description="The ratio of each token, its mean over the sample, or the product. With reject and token: every one has to be inside."
-    )
-    lower: Real = Field(default=0.0, description="Smallest ratio of trainer over behaviour probability.")
-    upper: Positive | None = Field(default=None, description="Largest ratio. Default: none (reject only).")
-
-
-class GrpoConfig(Section):
-    """Group Relative Policy Optimization, arXiv 2402.03300, with the options later papers published."""
-
-    model_config = _NAMED
-    name: Literal["grpo"] = "grpo"
-    normalize_std: bool = Field(
-        default=True, description="Divide advantages by the group's standard deviation (off: Dr. GRPO, arXiv 2503.20783)."
-    )
-    clip_low: Positive = Field(default=0.2, le=1, description="The ratio is clipped below 1 - clip_low.")
-    clip_high: Positive = Field(default=0.2, description="The ratio is clipped above 1 + clip_high (DAPO, arXiv 2503.14476, uses 0.28).")
-    aggregate: Literal["token_mean", "sequence_mean"] = Field(
-        default="token_mean", description="Every token counts the same, or every sequence does."
-    )
-    kl_coefficient: Real = Field(default=0.0, description="Weight of the KL divergence to the reference model. 0: no reference is kept.")
-    kl_in: Literal["loss", "reward"] = Field(default="loss", description="Add the KL term to the loss, or subtract it from the reward.")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        default="k3", description="Estimator (Schulman 2020); in the loss k1 has no gradient in expectation."
-    )
-    old_logprobs: Literal["trainer", "behaviour"] = Field(
-        default="trainer", description="Denominator of the ratio: recomputed by the trainer before the first update, or as sampled."
-    )
-    dynamic_sampling: bool = Field(
-        default=False,
-        description="Drop groups whose rewards are all equal, which have no gradient, and roll others instead (DAPO, arXiv 2503.14476).",
-    )
-    corrections: list[CorrectionConfig] = Field(
-        default_factory=list,
-        description="Importance weights of trainer over behaviour probabilities: {kind, level, lower, upper} each; see docs/fidelity.md.",
-    )
-
-
-class SftConfig(Section):
-    """Supervised fine-tuning on demonstrations."""
-
-    model_config = _NAMED
-    name: Literal["sft"] = "sft"
-    aggregate: Literal["token_mean", "sequence_mean"] = Field(
-        default="token_mean", description="Every token counts the same, or every sequence does."
-    )
-
-
-AlgorithmConfig = Annotated[GrpoConfig | SftConfig, Field(discriminator="name")]
 
 
 class TrainConfig(Section):
@@ -381,7 +278,12 @@ class Config(Section):
     @property
     def max_trajectory_tokens(self) -> int:
         """Limit of a whole trajectory: the prompt and every turn at their limits. Environment replies draw on the same allowance."""
-        return self.data.max_prompt_tokens + self.rollout.max_turns * self.rollout.max_new_tokens
+        return self.data.max_prompt_tokens + self.max_generated_tokens
+
+    @property
+    def max_generated_tokens(self) -> int:
+        """Limit of what a policy samples of one trajectory: every turn at its limit."""
+        return self.rollout.max_turns * self.rollout.max_new_tokens
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -8,16 +8,16 @@ from dataclasses import replace
 
 import numpy as np
 
+from verst.algorithms.selection import all_equal
 from verst.algorithms.table import algorithm_for
-from verst.config.schema import AlgorithmConfig, TrainConfig
+from verst.config.algorithms import AlgorithmConfig
+from verst.config.schema import Config, TrainConfig
 from verst.data.packing import plan_samples, samples_of_rank
 from verst.errors import InvariantViolation, RoutesRefused
 from verst.observe.metrics import Tally
 from verst.rollout.transcript import Transcript
 from verst.routing.records import require_routes
 from verst.types import NO_VERSION, Batch, Group, Prompt, RoutedExperts, Routes, RoutesWanted, Sample, Status, Trajectory
-
-_EQUAL = 1e-8  # rewards that differ by less are one
 
 
 def unusable(group: Group, min_members: int) -> str | None:
@@ -29,10 +29,14 @@ def unusable(group: Group, min_members: int) -> str | None:
     return f"{count} of {len(group.trajectories)} trajectories failed: {reason}"
 
 
-def without_signal(group: Group) -> bool:
-    """Whether all rewards of a group are equal, so that every advantage is 0."""
-    rewards = [t.reward for t in group.trainable if t.reward is not None]
-    return bool(rewards) and max(rewards) - min(rewards) < _EQUAL
+def without_signal(group: Group, options: AlgorithmConfig) -> str | None:
+    """Why a group that can be trained has nothing to teach, so that another is to be rolled in its place, or None."""
+    return algorithm_for(options).without_signal(_rewards(group), options)
+
+
+def _rewards(group: Group) -> list[float]:
+    """Of the trajectories that can be trained. Demonstrations are not scored."""
+    return [0.0 if t.reward is None else t.reward for t in group.trainable]
 
 
 def given_up(seq: int, prompt: Prompt, size: int, reason: str) -> Group:
@@ -56,8 +60,9 @@ def _routed(trajectory: Trajectory, kind: RoutedExperts) -> Trajectory:
     return trajectory
 
 
-def assemble(step: int, groups: Sequence[Group]) -> Batch:
-    """One batch of samples, in the order of admission. Failed trajectories are left out; they stay in the journal."""
+def assemble(step: int, groups: Sequence[Group], options: AlgorithmConfig) -> Batch:
+    """One batch of the samples that the algorithm trains, in the order of admission. The others, and what failed, stay in the journal."""
+    algorithm = algorithm_for(options)
     samples = tuple(
         Sample(
             id=t.id,
@@ -66,11 +71,13 @@ def assemble(step: int, groups: Sequence[Group]) -> Batch:
             loss_mask_T=t.loss_mask_T,
             behaviour_logprobs_T=t.logprobs_T,
             versions_T=t.versions_T,
-            reward=t.reward if t.reward is not None else 0.0,  # demonstrations are not scored
+            reward=rewards[i],
             routes=t.routes,
         )
         for g in groups
-        for t in g.trainable
+        for rewards in [_rewards(g)]
+        for i in algorithm.trained(rewards)
+        for t in [g.trainable[i]]
     )
     return Batch(step, tuple(g.seq for g in groups), samples)
 
@@ -95,10 +102,12 @@ def routes_for(batch: Batch, wanted: RoutesWanted, train: TrainConfig) -> dict[i
     return {i: Routes(routes.experts_TLK[:, layers], routes.digest) for i, routes in found.items() if routes is not None}
 
 
-def advantages(batch: Batch, options: AlgorithmConfig, reference_kl: Mapping[int, float]) -> list[float]:
+def advantages(batch: Batch, config: Config, reference_kl: Mapping[int, float]) -> list[float]:
     """One advantage for each sample. `reference_kl`: Σ over its loss tokens of the KL estimate, by sample index; empty without one."""
+    options = config.algorithm
     algorithm = algorithm_for(options)
-    rewards_N = algorithm.shape_rewards([s.reward for s in batch.samples], reference_kl, options)
+    filled_N = [int(s.loss_mask_T.sum()) / config.max_generated_tokens for s in batch.samples]
+    rewards_N = algorithm.shape_rewards([s.reward for s in batch.samples], reference_kl, filled_N, options)
     return algorithm.advantages(rewards_N, np.array([s.group for s in batch.samples]), options).tolist()
 
 
@@ -114,7 +123,7 @@ def describe(groups: Sequence[Group], advantages_: Sequence[float], version: int
         if rewards:  # demonstrations were not sampled, so they have no reward
             tally.mean("reward", sum(rewards), len(rewards))
             tally.mean("reward/std", float(np.std(rewards)))
-            tally.mean("reward/groups_without_signal", float(without_signal(group)))
+            tally.mean("reward/groups_without_signal", float(all_equal(rewards)))
     tally.mean("advantage/abs", float(np.abs(advantages_).sum()), len(advantages_))
     return tally.report()
 

@@ -49,7 +49,7 @@ class Intake:
         self._algorithm = algorithm_for(config.algorithm)
         self._dropped: dict[int, tuple[Group, str]] = {}  # since the last batch, each with the reason
         self._drops_in_a_row = 0
-        self._signalless = 0  # groups dropped for their equal rewards since the last batch
+        self._signalless = 0  # groups dropped for their rewards since the last batch
 
     async def take(self, count: int, step: int) -> list[Group]:
         """The next `count` trainable groups, for a step. Raises `DataError` after too many others, `DeadlineExceeded` if none comes."""
@@ -58,11 +58,10 @@ class Intake:
             limit = self._parts.group_deadline_s
             group = await within(self._ready.pop(), limit, f"the next of {count} groups ({len(groups)} are ready)")
             group = batching.refused(group, self._parts.trainers.routed_experts)
-            reason = batching.unusable(group, self._algorithm.min_members)
-            if reason is not None:
+            if (reason := batching.unusable(group, self._algorithm.min_members)) is not None:
                 await self._drop(group, reason)
-            elif self._algorithm.needs_signal(self._config.algorithm) and batching.without_signal(group):
-                await self._replace(group, step)
+            elif (reason := batching.without_signal(group, self._config.algorithm)) is not None:
+                await self._replace(group, reason, step)
             else:
                 groups.append(group)
                 self._standing.group(group.seq, "the rest of its batch")
@@ -77,16 +76,15 @@ class Intake:
         self._dropped, self._signalless = {}, 0
         return found
 
-    async def _replace(self, group: Group, step: int) -> None:
+    async def _replace(self, group: Group, reason: str, step: int) -> None:
         """Drops a group that has no gradient. That is a measure of the task, not a failure, but it must not go on for ever."""
         self._signalless += 1
-        reward = group.trainable[0].reward
         if self._signalless > _REPLACED_BATCHES * self._config.train.groups_per_step:
             raise DataError(
-                f"step {step}: {self._signalless} groups were dropped because all their rewards were equal (the last: {reward})"
-                " before a batch was whole: the task is too easy or too hard for the model. Change the data, or algorithm.dynamic_sampling"
+                f"step {step}: {self._signalless} groups were dropped because they had nothing to teach (the last: {reason}) before a "
+                "batch was whole: the task is too easy or too hard for the model. Change the data, or what drops them (docs/algorithms.md)"
             )
-        await self._drop_for(group, f"all its rewards are equal ({reward})")
+        await self._drop_for(group, reason)
 
     async def _drop(self, group: Group, reason: str) -> None:
         """Gives up a group that cannot be trained, and tells of it. Too many in a row end the run."""

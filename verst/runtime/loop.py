@@ -229,7 +229,7 @@ class Loop:
     async def _step(self, groups: Sequence[Group], journaled: JournaledBatch | None = None) -> None:
         """One step: batch, updates, commit, and the pull that frees the slots. `journaled`: the step is trained again after a restart."""
         step, spans = self.version + 1, self._spans
-        batch = batching.assemble(step, groups)
+        batch = batching.assemble(step, groups, self._config.algorithm)
         batching.require_fresh(batch, self.version, self._config.worst_staleness)
         dropped = self._intake.dropped()
         if journaled is None:
@@ -260,7 +260,7 @@ class Loop:
         trained = await train_batch(
             self._parts.trainers,
             batch,
-            self._config.algorithm,
+            self._config,
             self._spans,
             measured=lambda metrics: self._parts.observer.measured(batch.step, metrics),
             before_update=_at_once if bringing_back and self._publisher.unserved else self._weights_have_left,
@@ -356,7 +356,7 @@ class Loop:
 
     def _journaled_batch(self, step: int) -> Batch:
         groups = journaled_groups(self._parts.journal, self._parts.journal.batch(step).groups, self._parts.trainers.routed_experts)
-        return batching.assemble(step, groups)
+        return batching.assemble(step, groups, self._config.algorithm)
 
     async def _replay(self) -> None:
         """Trains again the journaled batches after the checkpoint; each must reach the weights that were committed."""

@@ -120,8 +120,9 @@ async def _profile(run: RunDirectory, config: Config, journal: JournalReader, st
 async def _train(trainers: Trainers, config: Config, journal: JournalReader, step: int) -> dict[str, float]:
     """The trainers' part of a step. Returns the seconds of each phase, which the trace shows under the same names."""
     seconds: dict[str, float] = {}
-    batch = batching.assemble(step, journaled_groups(journal, journal.batch(step).groups, trainers.routed_experts))
-    await train_batch(trainers, batch, config.algorithm, lambda name: _phase(name, seconds))
+    groups = journaled_groups(journal, journal.batch(step).groups, trainers.routed_experts)
+    batch = batching.assemble(step, groups, config.algorithm)
+    await train_batch(trainers, batch, config, lambda name: _phase(name, seconds))
     return seconds
 
 

@@ -97,7 +97,8 @@ class Replay:
     async def _step(self, trainers: Trainers, leg: Leg, step: int) -> None:
         journal = self._plan.journal
         groups = await asyncio.to_thread(journaled_groups, journal, journal.batch(step).groups, trainers.routed_experts)
-        trained = await train_batch(trainers, batching.assemble(step, groups), leg.config.algorithm, lambda phase: nullcontext())
+        batch = batching.assemble(step, groups, leg.config.algorithm)
+        trained = await train_batch(trainers, batch, leg.config, lambda phase: nullcontext())
         digest = await weights_digest(trainers, step)
         if step <= leg.committed:
             return

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from verst.config.schema import AlgorithmConfig
+from verst.config.schema import Config
 from verst.journal.log import JournalReader
 from verst.observe.metrics import Tally
 from verst.runtime import batching
@@ -38,7 +38,7 @@ def journaled_groups(journal: JournalReader, seqs: Sequence[int], routed: Routed
 async def train_batch(
     trainers: Trainers,
     batch: Batch,
-    algorithm: AlgorithmConfig,
+    config: Config,
     phases: Phases,
     *,
     measured: Callable[[dict[str, float]], None] | None = None,
@@ -51,7 +51,7 @@ async def train_batch(
     """
     with phases("load"):
         scores = await trainers.load_batch(batch)
-    advantages = batching.advantages(batch, algorithm, scores.reference_kl)
+    advantages = batching.advantages(batch, config, scores.reference_kl)
     tally = Tally().merge(scores.tally)
     for update in range(trainers.num_updates):
         with phases("forward_backward"):

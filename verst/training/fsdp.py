@@ -188,7 +188,7 @@ class FsdpBackend(Backend[MasterAdamW]):
     def _is_exact(self) -> bool:
         """Whether a token must get the log-probability that the engine gave it, to the bit. Compiled layers have sums of their own."""
         config = self._config
-        sampled_by_hf = config.rollout.engine == "hf" and config.algorithm.name != "sft"
+        sampled_by_hf = config.rollout.engine == "hf" and self._algorithm.learns_from == "policy"
         return config.run.deterministic and sampled_by_hf and not config.train.compile
 
     def _follow_routes(self, policy: Policy) -> None:

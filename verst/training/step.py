@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from verst.algorithms.aggregate import token_weights
 from verst.algorithms.fidelity import tally_fidelity
 from verst.algorithms.losses import LossInputs
-from verst.config.schema import Config, GrpoConfig
+from verst.config.algorithms import PolicyGradientConfig
+from verst.config.schema import Config
 from verst.data.packing import StepPlan, plan_samples
 from verst.errors import ModelError
 from verst.observe.metrics import Tally
@@ -61,7 +62,7 @@ class LoadedStep:
         """Share of each loss token in the update's loss. Every rank sees the whole batch, so all know the same denominators."""
         indices = self.plan.updates[update].samples
         masks = [self.batch.samples[i].loss_mask_T for i in indices]
-        shares = token_weights(masks, self.config.algorithm.aggregate)
+        shares = token_weights(masks, self.config.algorithm.aggregate, self.config.max_generated_tokens)
         return {i: share_T[mask_T] for i, share_T, mask_T in zip(indices, shares, masks, strict=True)}
 
     def behaviour(self, microbatch: Microbatch) -> NDArray[np.float32]:
@@ -110,7 +111,7 @@ def require_known_tokens(batch: Batch, known: int, path: str) -> None:
 def kl_estimator(config: Config) -> Any:
     """The estimator of the divergence to the reference, by name."""
     options = config.algorithm
-    return options.kl_estimator if isinstance(options, GrpoConfig) else "k1"
+    return options.kl_estimator if isinstance(options, PolicyGradientConfig) else "k1"
 
 
 def plan_batch(

@@ -1,0 +1,75 @@
+"""Every algorithm as its example has it: one step of a whole run in this process, from the quickstart's model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.loop.local import LocalRun, local_run, prompts_file
+from tests.loop.rewards import spread
+from verst.config.algorithms import PRESETS
+from verst.journal.log import JournalReader
+from verst.recipes.tiny import build_tiny_model
+from verst.runtime.batching import assemble
+from verst.runtime.rundir import RunDirectory
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "algorithms").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("quickstart"))
+
+
+def values_of(example: Path, directory: Path, **changes: dict[str, Any]) -> dict[str, Any]:
+    """The example's, smaller; and prompts of a file, since a task takes seconds to import."""
+    values = yaml.safe_load(example.read_text())
+    del values["model"], values["eval"], values["reward"]
+    values["run"] = {"steps": 1}
+    values["data"] = {"path": prompts_file(directory)}
+    values["train"] |= {"groups_per_step": 4, "minibatches": min(values["train"].get("minibatches", 1), 2)}
+    return values | {section: values.get(section, {}) | change for section, change in changes.items()}
+
+
+def test_every_algorithm_has_an_example():
+    assert {file.stem for file in EXAMPLES} | {"grpo", "sft"} == set(PRESETS)  # those two are the quickstart's
+    for file in EXAMPLES:
+        assert yaml.safe_load(file.read_text())["algorithm"]["name"] == file.stem == yaml.safe_load(file.read_text())["run"]["name"]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
+async def test_one_step_of_each_example(tmp_path: Path, quickstart: Path, example: Path):
+    run = await local_run(tmp_path, quickstart, values_of(example, tmp_path), reward=spread).go()
+    (row,) = [row for row in run.rows if row.get("loss/total") is not None]
+    assert np.isfinite(row["loss/total"])
+    assert row["update/grad_norm"] > 0
+    assert row["update/skipped"] == 0
+    imitates = example.stem == "best_of_n"
+    assert ("policy/ratio" in row) != imitates
+    assert ("policy/clipped_high" in row) == (not imitates and example.stem != "rloo")
+
+
+def trained(run: LocalRun) -> list[tuple[list[float], list[float]]]:
+    """For each group of the first step, the rewards of all its trajectories, and of those that were trained."""
+    _, config = RunDirectory.open(run.run.root)
+    journal = JournalReader(run.run.journal, run.run.run_id)
+    groups = [journal.group(seq) for seq in journal.batch(1).groups]
+    samples = assemble(1, groups, config.algorithm).samples
+    return [([t.reward or 0.0 for t in g.trajectories], [s.reward for s in samples if s.group == g.seq]) for g in groups]
+
+
+async def test_best_of_n_trains_one_of_each_group_and_none_of_a_bad_one(tmp_path: Path, quickstart: Path):
+    (example,) = (file for file in EXAMPLES if file.stem == "best_of_n")
+    values = values_of(example, tmp_path, rollout={"group_size": 3}, algorithm={"reward_above": 4})
+    run = await local_run(tmp_path, quickstart, values, reward=spread).go()
+    found = trained(run)
+    assert len(found) == 4
+    for rewards, chosen in found:
+        assert chosen == [max(rewards)]
+        assert max(rewards) > 4
+    (row,) = [row for row in run.rows if row.get("loss/total") is not None]
+    assert row["groups/replaced"] > 0

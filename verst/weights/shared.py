@@ -22,7 +22,7 @@ import torch
 from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
 from verst.errors import DeadlineExceeded
-from verst.weights.group import SENDER, GroupAddress, meet
+from verst.weights.group import SENDER, CalledOff, GroupAddress, meet, never
 from verst.weights.layout import Form
 from verst.weights.location import shared_memory
 
@@ -46,14 +46,16 @@ class Turn:
 class SharedBuffers:
     """One member on the sender's host and device. Raises `DeadlineExceeded` if not all members came in time (`meet`)."""
 
-    def __init__(self, store: Store, address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float) -> None:
-        self.address, self.rank, self.device = address, rank, torch.device(device)
+    def __init__(
+        self, store: Store, address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float, called_off: CalledOff = never
+    ) -> None:
+        self.address, self.rank, self.device, self._called_off = address, rank, torch.device(device), called_off
         self._store = PrefixStore(address.name, store)
         self._buffers: dict[str, list[torch.Tensor]] = {}
         self.views: dict[tuple[int, Form], list[torch.Tensor]] = {}
         self._unmapped: list[_Owned] = []
         self._turns = 0
-        meet(self._store, address, rank, timeout_s)
+        meet(self._store, address, rank, timeout_s, called_off)
 
     def buffers(self, nbytes: int, count: int, deadline: float) -> list[torch.Tensor]:
         """The sender's, here or mapped; made at their first use and kept, because each version needs them again.
@@ -89,9 +91,12 @@ class SharedBuffers:
         """The sender waits until all receivers are done with the buffer, a receiver until it is written. Raises `DeadlineExceeded`."""
         reads = [work.read(rank) for rank in self._receivers]
         keys = reads if self.rank == SENDER else [work.written]
+        who = f"weight group {self.address.name}, rank {self.rank}: {what}"
         while not self._store.check(keys):
             if time.monotonic() > deadline:
-                raise DeadlineExceeded(f"weight group {self.address.name}, rank {self.rank}: {what} was not done in time")
+                raise DeadlineExceeded(f"{who} was not done in time")
+            if self._called_off():
+                raise DeadlineExceeded(f"{who} was called off: a receiver has failed")
             time.sleep(_POLL_S)
         if self.rank == SENDER:
             for key in (work.written, *reads):

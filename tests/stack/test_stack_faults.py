@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.faults.campaign import Cell, replay_equals, require_sound, under
-from tests.faults.conftest import Make, campaign, token
-from tests.faults.test_kills import ROWS
+from tests.faults.conftest import ROWS, Make, campaign, token
+from tests.faults.mortal import LOOP, TREE, lives
 from tests.loop.local import LocalRun, local_run
 from tests.loop.rewards import steady
 from verst.testing import tiny_model
@@ -74,3 +75,12 @@ async def test_every_process_dies(tmp_path: Path, token: str, campaign: Make, la
         Cell("trainer rank 1", "mid-commit"),
     ]
     await survives(run_of(tmp_path, layout, transport, 16), token, cells, campaign)
+
+
+@pytest.mark.faults
+async def test_the_loop_dies_and_everything_at_once(tmp_path: Path):
+    run = run_of(tmp_path, "tp2", "file", 8)
+    cells = [Cell(LOOP, "generating"), Cell(TREE, "mid-forward"), Cell(LOOP, "mid-publish"), Cell(TREE, "mid-commit")]
+    await asyncio.to_thread(lives, run, cells)
+    require_sound(run, run.run.run_id)
+    await replay_equals(run)

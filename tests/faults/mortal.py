@@ -32,7 +32,7 @@ PLAN = "VERST_FAULT_PLAN"
 """The environment variable with the file of cells."""
 
 LOOP, TREE = "loop", "whole tree"
-_LIFE_S = 400.0
+_LIFE_S = 900.0
 _GONE_S = 30.0
 _DRIVER = "import sys; from tests.faults.mortal import resume; resume(sys.argv[1])"
 
@@ -57,7 +57,7 @@ class LoopCampaign(Campaign):
 
     def _keep(self, fault: Fault) -> None:
         with self._struck.open("a") as kept:
-            kept.write(f"{fault.struck or fault.victim}: {fault.moment}\n")
+            kept.write(f"{fault.child or fault.struck or fault.victim}: {fault.moment}\n")
 
 
 def struck(plan: Path) -> list[str]:

@@ -17,7 +17,7 @@ from tests.faults.test_kills import VICTIMS
 from tests.loop.local import LocalRun
 
 KILLS = 20
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def unchanged(run: LocalRun, cells: list[Cell], undisturbed: list[str]) -> str:

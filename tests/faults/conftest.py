@@ -15,6 +15,7 @@ from tests.faults.campaign import MARK, Campaign, Cell, digests, tell_of_records
 from tests.faults.mortal import lives
 from tests.loop.local import LocalRun, local_run
 from tests.loop.rewards import steady
+from verst.runtime import heartbeat
 from verst.testing import tiny_model
 
 ROWS = [{"prompt": f"count {i}", "answer": str(i % 5)} for i in range(64)]
@@ -57,6 +58,13 @@ def token() -> Iterator[str]:
     os.environ[MARK] = uuid.uuid4().hex
     yield os.environ[MARK]
     del os.environ[MARK]
+
+
+@pytest.fixture
+def soon_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not answer is ended after seconds, not after a minute."""
+    monkeypatch.setattr(heartbeat, "EVERY_S", 1.0)
+    monkeypatch.setattr(heartbeat, "SILENCE_S", 5.0)
 
 
 @pytest.fixture

@@ -13,18 +13,10 @@ from tests.faults.conftest import STEPS, Make, run_of
 from tests.loop.local import LocalRun
 from tests.loop.rewards import slow, steady
 from verst.journal.log import JournalReader
-from verst.runtime import heartbeat
 from verst.types import Status
 
 VICTIMS = ("trainer rank 0", "trainer rank 1", "replica", "reward worker", "snapshot holder 0")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("token", "one_ray")]
-
-
-@pytest.fixture
-def soon_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What does not answer is ended after seconds, not after a minute."""
-    monkeypatch.setattr(heartbeat, "EVERY_S", 1.0)
-    monkeypatch.setattr(heartbeat, "SILENCE_S", 5.0)
 
 
 async def unchanged(campaign: Campaign, run: LocalRun, token: str, undisturbed: list[str]) -> None:

@@ -221,6 +221,32 @@ def test_a_sender_is_called_off(shared: bool, joins: bool):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True], ids=["broadcast", "shared"])
+def test_the_others_do_not_wait_for_a_sender_that_left(shared: bool):
+    """One receiver dies, the sender is called off and leaves; the receiver that lives is free to join another group."""
+    called_off = threading.Event()
+    store = open_store("127.0.0.1", timeout_s=DEADLINE_S, listen=True)
+    address = GroupAddress("127.0.0.1", store.port, "left/0", 3, shared)
+
+    def sends() -> None:
+        group = enter(store, address, 0, device="cpu", timeout_s=DEADLINE_S, called_off=called_off.is_set)
+        try:
+            send(group, manifest(), iter(weights().items()), bucket_bytes=BUCKET_BYTES, deadline_s=DEADLINE_S)
+        finally:
+            group.close()
+
+    with ThreadPoolExecutor(3) as threads:
+        threads.submit(sends)
+        dead = threads.submit(join, address, 2, device="cpu", timeout_s=DEADLINE_S)
+        living = threads.submit(checksums, address, 1, 1)
+        dead.result(DEADLINE_S)
+        del dead
+        called_off.set()
+        with pytest.raises(DeadlineExceeded, match="left/0, rank 1: version 1: receiving"):
+            living.result(DEADLINE_S / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [False, True], ids=["broadcast", "shared"])
 def test_the_sender_may_come_later_than_that(shared: bool, monkeypatch: pytest.MonkeyPatch):
     """It may be in the middle of a step, the receivers are not."""
     monkeypatch.setattr("verst.weights.group.MEETING_S", 2.0)

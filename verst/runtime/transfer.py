@@ -160,7 +160,7 @@ class Transfer:
         pulling = asyncio.ensure_future(self._replicas.pull(published.manifest, probe_T, seats))
         sending = asyncio.ensure_future(self._send(published.manifest, probe_T, address))
         try:
-            await self._called_off(sending, pulling, published.manifest.version)
+            await self._call_off_if_in_vain(sending, pulling, published.manifest.version)
             trainer_T, during = await sending
         except DeadlineExceeded:
             found = await pulling
@@ -173,7 +173,7 @@ class Transfer:
         self._seated = members
         return await pulling, trainer_T, during
 
-    async def _called_off(self, sending: asyncio.Future[Any], pulling: asyncio.Future[dict[Replica, Any]], version: int) -> None:
+    async def _call_off_if_in_vain(self, sending: asyncio.Future[Any], pulling: asyncio.Future[dict[Replica, Any]], version: int) -> None:
         """Waits for the one or the other. A sender whose receivers have failed would wait for them until its own limit."""
         await asyncio.wait({sending, pulling}, return_when=asyncio.FIRST_COMPLETED)
         if sending.done() or pulling.exception() is not None:

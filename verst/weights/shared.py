@@ -6,11 +6,14 @@ they are, and a store carries who is done with what:
     sender     fill buffer k % 2, `written/k`     once every receiver has set `read/k-2`
     receiver   wait for `written/k`, load, `read/k`
 
+A sender that leaves sets `left`: its receivers would wait until their own limits.
+
 The methods are those of `verst.weights.group.WeightGroup`, and `send` and `GroupUpdate` work over both.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 import time
@@ -27,6 +30,9 @@ from verst.weights.layout import Form
 from verst.weights.location import shared_memory
 
 _POLL_S = 0.00005
+_LEFT = "left"
+_LOOK = 200
+"""After so many polls it is asked again whether the sender has left, which takes as long as a poll."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +98,15 @@ class SharedBuffers:
         reads = [work.read(rank) for rank in self._receivers]
         keys = reads if self.rank == SENDER else [work.written]
         who = f"weight group {self.address.name}, rank {self.rank}: {what}"
-        while not self._store.check(keys):
+        for polls in itertools.count():
+            if self._store.check(keys):
+                break
             if time.monotonic() > deadline:
                 raise DeadlineExceeded(f"{who} was not done in time")
             if self._called_off():
                 raise DeadlineExceeded(f"{who} was called off: a receiver has failed")
+            if polls % _LOOK == _LOOK - 1 and self._store.check([_LEFT]):
+                raise DeadlineExceeded(f"{who} was not done, and the sender has left")
             time.sleep(_POLL_S)
         if self.rank == SENDER:
             for key in (work.written, *reads):
@@ -109,6 +119,8 @@ class SharedBuffers:
         self._store.set(work.read(self.rank), "")
 
     def close(self) -> None:
+        if self.rank == SENDER:
+            self._store.set(_LEFT, "")
         self._buffers.clear()
         while self._unmapped:
             self._unmapped.pop().mapped()

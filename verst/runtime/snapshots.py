@@ -215,6 +215,6 @@ class Snapshots:
             try:
                 await self._ask(rank, "open")  # one that was replaced may not have taken charge of what it is to remove
                 await self._ask_once(rank, "close")
-            except (WorkerDied, NoAnswer) as error:  # what it has left is found and removed by the next run on that machine
+            except VerstError as error:  # what it has left is found and removed by the next run on that machine
                 self._note(f"while closing: {first_line(error)}")
             self._holders[rank].kill()

@@ -28,6 +28,8 @@ class Fault:
     child: str | None = None
     struck: str | None = None
     """What it hit: the name of the process, once it has."""
+    pid: int = 0
+    """Of the process that it hit."""
     at: float = 0.0
     """When: seconds of `time.monotonic`."""
 
@@ -70,16 +72,21 @@ class FaultInjector:
             if worker.name.startswith(fault.victim):
                 with suppress(WorkerDied, ProcessLookupError):
                     pid = (await worker.where()).pid
-                    os.kill(pid if fault.child is None else _below(pid, fault.child), fault.signal)
+                    fault.pid = pid if fault.child is None else _below(pid, fault.child)
+                    os.kill(fault.pid, fault.signal)
                     fault.struck, fault.at = worker.name, time.monotonic()
                     return
 
     def spawn(self, role: str, factory: Callable[..., Any], *args: Any, **options: Any) -> Worker:
         """As the run's own, with a watch over the calls."""
-        worker = _Watched(role, spawn(role, factory, *args, **options).handle)
-        worker.injector = self
-        self._workers.append(worker)
-        return worker
+        return self.watch(spawn(role, factory, *args, **options))
+
+    def watch(self, worker: RayWorker) -> Worker:
+        """A process that somebody else has started, with a watch over the calls to it."""
+        watched = _Watched(worker.name, worker.handle)
+        watched.injector = self
+        self._workers.append(watched)
+        return watched
 
 
 def _below(pid: int, words: str) -> int:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from tests.loop.local import LocalRun
+from tests.processes import lives
 from verst.config.schema import Config
 from verst.fault_injection import Fault, FaultInjector
 from verst.journal.audit import Audit, audit
-from verst.journal.log import JournalReader
+from verst.journal.log import Journal, JournalReader
 from verst.runtime.placement import Placement
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.service import RunService
@@ -60,7 +63,7 @@ CHILDREN = {
 
 
 class Campaign(FaultInjector):
-    """The next fault is planned when a step is committed after the one before has struck."""
+    """The next fault is planned when a step is committed after the one before has struck, and a process that was stopped has been ended."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         super().__init__()
@@ -73,7 +76,7 @@ class Campaign(FaultInjector):
         for fault in self.faults:
             if fault.struck is None and self._seen[fault.moment] >= fault.nth:  # nobody was there: a dead one is replaced when it is needed
                 fault.nth = self._seen[fault.moment] + 1
-        if self._left and all(fault.struck for fault in self.faults):
+        if self._left and all(fault.struck and not _stands(fault) for fault in self.faults):
             cell = self._left.pop(0)
             (moment, delay_s), (victim, child) = MOMENTS[cell.moment], CHILDREN.get(cell.victim, (cell.victim, None))
             self.plan(victim, moment, kill=cell.kill, delay_s=delay_s, child=child)
@@ -82,6 +85,22 @@ class Campaign(FaultInjector):
     def unstruck(self) -> list[Fault | Cell]:
         """What the run ended before."""
         return [*(fault for fault in self.faults if fault.struck is None), *self._left]
+
+
+def tell_of_records(loop: asyncio.AbstractEventLoop, tell: Callable[[str], None], patch: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Tells, in the event loop, of each record of a group or a commit on its way to the disk."""
+    for name in ("append_group", "append_commit"):
+        original = getattr(Journal, name)
+
+        def told(self: Journal, *record: Any, original: Any = original, name: str = name) -> None:
+            loop.call_soon_threadsafe(tell, name)
+            original(self, *record)
+
+        patch(Journal, name, told)
+
+
+def _stands(fault: Fault) -> bool:
+    return fault.signal == signal.SIGSTOP and lives(fault.pid)
 
 
 async def under(injector: FaultInjector, run: LocalRun) -> list[str]:
@@ -124,7 +143,7 @@ def _workers(token: str) -> Iterator[str]:
             line = " ".join(process.cmdline())
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-        if any(words in line for words in ("ray::Host", "verst.", "sglang")):
+        if any(words in line for words in ("ray::Host", "ray::KeptHost", "verst.", "sglang")):
             yield f"{process.pid} {process.status()}: {line[:120]}"
 
 

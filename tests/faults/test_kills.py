@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from pathlib import Path
 from typing import Any
@@ -10,46 +9,14 @@ from typing import Any
 import pytest
 
 from tests.faults.campaign import MOMENTS, Campaign, Cell, digests, replay_equals, require_sound, under
-from tests.faults.conftest import Make
-from tests.loop.local import LocalRun, local_run
-from tests.loop.rewards import steady
-from verst.fault_injection import FaultInjector
+from tests.faults.conftest import STEPS, Make, run_of
+from tests.loop.local import LocalRun
+from tests.loop.rewards import slow, steady
 from verst.journal.log import JournalReader
-from verst.runtime import heartbeat
 from verst.types import Status
 
 VICTIMS = ("trainer rank 0", "trainer rank 1", "replica", "reward worker", "snapshot holder 0")
-STEPS = 40
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("token", "one_ray")]
-
-ROWS = [{"prompt": f"count {i}", "answer": str(i % 5)} for i in range(64)]
-
-
-def run_of(directory: Path, model: Path, steps: int = STEPS, **values: Any) -> LocalRun:
-    base = {
-        "run": {"name": "run", "dir": str(directory), "steps": steps, "seed": 3},
-        "rollout": {"group_size": 4, "max_new_tokens": 8, "max_running": 16},
-        "reward": {"workers": 1},
-        "train": {"groups_per_step": 4, "threads": 1, "lr": 1e-3, "ranks": 2, "deadline_s": 60},
-        "checkpoint": {"every_steps": 1},
-    }
-    return local_run(directory, model, base | values, reward=steady, prompts=ROWS)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> list[str]:
-    run = run_of(tmp_path_factory.mktemp("undisturbed"), model)
-    asyncio.run(under(FaultInjector(), run))
-    found = digests(run)
-    assert len(set(found)) == STEPS, "every step must change the weights, or the tests below prove nothing"
-    return found
-
-
-@pytest.fixture
-def soon_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What does not answer is ended after seconds, not after a minute."""
-    monkeypatch.setattr(heartbeat, "EVERY_S", 1.0)
-    monkeypatch.setattr(heartbeat, "SILENCE_S", 10.0)
 
 
 async def unchanged(campaign: Campaign, run: LocalRun, token: str, undisturbed: list[str]) -> None:
@@ -71,15 +38,21 @@ async def test_some_kills(tmp_path: Path, model: Path, token: str, campaign: Mak
 @pytest.mark.faults
 @pytest.mark.parametrize("victim", VICTIMS)
 async def test_a_kill_at_every_moment(tmp_path: Path, model: Path, token: str, campaign: Make, undisturbed: list[str], victim: str):
-    await unchanged(campaign([Cell(victim, moment) for moment in MOMENTS]), run_of(tmp_path, model), token, undisturbed)
+    await unchanged(campaign([Cell(victim, moment) for moment in MOMENTS]), run_of(tmp_path, model, 40), token, undisturbed)
 
 
 @pytest.mark.faults
 @pytest.mark.usefixtures("soon_silent")
-@pytest.mark.parametrize("victim", ["trainer rank 0", "trainer rank 1", "replica", "snapshot holder 0"])
-async def test_a_hang(tmp_path: Path, model: Path, token: str, campaign: Make, undisturbed: list[str], victim: str):
+@pytest.mark.parametrize(
+    ("victim", "steps", "reward"),
+    [("trainer rank 0", 14, steady), ("trainer rank 1", 14, steady), ("replica", 14, steady), ("snapshot holder 0", STEPS, slow)],
+)
+async def test_a_hang(
+    tmp_path: Path, model: Path, token: str, campaign: Make, undisturbed: list[str], victim: str, steps: int, reward: Any
+):
+    """A holder holds up no step, so its steps have to take the time in which its silence is noticed."""
     cells = [Cell(victim, moment, kill=False) for moment in ("generating", "mid-all-reduce", "mid-publish", "mid-checkpoint")]
-    await unchanged(campaign(cells), run_of(tmp_path, model, 14), token, undisturbed)
+    await unchanged(campaign(cells), run_of(tmp_path, model, steps, scored_by=reward), token, undisturbed)
 
 
 @pytest.mark.faults

@@ -12,6 +12,7 @@ import pytest
 from tests.loop.fakes import group
 from tests.loop.local import LocalRun
 from verst import cli
+from verst.cli.audit import _lines
 from verst.errors import JournalError
 from verst.journal.audit import Audit, audit
 from verst.journal.codec import encode_group
@@ -316,3 +317,9 @@ def test_the_command_says_yes(done_run: LocalRun, capsys: pytest.CaptureFixture[
     found = json.loads(capsys.readouterr().out)
     assert (found["ok"], found["lives"], found["violations"]) == (True, True, [])
     assert len(found["digests"]) == found["batches"] == len(done_run.metric("version"))
+
+
+def test_of_a_loss_a_person_is_shown_the_first_line():
+    """Ray tells of the death of a process in ten."""
+    found = Audit(faults=[FaultRecord("replica 1", "it died\n\tclass_name: Host", 1, 1.0)])
+    assert "fault        after step 1: replica 1: it died" in _lines(found, lives=False, bound=0)

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -87,6 +88,14 @@ def test_a_flipped_bit_is_found(memory: Path):
     holder.close()
 
 
+def let_go(directory: Path) -> None:
+    """The lock of a holder, as its death would."""
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{number}").endswith(f"{directory.name}/owner.lock"):
+                fcntl.flock(int(number), fcntl.LOCK_UN)
+
+
 def test_a_holder_takes_up_what_another_has_left(memory: Path):
     """The memory outlives the process: here the lock of the first is let go as its death would."""
     directory = memory / "verst-run.rank0"
@@ -94,12 +103,7 @@ def test_a_holder_takes_up_what_another_has_left(memory: Path):
     first.open()
     first.open()  # by a loop that adopts it
     first.confirm(1, written(directory, 1))
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            if os.readlink(f"/proc/self/fd/{number}").endswith(f"{directory.name}/owner.lock"):
-                fcntl.flock(int(number), fcntl.LOCK_UN)
-        except OSError:
-            continue
+    let_go(directory)
     second.open()
     assert second.steps(rank_name(0, 1)) == [1]
     assert second.confirm(1, FileRecord(**json.loads((directory / "step-00000001" / f"{rank_name(0, 1)}.json").read_text())))
@@ -231,6 +235,17 @@ async def test_a_holder_that_died_is_replaced_and_its_snapshots_are_still_there(
     assert holders.begun == [(0, "a"), (1, "a"), (1, "a")]
     assert notes == ["snapshot holder 1 died (confirm): another snapshot holder takes its place"]
     assert await snapshots.restore(2) == 2
+
+
+async def test_a_holder_that_died_since_its_last_snapshot_keeps_no_memory_after_the_run(memory: Path):
+    snapshots, ranks, holders, notes = kept(memory, ["a", "a"])
+    await snapshots.start()
+    await commit(snapshots, ranks, 1)
+    holders.dead.add(1)
+    let_go(memory / "verst-run.rank1")
+    await snapshots.close()
+    assert os.listdir(memory) == []
+    assert notes == ["snapshot holder 1 died (open): another snapshot holder takes its place"]
 
 
 async def test_a_machine_that_is_lost_takes_no_snapshot_with_it(memory: Path):

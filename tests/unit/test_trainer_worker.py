@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,9 +55,9 @@ class Gathers:
 class Ranks:
     """Two ranks with a thread each, in which their calls are done one after another, as in their actors."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadline_s: float = 0.5) -> None:
         self.gathers = Gathers()
-        config = Config.model_validate({"run": {"steps": 1}, "model": {"path": "unused"}, "weights": {"deadline_s": 0.5}})
+        config = Config.model_validate({"run": {"steps": 1}, "model": {"path": "unused"}, "weights": {"deadline_s": deadline_s}})
         self._workers = [TrainerWorker(config, rank, "cpu") for rank in range(RANKS)]
         self._threads = [ThreadPoolExecutor(1) for _ in range(RANKS)]
         for worker in self._workers:
@@ -65,6 +66,9 @@ class Ranks:
 
     def send(self, manifest: Manifest, address: GroupAddress | None) -> list[Future[Any]]:
         return [thread.submit(worker.send, manifest, PROBE_T, address) for worker, thread in zip(self._workers, self._threads, strict=True)]
+
+    def call_off(self, group: str, version: int) -> None:
+        asyncio.run(self._workers[0].call_off(group, version))
 
     def close(self) -> None:
         for thread in self._threads:
@@ -93,3 +97,19 @@ def test_a_version_can_be_sent_again_after_rank_0_failed(ranks: Ranks, world: in
     again = ranks.send(whole, replace(ranks.address, name="run/2", world=1))
     assert [future.result(10).tolist() for future in again] == [[0, 0, 0]] * RANKS
     assert ranks.gathers.met == [[what] * RANKS for what in [*WEIGHTS, "logprobs"] * 2]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_send_is_called_off_before_it_begins_or_in_the_middle_and_the_next_is_not(begun: bool):
+    ranks = Ranks(deadline_s=30.0)
+    try:
+        whole = describe(1, iter(WEIGHTS.items()))
+        calls = [lambda: ranks.call_off("run/1", 1), lambda: ranks.send(whole, replace(ranks.address, name="run/1", world=2))]
+        failing = [call() for call in calls[:: -1 if begun else 1]][not begun]
+        with pytest.raises(DeadlineExceeded, match=r"not all of 2 members met .* called off"):
+            failing[0].result(10)
+        assert failing[1].result(10).tolist() == [0, 0, 0]
+        again = ranks.send(whole, replace(ranks.address, name="run/2", world=1))
+        assert [future.result(10).tolist() for future in again] == [[0, 0, 0]] * RANKS
+    finally:
+        ranks.close()

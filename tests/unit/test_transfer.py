@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from verst.config.schema import Config
-from verst.errors import TrainingDiverged, VerstError, WeightMismatch
+from verst.errors import DeadlineExceeded, TrainingDiverged, VerstError, WeightMismatch
 from verst.runtime.actors import LocalWorker
 from verst.runtime.placement import Placement
 from verst.runtime.replica import Replica, Stage
@@ -115,6 +116,32 @@ async def test_a_version_that_did_not_arrive_whole_is_brought_again_whole(transp
     assert side.events[:-2] == [*formed[0], ("sort out", 0, 1, False), *formed[1]], "a group that a version did not come by may be broken"
     assert (await by_group.bring(BY_GROUP, PROBE_T)).difference == 0.0625 / 2
     assert side.events[7:9] == ["pull", "send"], "a group that works is used again"
+
+
+async def test_a_sender_whose_receivers_have_failed_is_called_off():
+    class Waiting(Side):
+        """The first version is sent to somebody who does not receive it."""
+
+        def __init__(self) -> None:
+            super().__init__(wrong=1)
+            self._called_off = asyncio.Event()
+
+        async def send(self, manifest: Manifest, probe_T: NDArray[np.int32], address: GroupAddress | None = None) -> NDArray[np.float32]:
+            sent = await super().send(manifest, probe_T, address)
+            if not self._called_off.is_set():
+                await self._called_off.wait()
+                raise DeadlineExceeded("called off")
+            return sent
+
+        async def call_off(self, group: str, version: int) -> None:
+            self.events.append(("call off", group, version))
+            self._called_off.set()
+
+    side = Waiting()
+    by_group = transfer(side, "group")
+    await by_group.open("run")
+    await asyncio.wait_for(by_group.bring(BY_GROUP, PROBE_T), 10)
+    assert side.events[2:4] == [("call off", "run/1", 1), ("sort out", 0, 1, False)]
 
 
 async def test_the_group_is_formed_anew_when_replicas_came_or_went():

@@ -1,6 +1,7 @@
 """Weights by process group, in processes of their own over gloo."""
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -193,6 +194,55 @@ def test_a_dead_member_holds_up_the_others_no_longer_than_a_meeting(shared: bool
         with pytest.raises(DeadlineExceeded, match=r"dead/0, rank 1: not all of 3 members met"):
             receiver.result(DEADLINE_S)
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [False, True], ids=["broadcast", "shared"])
+@pytest.mark.parametrize("joins", [False, True])
+def test_a_sender_is_called_off(shared: bool, joins: bool):
+    """Whether it waits for the receiver to come, or to receive: not until its own limit."""
+    called_off = threading.Event()
+    store = open_store("127.0.0.1", timeout_s=DEADLINE_S, listen=True)
+    address = GroupAddress("127.0.0.1", store.port, "off/0", 2, shared)
+
+    def sends() -> Member:
+        group = enter(store, address, 0, device="cpu", timeout_s=DEADLINE_S, called_off=called_off.is_set)
+        send(group, manifest(), iter(weights().items()), bucket_bytes=BUCKET_BYTES, deadline_s=DEADLINE_S)
+        return group
+
+    with ThreadPoolExecutor(2) as threads:
+        sending = threads.submit(sends)
+        receiver = join(address, 1, device="cpu", timeout_s=DEADLINE_S) if joins else None
+        called_off.set()
+        with pytest.raises(DeadlineExceeded, match=r"off/0, rank 0: .* called off"):
+            sending.result(DEADLINE_S / 2)
+        del receiver  # gloo lets go of what it sends with its receiver
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [False, True], ids=["broadcast", "shared"])
+def test_the_others_do_not_wait_for_a_sender_that_left(shared: bool):
+    """One receiver dies, the sender is called off and leaves; the receiver that lives is free to join another group."""
+    called_off = threading.Event()
+    store = open_store("127.0.0.1", timeout_s=DEADLINE_S, listen=True)
+    address = GroupAddress("127.0.0.1", store.port, "left/0", 3, shared)
+
+    def sends() -> None:
+        group = enter(store, address, 0, device="cpu", timeout_s=DEADLINE_S, called_off=called_off.is_set)
+        try:
+            send(group, manifest(), iter(weights().items()), bucket_bytes=BUCKET_BYTES, deadline_s=DEADLINE_S)
+        finally:
+            group.close()
+
+    with ThreadPoolExecutor(3) as threads:
+        threads.submit(sends)
+        dead = threads.submit(join, address, 2, device="cpu", timeout_s=DEADLINE_S)
+        living = threads.submit(checksums, address, 1, 1)
+        dead.result(DEADLINE_S)
+        del dead
+        called_off.set()
+        with pytest.raises(DeadlineExceeded, match="left/0, rank 1: version 1: receiving"):
+            living.result(DEADLINE_S / 2)
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def _lines(found: Audit, *, lives: bool, bound: int) -> list[str]:
         f"staleness    {_staleness(found)}; the bound is {bound}",
         f"checkpoints  {', '.join(map(str, found.checkpoints)) or 'none'}",
         *_first(f"changed      after step {c.step}: {_options(c.options)}" for c in found.changes),
-        *_first(f"fault        after step {f.step}: {f.role}: {one_line(f.reason)}" for f in found.faults),
+        *_first(f"fault        after step {f.step}: {f.role}: {_opening(f.reason)}" for f in found.faults),
         *_first(f"recovery     {r.role} from {r.source}, at step {r.step}, in {number(r.seconds, '.1f')} s" for r in found.recoveries),
         *_first(f"note         {line}" for line in found.notes),
         *(f"violation    {one_line(line)}" for line in found.violations),
@@ -83,6 +83,11 @@ def _first(lines: Any) -> list[str]:
     all_lines = list(lines)
     more = len(all_lines) - _SHOWN
     return [*all_lines[:_SHOWN], *([f"  […] {more} more; --json has all"] if more > 0 else [])]
+
+
+def _opening(reason: str) -> str:
+    """Its first line: Ray tells of a death in ten, --json has all of them."""
+    return one_line(reason.partition("\n")[0])
 
 
 def _options(options: Any) -> str:

@@ -211,10 +211,10 @@ class Snapshots:
         if self._completing is not None:
             self._completing.cancel()
             await asyncio.wait({self._completing})
-        for rank, holder in enumerate(self._holders):
+        for rank in range(len(self._holders)):
             try:
-                await self._ask_once(rank, "open")  # one that was replaced may not have taken charge of what it is to remove
+                await self._ask(rank, "open")  # one that was replaced may not have taken charge of what it is to remove
                 await self._ask_once(rank, "close")
-            except (WorkerDied, NoAnswer) as error:  # what it has left is found and removed by the next run on that machine
+            except VerstError as error:  # what it has left is found and removed by the next run on that machine
                 self._note(f"while closing: {first_line(error)}")
-            holder.kill()
+            self._holders[rank].kill()

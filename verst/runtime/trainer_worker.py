@@ -86,6 +86,9 @@ class TrainerWorker:
         self._device = device
         self.backend: Any = None
         self._group: Member | None = None
+        self._group_name = ""
+        self._sending: tuple[str, int] | None = None  # by which group which version
+        self._called_off: tuple[str, int] | None = None
         self._writers: dict[str, CheckpointWriter] = {}  # by directory
 
     async def ping(self) -> None:
@@ -101,7 +104,7 @@ class TrainerWorker:
     def leave(self) -> None:
         """Gives up everything that `start` has made. The rank's work is over when this begins."""
         self._leave_group()
-        self.backend = None
+        self.backend = self._called_off = None
         if "torch" in sys.modules:
             import torch
 
@@ -195,7 +198,8 @@ class TrainerWorker:
         from verst.weights.group import SENDER, enter
 
         self._leave_group()
-        self._group = enter(self._store, address, SENDER, device=self._device, timeout_s=self._config.weights.deadline_s)
+        limit_s, off = self._config.weights.deadline_s, lambda: self._called_off == self._sending
+        self._group = enter(self._store, address, SENDER, device=self._device, timeout_s=limit_s, called_off=off)
 
     def _leave_group(self) -> None:
         if self._group is not None:
@@ -230,9 +234,16 @@ class TrainerWorker:
         from verst.weights.layout import BUCKET_BYTES
 
         if address is not None:
+            self._group_name = address.name
+        self._sending = self._group_name, manifest.version
+        if address is not None:
             self._join(address)
         assert self._group is not None, "a version cannot come by a group that was never formed"
         send(self._group, manifest, weights, bucket_bytes=BUCKET_BYTES, deadline_s=self._config.weights.deadline_s)
+
+    async def call_off(self, group: str, version: int) -> None:
+        """Ends `send` of this version by this group, where it waits for its receivers, beside its work, or as soon as it begins."""
+        self._called_off = group, version
 
     def release_memory(self, weights: bool) -> None:
         self.backend.release_memory(weights=weights)

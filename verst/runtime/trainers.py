@@ -203,6 +203,10 @@ class Trainers:
         """Sends a version, by a group that is formed first if an address is given; returns the trainer's log-probabilities of the probe."""
         return (await self._all("send", manifest, probe_T, address))[0]
 
+    async def call_off(self, group: str, version: int) -> None:
+        """Ends what waits in `send` for receivers that have failed, which raises `DeadlineExceeded` then."""
+        await self._first("call_off", group, version)
+
     async def release_memory(self, *, weights: bool) -> None:
         await self._all("release_memory", weights)
 

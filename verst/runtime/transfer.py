@@ -15,11 +15,12 @@ that neither side can be held up between the meeting and the transfer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,7 @@ from verst.runtime.pools import Replicas
 from verst.runtime.replica import Replica, Stage
 from verst.runtime.rollout_worker import Pulled, Seat
 from verst.runtime.trainer_worker import GROUP, Published
-from verst.runtime.trainers import Trainers
+from verst.runtime.trainers import Trainers, TrainersLost
 from verst.runtime.wait import within
 from verst.types import Manifest
 from verst.weights.push import check_probe, compare_probe
@@ -70,8 +71,10 @@ class Transfer:
         self._place: GroupAddress | None = None
         self._groups = 0
         """Formed so far: each has a name of its own."""
+        self._group_name = ""
+        """Of the newest one."""
         self._seated: Sequence[Replica] = ()
-        """The members of the newest one, in order."""
+        """Its members, in order."""
 
     @property
     def reads_trainers(self) -> bool:
@@ -155,17 +158,29 @@ class Transfer:
         members = self._replicas.members
         address, seats = (None, {}) if members == self._seated else self._seats(members)
         pulling = asyncio.ensure_future(self._replicas.pull(published.manifest, probe_T, seats))
+        sending = asyncio.ensure_future(self._send(published.manifest, probe_T, address))
         try:
-            trainer_T, sending = await asyncio.ensure_future(self._send(published.manifest, probe_T, address))
+            await self._call_off_if_in_vain(sending, pulling, published.manifest.version)
+            trainer_T, during = await sending
         except DeadlineExceeded:
             found = await pulling
             if all(isinstance(outcome, Pulled) for outcome in found.values()):
                 raise  # it was not theirs
             return found, None, None
         finally:
+            sending.cancel()
             await asyncio.wait({pulling})  # what it waits for has limits
         self._seated = members
-        return await pulling, trainer_T, sending
+        return await pulling, trainer_T, during
+
+    async def _call_off_if_in_vain(self, sending: asyncio.Future[Any], pulling: asyncio.Future[dict[Replica, Any]], version: int) -> None:
+        """Waits for the one or the other. A sender whose receivers have failed would wait for them until its own limit."""
+        await asyncio.wait({sending, pulling}, return_when=asyncio.FIRST_COMPLETED)
+        if sending.done() or pulling.exception() is not None:
+            return
+        if any(isinstance(outcome, VerstError) for outcome in pulling.result().values()):
+            with contextlib.suppress(TrainersLost):  # who sends is lost too, and says so
+                await self._trainers.call_off(self._group_name, version)
 
     async def _send(
         self, manifest: Manifest, probe_T: NDArray[np.int32], address: GroupAddress | None
@@ -178,7 +193,8 @@ class Transfer:
         assert self._place is not None, "open() comes first"
         *firsts, world = accumulate((replica.weight_ranks for replica in members), initial=1)
         self._groups += 1
-        address = replace(self._place, name=f"{self._run_id}/{self._groups}", world=world)
+        self._group_name = f"{self._run_id}/{self._groups}"
+        address = replace(self._place, name=self._group_name, world=world)
         return address, {replica: Seat(address, first) for replica, first in zip(members, firsts, strict=True)}
 
 

@@ -13,7 +13,7 @@ Where trainer and engine share one GPU, NCCL cannot connect them; they use `vers
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol
@@ -33,8 +33,17 @@ MEETING_S = 60.0
 """How long members wait for one another once the sender is there: all of them run, and were called together."""
 
 _POLL_S = 0.00005
+_MEETING_POLL_S = 0.002
 _GRACE_S = 1.0
 """gloo ends an operation at its limit by itself; NCCL's watchdog looks only now and then."""
+
+
+CalledOff = Callable[[], bool]
+"""Asked by the sender while it waits: whether others know that a receiver has failed. Then it leaves with `DeadlineExceeded`."""
+
+
+def never() -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +101,14 @@ class WeightGroup:
     Raises `DeadlineExceeded` if not all came in time (`meet`).
     """
 
-    def __init__(self, store: Store, address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float) -> None:
-        self.address, self.rank, self.device = address, rank, torch.device(device)
+    def __init__(
+        self, store: Store, address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float, called_off: CalledOff = never
+    ) -> None:
+        self.address, self.rank, self.device, self._called_off = address, rank, torch.device(device), called_off
         self._buffers: list[torch.Tensor] = []
         self.views: dict[tuple[int, Form], list[torch.Tensor]] = {}
         prefixed = PrefixStore(address.name, store)
-        deadline = meet(prefixed, address, rank, timeout_s)
+        deadline = meet(prefixed, address, rank, timeout_s, called_off)
         try:
             self._backend: Any = self._make(prefixed, deadline, timeout_s)
             # NCCL connects at its first collective, which takes half a second: not within the first publish
@@ -134,6 +145,9 @@ class WeightGroup:
             if time.monotonic() > deadline + _GRACE_S:
                 self.close()
                 raise DeadlineExceeded(f"{who} was not done in time")
+            if self._called_off():
+                self.close()
+                raise DeadlineExceeded(f"{who} was called off: a receiver has failed")
             time.sleep(_POLL_S)
         try:
             work.wait()  # raises what ended it
@@ -152,7 +166,7 @@ def open_store(host: str, port: int = 0, *, timeout_s: float, listen: bool) -> T
     return TCPStore(host, port, None, listen, timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
-def meet(store: Store, address: GroupAddress, rank: int, timeout_s: float) -> float:
+def meet(store: Store, address: GroupAddress, rank: int, timeout_s: float, called_off: CalledOff = never) -> float:
     """Waits for all members at a group's store, and returns the deadline, on the monotonic clock, of what is left to connect.
 
     The sender may be in the middle of training, so receivers wait `timeout_s` for it; for the others all wait `MEETING_S`, if that is less.
@@ -167,7 +181,12 @@ def meet(store: Store, address: GroupAddress, rank: int, timeout_s: float) -> fl
             store.wait([f"met/{SENDER}"], _until(deadline))
         waited_s = min(MEETING_S, max(deadline - time.monotonic(), 0.001))
         deadline = time.monotonic() + waited_s
-        store.wait([f"met/{member}" for member in range(address.world)], _until(deadline))
+        members = [f"met/{member}" for member in range(address.world)]
+        while rank == SENDER and not store.check(members) and time.monotonic() < deadline:
+            if called_off():
+                raise DeadlineExceeded(f"{_missed(address, rank)}: called off, one has failed")
+            time.sleep(_MEETING_POLL_S)
+        store.wait(members, _until(deadline))
     except RuntimeError as error:
         raise DeadlineExceeded(f"{_missed(address, rank)} within {waited_s:.3g} s: {error}") from error
     return deadline
@@ -181,12 +200,14 @@ def _until(deadline: float) -> timedelta:
     return timedelta(seconds=max(deadline - time.monotonic(), 0.001))
 
 
-def enter(store: Store, address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float) -> Member:
+def enter(
+    store: Store, address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float, called_off: CalledOff = never
+) -> Member:
     """Becomes a member, by a store that is open. A collective; raises `DeadlineExceeded` if not all members came in time (`meet`)."""
     from verst.weights.shared import SharedBuffers
 
     kind = SharedBuffers if address.shared else WeightGroup
-    return kind(store, address, rank, device=device, timeout_s=timeout_s)
+    return kind(store, address, rank, device=device, timeout_s=timeout_s, called_off=called_off)
 
 
 def join(address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float) -> Member:

@@ -6,11 +6,14 @@ they are, and a store carries who is done with what:
     sender     fill buffer k % 2, `written/k`     once every receiver has set `read/k-2`
     receiver   wait for `written/k`, load, `read/k`
 
+A sender that leaves sets `left`: its receivers would wait until their own limits.
+
 The methods are those of `verst.weights.group.WeightGroup`, and `send` and `GroupUpdate` work over both.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 import time
@@ -22,11 +25,14 @@ import torch
 from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
 from verst.errors import DeadlineExceeded
-from verst.weights.group import SENDER, GroupAddress, meet
+from verst.weights.group import SENDER, CalledOff, GroupAddress, meet, never
 from verst.weights.layout import Form
 from verst.weights.location import shared_memory
 
 _POLL_S = 0.00005
+_LEFT = "left"
+_LOOK = 200
+"""After so many polls it is asked again whether the sender has left, which takes as long as a poll."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +52,16 @@ class Turn:
 class SharedBuffers:
     """One member on the sender's host and device. Raises `DeadlineExceeded` if not all members came in time (`meet`)."""
 
-    def __init__(self, store: Store, address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float) -> None:
-        self.address, self.rank, self.device = address, rank, torch.device(device)
+    def __init__(
+        self, store: Store, address: GroupAddress, rank: int, *, device: torch.device | str, timeout_s: float, called_off: CalledOff = never
+    ) -> None:
+        self.address, self.rank, self.device, self._called_off = address, rank, torch.device(device), called_off
         self._store = PrefixStore(address.name, store)
         self._buffers: dict[str, list[torch.Tensor]] = {}
         self.views: dict[tuple[int, Form], list[torch.Tensor]] = {}
         self._unmapped: list[_Owned] = []
         self._turns = 0
-        meet(self._store, address, rank, timeout_s)
+        meet(self._store, address, rank, timeout_s, called_off)
 
     def buffers(self, nbytes: int, count: int, deadline: float) -> list[torch.Tensor]:
         """The sender's, here or mapped; made at their first use and kept, because each version needs them again.
@@ -89,9 +97,16 @@ class SharedBuffers:
         """The sender waits until all receivers are done with the buffer, a receiver until it is written. Raises `DeadlineExceeded`."""
         reads = [work.read(rank) for rank in self._receivers]
         keys = reads if self.rank == SENDER else [work.written]
-        while not self._store.check(keys):
+        who = f"weight group {self.address.name}, rank {self.rank}: {what}"
+        for polls in itertools.count():
+            if self._store.check(keys):
+                break
             if time.monotonic() > deadline:
-                raise DeadlineExceeded(f"weight group {self.address.name}, rank {self.rank}: {what} was not done in time")
+                raise DeadlineExceeded(f"{who} was not done in time")
+            if self._called_off():
+                raise DeadlineExceeded(f"{who} was called off: a receiver has failed")
+            if polls % _LOOK == _LOOK - 1 and self._store.check([_LEFT]):
+                raise DeadlineExceeded(f"{who} was not done, and the sender has left")
             time.sleep(_POLL_S)
         if self.rank == SENDER:
             for key in (work.written, *reads):
@@ -104,6 +119,8 @@ class SharedBuffers:
         self._store.set(work.read(self.rank), "")
 
     def close(self) -> None:
+        if self.rank == SENDER:
+            self._store.set(_LEFT, "")
         self._buffers.clear()
         while self._unmapped:
             self._unmapped.pop().mapped()

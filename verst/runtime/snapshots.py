@@ -81,7 +81,7 @@ class Snapshots:
                 self._holders[rank], self._nodes[rank] = self._spawn(rank, node), node
             else:
                 continue
-            await self._ask_once(rank, "open", limit_s=self._limit_s)
+            await self._ask(rank, "open", limit_s=self._limit_s)
 
     def expect(self, digests: Mapping[int, str]) -> None:
         """The weights hashes of steps that were committed before this process began."""

@@ -248,6 +248,25 @@ async def test_a_machine_that_is_lost_takes_no_snapshot_with_it(memory: Path):
     assert holders.begun == [(0, "a"), (1, "b"), (1, "c")]
 
 
+async def test_a_rank_that_moves_leaves_nothing_on_its_former_machine(memory: Path):
+    """Which lives: Ray has started its process elsewhere."""
+    snapshots, ranks, holders, _ = kept(memory, ["a", "b"])
+    await snapshots.start()
+    await commit(snapshots, ranks, 5)
+    ranks.where = ["a", "c"]
+    spawn, left = holders.spawn, list[str]()
+
+    def elsewhere(rank: int, node: str) -> LocalWorker:
+        left.extend(path.name for path in memory.glob("verst-run.rank1"))
+        return spawn(rank, node)
+
+    snapshots._spawn = elsewhere
+    assert await snapshots.restore(5) == 5
+    assert left == []
+    assert ranks.restored == [(5, 5)], "from the copy on a"
+    await snapshots.close()
+
+
 async def test_a_machine_that_is_lost_with_the_loop_takes_no_snapshot_with_it(memory: Path, monkeypatch: pytest.MonkeyPatch):
     """The next loop knows neither which machine the rank was on, nor who was its buddy: here both ranks are on one now."""
     monkeypatch.setattr(SnapshotHolder, "_adopt", lambda self: Path(self._directory).exists())  # the locks of processes that died are free

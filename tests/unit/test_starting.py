@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from ray.exceptions import ActorUnschedulableError
 
 from verst.config.schema import Config
 from verst.errors import EngineFailure, ModelError
 from verst.journal.log import Journal, JournalReader
 from verst.runtime import revival, starting
-from verst.runtime.actors import LocalWorker, WorkerDied
+from verst.runtime.actors import LocalWorker, WorkerDied, unwrapped
 from verst.runtime.faults import Faults
 from verst.runtime.lease import Lease
 from verst.runtime.pools import Replicas
 from verst.runtime.replica import Stage, fresh
 from verst.runtime.revival import GivenUp, Losses
+from verst.runtime.stacks import KeepStacks
 from verst.runtime.starting import Starting
 from verst.runtime.trainers import Trainers, TrainersLost
 
@@ -73,14 +75,12 @@ class Start:
         self.directory = directory
         self.journal = Journal.create(directory / "journal", "test-run")
         faults = Faults(self.journal, self.notes.append)
-        self.starting = Starting(self.ranks, self.replicas, self._spawn, Losses(faults, self._stacks, directory), faults, 0)
+        losses = Losses(faults, KeepStacks(lambda: [], directory), directory)
+        self.starting = Starting(self.ranks, self.replicas, self._spawn, losses, faults, 0)
 
     def _spawn(self, number: int, slot: int) -> LocalWorker:
         self.begun.append((number, slot))
         return self.later.pop(0)
-
-    async def _stacks(self, reason: str) -> list[str]:
-        return []
 
     async def go(self, *, shared: bool = False, again: bool = False) -> None:
         await Lease(self.config, self.ranks, self.replicas, shared=shared).start(True, self.starting, again=again)
@@ -167,3 +167,29 @@ async def test_what_is_wrong_with_the_input_is_no_loss(tmp_path: Path):
     with pytest.raises(ModelError, match="no such model"):
         await start.go()
     assert start.notes == []
+
+
+def test_a_process_that_was_to_start_on_a_lost_machine_has_died():
+    with (
+        pytest.raises(WorkerDied, match=r"^snapshot holder 1 could not be started \(open\): .*the node is gone"),
+        unwrapped("snapshot holder 1", "open"),
+    ):
+        raise ActorUnschedulableError("the node is gone")
+
+
+async def test_ranks_meet_once_all_processes_run():
+    """Else those who wait in the meeting for one that never comes cannot be called out of it."""
+    asked: list[str] = []
+
+    class Rank(LocalWorker):
+        async def call(self, method: str, /, *args: Any) -> Any:
+            asked.append(f"{self.name}: {method}")
+
+        async def where(self) -> Any:
+            if self.name == "trainer rank 1":
+                raise WorkerDied("trainer rank 1 died (where it is)")
+
+    config = Config.model_validate({"run": {"steps": 1}, "model": {"path": "unused"}, "train": {"ranks": 2}})
+    with pytest.raises(TrainersLost, match="trainer rank 1 died"):
+        await Trainers(lambda rank: Rank(f"trainer rank {rank}", None), config, put=lambda encoded: encoded).start()
+    assert asked == []

@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from verst.config.schema import Config
 from verst.errors import CheckpointError, VerstError, first_line
 from verst.runtime.actors import Worker, WorkerDied
+from verst.runtime.replica import ANSWER_S
 from verst.runtime.trainers import Trainers, TrainersLost
 from verst.runtime.training_step import weights_digest
 from verst.runtime.wait import NoAnswer, within
@@ -77,11 +79,17 @@ class Snapshots:
                 self._holders.append(self._spawn(rank, node))
                 self._nodes.append(node)
             elif node != self._nodes[rank]:
-                self._holders[rank].kill()
+                await self._let_go(self._holders[rank])
                 self._holders[rank], self._nodes[rank] = self._spawn(rank, node), node
             else:
                 continue
             await self._ask(rank, "open", limit_s=self._limit_s)
+
+    async def _let_go(self, holder: Worker) -> None:
+        """Of a rank that is on another machine now. If its own lives, it gives the memory there back."""
+        with suppress(WorkerDied, NoAnswer):
+            await within(holder.call("close"), ANSWER_S, f"{holder.name}: close")
+        holder.kill()
 
     def expect(self, digests: Mapping[int, str]) -> None:
         """The weights hashes of steps that were committed before this process began."""

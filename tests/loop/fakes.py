@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -21,10 +21,13 @@ from verst.observe.metrics import Tally
 from verst.runtime.faults import Faults
 from verst.runtime.lease import Lease
 from verst.runtime.pools import Replicas
+from verst.runtime.replica import Replica
 from verst.runtime.trainer_worker import Published, Scores
 from verst.runtime.trainers import Trainers, TrainersLost
 from verst.runtime.transfer import Brought
 from verst.types import FinishReason, Group, Manifest, Message, Prompt, RoutedExperts, Status, Trajectory, Turn
+
+T = TypeVar("T")
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -309,3 +312,10 @@ class FakeParts:
         self.note(f"checkpoint of step {step}: {error}")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None: ...
+
+
+class NothingLost:
+    """While a run starts."""
+
+    async def replica(self, first: Replica, work: Callable[[Replica], Awaitable[T]]) -> T:
+        return await work(first)

@@ -113,8 +113,8 @@ def end_tree(process: subprocess.Popen[Any]) -> None:
     process.wait(30)
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[Any] | None = None) -> None:
-    limit = time.monotonic() + DEADLINE_S
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[Any] | None = None, limit_s: float = DEADLINE_S) -> None:
+    limit = time.monotonic() + limit_s
     while not condition():
         assert process is None or process.poll() is None, "it ended too early"
         assert time.monotonic() < limit, "the moment never came"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.loop.fakes import FakeParts, FakeTrainers, config, group
+from tests.loop.fakes import FakeParts, FakeTrainers, NothingLost, config, group
 from verst.config.load import load_config
 from verst.config.schema import Config
 from verst.errors import ConfigError, DeadlineExceeded, EngineFailure, InvariantViolation, ModelError
@@ -183,7 +183,7 @@ class Scaled:
 
         async def run() -> None:
             try:
-                await self.replicas.start(True)
+                await self.replicas.start(True, NothingLost())
                 await self.transfer.open("run")
                 async with Scaler(self.run, read, self.replicas, means).following():
                     await self.loop.run()

@@ -13,6 +13,7 @@ from verst.observe.spans import Spans
 from verst.runtime.lease import Lease
 from verst.runtime.limits import group_deadline_s, rolling_deadline_s
 from verst.runtime.pools import Replicas
+from verst.runtime.starting import Starting
 from verst.runtime.trainers import Trainers
 
 
@@ -41,9 +42,15 @@ def lease(shared: bool) -> tuple[Lease, list[str]]:
     return Lease(config(train={"deadline_s": 0.001}), *sides, shared=shared), events
 
 
+def starting_of(lease: Lease) -> Starting:
+    """Of what it starts, where nothing is lost."""
+    unused = cast(Any, None)
+    return Starting(lease._trainers, lease._replicas, unused, unused, unused, 0)
+
+
 async def test_sides_that_share_devices_start_one_after_the_other():
     shared, events = lease(shared=True)
-    await shared.start(scores=True)
+    await shared.start(True, starting_of(shared))
     calls = [
         "trainers start",
         "trainers release_memory weights=True",
@@ -56,7 +63,7 @@ async def test_sides_that_share_devices_start_one_after_the_other():
 
 async def test_sides_with_devices_of_their_own_start_together_and_are_never_asked_again():
     separate, events = lease(shared=False)
-    await separate.start(scores=True)
+    await separate.start(True, starting_of(separate))
     assert events == ["trainers start", "replicas start", "done", "done"]
     spans = Spans()
     async with separate.training(spans), separate.transfer(reads_trainers=True):  # at once: nobody excludes the other

@@ -51,7 +51,7 @@ def test_the_newest_two_are_kept_and_come_back_bit_for_bit(memory: Path):
     holder.open()
     for step in (1, 2, 3):
         assert holder.confirm(step, written(directory, step))
-    assert holder.steps(rank_name(0, 1)) == [2, 3]
+    assert holder.steps() == {rank_name(0, 1): [2, 3]}
     assert KEPT == 2
     found = load_snapshot(directory, 3, rank=0, world=1)
     assert torch.equal(found.tensors["model/w"], torch.full((8,), 3.0))
@@ -65,7 +65,7 @@ def test_what_is_not_confirmed_is_not_there(memory: Path):
     holder = SnapshotHolder(str(directory))
     holder.open()
     written(directory, 1)
-    assert holder.steps(rank_name(0, 1)) == []
+    assert holder.steps() == {}
     with pytest.raises(CheckpointError, match="no complete snapshot"):
         load_snapshot(directory, 1, rank=0, world=1)
     holder.confirm(2, written(directory, 2))
@@ -105,7 +105,7 @@ def test_a_holder_takes_up_what_another_has_left(memory: Path):
     first.confirm(1, written(directory, 1))
     let_go(directory)
     second.open()
-    assert second.steps(rank_name(0, 1)) == [1]
+    assert second.steps() == {rank_name(0, 1): [1]}
     assert second.confirm(1, FileRecord(**json.loads((directory / "step-00000001" / f"{rank_name(0, 1)}.json").read_text())))
     second.close()
 
@@ -119,7 +119,7 @@ async def test_a_copy_on_another_machine_brings_it_back(memory: Path, monkeypatc
     here.confirm(4, record)
     there.confirm(4, written(memory / "verst-run.rank1", 4, rank=1, world=2))
     await there.fetch(LocalWorker("holder 0", here), 4, record)
-    assert there.steps(rank_name(0, 2)) == there.steps(rank_name(1, 2)) == [4]
+    assert there.steps() == {rank_name(rank, 2): [4] for rank in range(2)}
     assert asdict(there.record(4, record.name)) == asdict(record)
     here.close()  # with its machine
     new = SnapshotHolder(str(memory / "verst-run.rank0"))
@@ -191,8 +191,12 @@ class Holders:
         return Mortal(f"snapshot holder {rank}", holder)
 
 
+def snapshots_config(**checkpoint: Any) -> Config:
+    return Config.model_validate({"run": {"steps": 1}, "model": {"path": "m"}, "train": {"ranks": 2}, "checkpoint": checkpoint})
+
+
 def kept(memory: Path, nodes: list[str], **checkpoint: Any) -> tuple[Snapshots, Ranks, Holders, list[str]]:
-    config = Config.model_validate({"run": {"steps": 1}, "model": {"path": "m"}, "train": {"ranks": 2}, "checkpoint": checkpoint})
+    config = snapshots_config(**checkpoint)
     ranks, holders, notes = Ranks(nodes), Holders(memory), list[str]()
     return Snapshots(config, "run", cast(Trainers, ranks), holders.spawn, notes.append), ranks, holders, notes
 
@@ -257,6 +261,39 @@ async def test_a_machine_that_is_lost_takes_no_snapshot_with_it(memory: Path):
     assert await snapshots.restore(5) == 5
     assert ranks.restored == [(5, 5)]
     assert holders.begun == [(0, "a"), (1, "b"), (1, "c")]
+
+
+async def test_a_rank_that_moves_leaves_nothing_on_its_former_machine(memory: Path):
+    """Which lives: Ray has started its process elsewhere."""
+    snapshots, ranks, holders, _ = kept(memory, ["a", "b"])
+    await snapshots.start()
+    await commit(snapshots, ranks, 5)
+    ranks.where = ["a", "c"]
+    spawn, left = holders.spawn, list[str]()
+
+    def elsewhere(rank: int, node: str) -> LocalWorker:
+        left.extend(path.name for path in memory.glob("verst-run.rank1"))
+        return spawn(rank, node)
+
+    snapshots._spawn = elsewhere
+    assert await snapshots.restore(5) == 5
+    assert left == []
+    assert ranks.restored == [(5, 5)], "from the copy on a"
+    await snapshots.close()
+
+
+async def test_a_machine_that_is_lost_with_the_loop_takes_no_snapshot_with_it(memory: Path, monkeypatch: pytest.MonkeyPatch):
+    """The next loop knows neither which machine the rank was on, nor who was its buddy: here both ranks are on one now."""
+    monkeypatch.setattr(SnapshotHolder, "_adopt", lambda self: Path(self._directory).exists())  # the locks of processes that died are free
+    snapshots, ranks, holders, _ = kept(memory, ["a", "b"])
+    await snapshots.start()
+    await commit(snapshots, ranks, 5)
+    shutil.rmtree(memory / "verst-run.rank1")
+    again = Snapshots(snapshots_config(), "run", cast(Trainers, ranks), holders.spawn, lambda line: None)
+    ranks.where = ["a", "a"]
+    await again.start()
+    assert await again.restore(5) == 5
+    assert ranks.restored == [(5, 5)]
 
 
 async def test_a_snapshot_of_other_weights_than_were_committed_is_left_out(memory: Path):

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 
 from verst.errors import DeadlineExceeded, VerstError
 from verst.observe.stacks import allow_dumps, described, machine, stacks
@@ -134,6 +134,8 @@ def unwrapped(name: str, method: str) -> Iterator[None]:
         raise
     except RayActorError as error:
         raise WorkerDied(f"{name} died ({method}): {error}") from error
+    except ActorUnschedulableError as error:  # the machine that it had to be on is lost
+        raise WorkerDied(f"{name} could not be started ({method}): {error}") from error
 
 
 class RayWorker:

@@ -17,6 +17,7 @@ from verst.config.schema import Config
 from verst.observe.spans import Spans
 from verst.runtime.limits import turn_limit_s
 from verst.runtime.pools import Replicas
+from verst.runtime.starting import Starting
 from verst.runtime.trainers import Trainers, TrainersLost
 from verst.runtime.wait import gather_named, within
 
@@ -33,20 +34,19 @@ class Lease:
         self.hand_over_s = 3 * config.train.deadline_s if shared else 0.0
         """Limit of what comes to the pull of a version where devices are shared."""
 
-    async def start(self, scores: bool, *, again: bool = False) -> None:
+    async def start(self, scores: bool, starting: Starting, *, again: bool = False) -> None:
         """Starts both sides: together, or one after the other where devices are shared. Then it is the trainers' turn.
 
-        `again`: trainer ranks may live that an earlier loop has started. Raises `TrainersLost` if such ranks are lost once more.
+        `again`: trainer ranks may live that an earlier loop has started. `starting` sees to what is lost meanwhile.
         """
         if not self._shared:
-            trainers = self._trainers.rebuild() if again else self._trainers.start()
-            await gather_named({"trainers": trainers, "replicas": self._replicas.start(scores)})
+            await gather_named({"trainers": starting.trainers(again=again), "replicas": self._replicas.start(scores, starting)})
             return
-        await self._trainers.start()
-        await self._trainers.release_memory(weights=True)
-        await self._replicas.start(scores)
+        await starting.trainers(again=False)
+        await starting.surviving(lambda: self._trainers.release_memory(weights=True))
+        await self._replicas.start(scores, starting)
         await self._replicas.release_memory()
-        await self._trainers.resume_memory()
+        await starting.surviving(self._trainers.resume_memory)
 
     @asynccontextmanager
     async def training(self, spans: Spans, then: Callable[[], Awaitable[None]] | None = None) -> AsyncIterator[None]:

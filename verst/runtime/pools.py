@@ -19,7 +19,7 @@ from verst.observe.timeline import Timeline
 from verst.runtime.actors import Worker, WorkerDied
 from verst.runtime.batching import given_up
 from verst.runtime.limits import REPLACEMENTS, drain_limit_s, evaluated_prompts, group_deadline_s, replacement_limit_s, step_wait_s
-from verst.runtime.replica import Replica, Stage
+from verst.runtime.replica import Replacing, Replica, Stage
 from verst.runtime.rollout_worker import Pulled, Seat
 from verst.runtime.salvage import Salvage
 from verst.runtime.trainer_worker import GROUP
@@ -91,16 +91,18 @@ class Replicas:
         chosen = self.active if of is None else of
         return await gather_named({(who := f"{r.name}: {method}"): within(r.worker.call(method, *args), deadline_s, who) for r in chosen})
 
-    async def start(self, scores: bool) -> None:
+    async def start(self, scores: bool, starting: Replacing) -> None:
         """Starts those that the run begins with."""
         self._scores = scores
-        self._routed_experts = (await gather_named({f"{replica.name}: start": self._start(replica) for replica in self._replicas}))[0]
+        begun = {f"{replica.name}: start": starting.replica(replica, self._start) for replica in self._replicas}
+        self._routed_experts = (await gather_named(begun))[0]
 
     async def _start(self, replica: Replica) -> RoutedExperts | None:
         """Returns what its engine records of its routes."""
         method, args = ("routed_experts", ()) if replica.started else ("start", (self._scores,))
         (recorded,) = await self._all(method, self._config.train.deadline_s, *args, of=[replica])
         (replica.weight_ranks,) = await self._all("weight_ranks", self._config.weights.deadline_s, of=[replica])
+        replica.started = True
         return recorded
 
     def require_routes(self, needed: RoutedExperts | None) -> None:
@@ -306,9 +308,14 @@ class Replicas:
     def _with_engines(self) -> list[Replica]:
         return [replica for replica in self._replicas if replica.stage in (Stage.READY, Stage.SERVING)]
 
-    async def probe_tokens(self, prompt: Prompt) -> NDArray[np.int32]:
-        first = self.active[0]
-        return await within(first.worker.call("probe_tokens", prompt), self._config.weights.deadline_s, f"{first.name}: probe tokens")
+    async def probe_tokens(self, prompt: Prompt, starting: Replacing) -> NDArray[np.int32]:
+        """Of one that has started; of another in its place if it has died since."""
+
+        async def asked(replica: Replica) -> NDArray[np.int32]:
+            await self._start(replica)
+            return (await self._all("probe_tokens", self._config.weights.deadline_s, prompt, of=[replica]))[0]
+
+        return await starting.replica(self.active[0], asked)
 
     # ---- a number that changes
 
@@ -318,6 +325,14 @@ class Replicas:
         slot = number if instead_of is None else instead_of.slot
         replica = Replica(number, spawn(number, slot), Stage.STARTING, slot)
         self._replicas.append(replica)
+        return replica
+
+    def begin_with(self, spawn: Callable[[int, int], Worker], lost: Replica) -> Replica:
+        """While the run starts: a new one in place of one whose process has died. It serves from the run's first publish on."""
+        self._replicas.remove(lost)
+        lost.worker.kill()
+        replica = self.begin(spawn, lost)
+        replica.stage = Stage.SERVING
         return replica
 
     async def make_ready(self, replica: Replica) -> None:

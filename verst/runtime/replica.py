@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol, TypeVar
 
 from verst.errors import VerstError
 from verst.runtime.actors import Worker
 from verst.runtime.wait import within
+
+T = TypeVar("T")
 
 ANSWER_S = 5.0
 """Within which a process answers that has nothing else to do."""
@@ -47,7 +50,7 @@ class Replica:
     finished: int = 0
     """Groups that came back from it."""
     started: bool = False
-    """Its engine runs already: an earlier loop has started it."""
+    """Its engine runs."""
     weight_ranks: int = 1
     """Members of a weight group that its engine becomes."""
     first_version: int = 0
@@ -125,3 +128,11 @@ class Replica:
         """It leaves, and cannot finish the groups that it has."""
         self.error = error
         self.done.set()
+
+
+class Replacing(Protocol):
+    """Sees to replicas whose processes die while the run starts (`verst.runtime.starting`)."""
+
+    async def replica(self, first: Replica, work: Callable[[Replica], Awaitable[T]]) -> T:
+        """What `work`, which starts it too, gives of a replica, or of another in its place."""
+        ...

@@ -21,7 +21,11 @@ from verst.runtime.trainers import TrainersLost
 from verst.runtime.wait import NoAnswer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from verst.runtime.faults import Faults
     from verst.runtime.parts import Parts
+    from verst.runtime.stacks import KeepStacks
 
 _SOURCES = {
     "snapshot": "memory",
@@ -37,13 +41,36 @@ class GivenUp(VerstError):
     """What was lost was lost again each time that it was brought back."""
 
 
+class Losses:
+    """Of the trainers of one loop: told, and counted as long as no step is committed between them. `root`: the run's directory."""
+
+    def __init__(self, faults: Faults, keep_stacks: KeepStacks, root: Path) -> None:
+        self._faults, self._keep_stacks, self._root = faults, keep_stacks, root
+        self._version = -1  # committed when they were last lost
+        self._count = 0  # since then
+
+    async def count(self, lost: TrainersLost, version: int, what: str) -> None:
+        """Tells of a loss in `what`, and waits before the next attempt. Raises `GivenUp` if it was one too many."""
+        self._count = self._count + 1 if version == self._version else 1
+        self._version = version
+        if self._count > REPLACEMENTS:
+            raise GivenUp(
+                f"{lost}; the trainers were lost {self._count} times in {what}, which was begun again each time. What was "
+                f"committed is safe: mend the cause, then go on with: verst resume {self._root}"
+            ) from lost
+        self._faults.lost("the trainers", version, lost)
+        if isinstance(lost.__cause__, NoAnswer):  # before what does not answer is ended
+            for line in await self._keep_stacks("a trainer rank did not answer"):
+                self._faults.failed(line)
+        await asyncio.sleep(PAUSES_S[min(self._count, len(PAUSES_S)) - 1])
+
+
 class Revival:
     """Of the trainers of one loop."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._version = -1  # committed when they were last lost
-        self._losses = 0  # since then
+        self._losses = Losses(parts.faults, parts.keep_stacks, parts.run.root)
 
     async def bring_back(self, lost: TrainersLost, version: int) -> int:
         """Returns the step whose state they have now, at most `version`, the last one that is committed.
@@ -52,7 +79,7 @@ class Revival:
         """
         began = time.monotonic()
         while True:
-            await self._count(lost, version)
+            await self._losses.count(lost, version, f"step {version + 1}")
             try:
                 step, source, replaced = await self._restored(version)
             except TrainersLost as again:
@@ -65,21 +92,6 @@ class Revival:
             line += f"; steps {step + 1} to {version} are trained again from the journal"
         self._parts.faults.recovered(", ".join(replaced) or "trainers", step, source, seconds, line)
         return step
-
-    async def _count(self, lost: TrainersLost, version: int) -> None:
-        """Tells of a loss, and waits before the next attempt."""
-        self._losses = self._losses + 1 if version == self._version else 1
-        self._version = version
-        if self._losses > REPLACEMENTS:
-            raise GivenUp(
-                f"{lost}; the trainers were lost {self._losses} times in step {version + 1}, which was begun again each time. What was "
-                f"committed is safe: mend the cause, then go on with: verst resume {self._parts.run.root}"
-            ) from lost
-        self._parts.faults.lost("the trainers", version, lost)
-        if isinstance(lost.__cause__, NoAnswer):  # before what does not answer is ended
-            for line in await self._parts.keep_stacks("a trainer rank did not answer"):
-                self._parts.faults.failed(line)
-        await asyncio.sleep(PAUSES_S[min(self._losses, len(PAUSES_S)) - 1])
 
     async def _restored(self, version: int) -> tuple[int, str, list[str]]:
         """The step, what it was restored from, and the ranks that were replaced."""

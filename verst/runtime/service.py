@@ -36,14 +36,16 @@ from verst.runtime.observer import Observer, fidelity_watch
 from verst.runtime.parts import Parts
 from verst.runtime.placement import Placement, place
 from verst.runtime.pools import Replicas
-from verst.runtime.recovery import recover
+from verst.runtime.recovery import Restored, recover
 from verst.runtime.replacer import Replacer
 from verst.runtime.replica import Replica
+from verst.runtime.revival import Losses
 from verst.runtime.rollout_worker import RolloutWorker
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.scaler import Means, Scaler
 from verst.runtime.snapshots import Snapshots
 from verst.runtime.stacks import KeepStacks
+from verst.runtime.starting import Starting
 from verst.runtime.trainer_worker import TrainerWorker
 from verst.runtime.trainers import Trainers
 from verst.runtime.transfer import Transfer
@@ -64,6 +66,7 @@ class RunService:
         self._spawn: Spawn
         self._whole: asyncio.Task[None] | None = None
         self._placement = placement
+        self._kept: Kept | None = None
         self._spawn_replica: Callable[[int, int], Worker]
         self._observer = Observer(self._run, self._config.run.steps, fidelity_watch(self._config))
         self._weights_location = publish_directory(self._run.run_id, self._config.weights.location)
@@ -93,8 +96,8 @@ class RunService:
 
     async def _train(self) -> None:
         async with contextlib.AsyncExitStack() as opened:
-            parts = await self._build(opened)
-            restored = await recover(parts)
+            parts, starting = await self._build(opened)
+            restored = await starting.surviving(partial(self._recovered, parts))
             journal_changes(self._run, parts.journal)  # the first record since it was opened: recovery has found that its end is no damage
             self._observer.checkpoint_written(restored.saved)
             self._loop = Loop(self._config, parts, restored)
@@ -103,6 +106,14 @@ class RunService:
             async with self._scaler(parts, self._loop).following():
                 await self._loop.run()
             await asyncio.to_thread(self._observer.finish)
+
+    async def _recovered(self, parts: Parts) -> Restored:
+        """What needs all trainer ranks before the first step; it may be done again."""
+        await parts.transfer.open(self._run.run_id)
+        await parts.snapshots.start()
+        if self._kept is not None:
+            self._kept.end_rest()
+        return await recover(parts)
 
     def _scaler(self, parts: Parts, loop: Loop) -> Scaler:
         changed = partial(journal_changes, self._run, parts.journal)
@@ -140,8 +151,11 @@ class RunService:
         if self._loop is not None:
             self._loop.stop()
 
-    async def _build(self, opened: contextlib.AsyncExitStack) -> Parts:
-        """Starts every process of the run at the same time, and opens what the loop itself reads and writes."""
+    async def _build(self, opened: contextlib.AsyncExitStack) -> tuple[Parts, Starting]:
+        """Starts every process of the run at the same time, and opens what the loop itself reads and writes.
+
+        With what sees to the trainers until the loop does.
+        """
         config, extensions = self._config, self._extensions()
         opened.callback(self._observer.close)
         self._observer.open_outlets(config)
@@ -153,7 +167,7 @@ class RunService:
         self._placement = placement = self._placement or place(config, _cluster_gpus())
         on = await reserve(placement, config.train.ranks, opened, config.train.deadline_s)
         put = ray.put if ray.is_initialized() else _same
-        kept = self._processes(placement)
+        kept = self._kept = self._processes(placement)
         self._spawn_replica = partial(self._replica, placement, on, extensions)
         again = kept is not None and bool(kept.left("trainer rank"))
         adopted, in_flight = await self._adopted(kept, journal)
@@ -171,15 +185,12 @@ class RunService:
         held_out = await asyncio.to_thread(eval_prompts, source, config.data, config.eval.prompts) if config.eval.every_steps else []
         scores = bool(held_out) or algorithm_for(config.algorithm).learns_from == "policy"
         lease = Lease(config, trainers, replicas, shared=placement.shared)
-        await lease.start(scores, again=again)
-        replicas.require_routes(trainers.routed_experts)
-        transfer = Transfer(config, placement, trainers, replicas, str(self._weights_location))
-        await transfer.open(self._run.run_id)
-        await snapshots.start()
-        if kept is not None:
-            kept.end_rest()
         keep = KeepStacks(lambda: [*trainers.workers, *replicas.workers], self._run.logs)
-        return Parts(
+        losses = Losses(faults, keep, self._run.root)
+        starting = Starting(trainers, replicas, self._spawn_replica, losses, faults, journal.index.last_commit)
+        await lease.start(scores, starting, again=again)
+        replicas.require_routes(trainers.routed_experts)
+        parts = Parts(
             config=config,
             run=self._run,
             stream=stream,
@@ -187,8 +198,8 @@ class RunService:
             trainers=trainers,
             replicas=replicas,
             observer=self._observer,
-            probe_tokens=await replicas.probe_tokens(await asyncio.to_thread(_first, stream)),
-            transfer=transfer,
+            probe_tokens=await replicas.probe_tokens(await asyncio.to_thread(_first, stream), starting),
+            transfer=Transfer(config, placement, trainers, replicas, str(self._weights_location)),
             lease=lease,
             snapshots=snapshots,
             replacer=Replacer(replicas, self._spawn_replica, faults, keep),
@@ -197,6 +208,7 @@ class RunService:
             eval_prompts=held_out,
             keep_stacks=keep,
         )
+        return parts, starting
 
     async def _adopted(self, kept: Kept | None, journal: Journal) -> tuple[list[Replica], dict[int, list[Piece]]]:
         """Replicas that an earlier loop has left, and what they had in flight. What they had finished goes into the journal."""

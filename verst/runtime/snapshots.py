@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from verst.config.schema import Config
 from verst.errors import CheckpointError, VerstError, first_line
 from verst.runtime.actors import Worker, WorkerDied
+from verst.runtime.replica import ANSWER_S
 from verst.runtime.trainers import Trainers, TrainersLost
 from verst.runtime.training_step import weights_digest
 from verst.runtime.wait import NoAnswer, within
@@ -59,11 +61,13 @@ class Snapshots:
         return list(self._holders)
 
     async def start(self) -> None:
-        """Starts a holder beside every rank. Without them the run goes on: then only checkpoints bring it back."""
+        """Starts a holder beside every rank. Without them the run goes on: then only checkpoints bring it back. Raises `TrainersLost`."""
         if not self._on:
             return
         try:
             await self._settle_down()
+        except TrainersLost:
+            raise
         except VerstError as error:
             self._give_up(f"no holder could be started: {first_line(error)}")
 
@@ -75,11 +79,17 @@ class Snapshots:
                 self._holders.append(self._spawn(rank, node))
                 self._nodes.append(node)
             elif node != self._nodes[rank]:
-                self._holders[rank].kill()
+                await self._let_go(self._holders[rank])
                 self._holders[rank], self._nodes[rank] = self._spawn(rank, node), node
             else:
                 continue
-            await self._ask_once(rank, "open", limit_s=self._limit_s)
+            await self._ask(rank, "open", limit_s=self._limit_s)
+
+    async def _let_go(self, holder: Worker) -> None:
+        """Of a rank that is on another machine now. If its own lives, it gives the memory there back."""
+        with suppress(WorkerDied, NoAnswer):
+            await within(holder.call("close"), ANSWER_S, f"{holder.name}: close")
+        holder.kill()
 
     def expect(self, digests: Mapping[int, str]) -> None:
         """The weights hashes of steps that were committed before this process began."""
@@ -146,14 +156,17 @@ class Snapshots:
             return None
 
     async def _restore(self, at_most: int, newer_than: int) -> int | None:
-        lenders = [self._buddy(rank) for rank in range(len(self._holders))]
         await self._settle_down()
-        for step in await self._complete_on_all(at_most, lenders):
+        held: list[dict[str, list[int]]] = [await self._ask(rank, "steps") for rank in range(len(self._holders))]
+        for step in self._complete_on_all(held):
+            if step > at_most:
+                continue
             if step <= newer_than:
                 break
             try:
-                for rank, lender in enumerate(lenders):
-                    if step not in await self._ask(rank, "steps", self._names[rank]):
+                for rank, name in enumerate(self._names):
+                    if step not in held[rank].get(name, ()):
+                        lender = next(other for other, found in enumerate(held) if step in found.get(name, ()))
                         await self._bring_back(rank, lender, step)
                 await self._trainers.restore_snapshot(self._directories, step)
                 await self._require_committed(step)
@@ -169,20 +182,15 @@ class Snapshots:
         if digest != self._digests.get(step, digest):
             raise CheckpointError(f"its weights hash is {digest}, not {self._digests[step]} as committed")
 
-    async def _complete_on_all(self, at_most: int, lenders: Sequence[int | None]) -> list[int]:
-        """Steps that every rank can have, from its own holder or from its lender, the newest first."""
-        common: set[int] | None = None
-        for rank, lender in enumerate(lenders):
-            own = set(await self._ask(rank, "steps", self._names[rank]))
-            if lender is not None:
-                own |= set(await self._ask(lender, "steps", self._names[rank]))
-            common = own if common is None else common & own
-        return sorted((step for step in common or () if step <= at_most), reverse=True)
+    def _complete_on_all(self, held: Sequence[Mapping[str, Sequence[int]]]) -> list[int]:
+        """Steps that every rank can have, from its own holder or from another that has a copy, the newest first.
 
-    async def _bring_back(self, rank: int, lender: int | None, step: int) -> None:
-        """From the holder of a rank on another machine."""
-        if lender is None:
-            raise CheckpointError(f"the snapshot of rank {rank} is gone, and no other machine has a copy")
+        Whoever has it: which machine a lost rank was on, and who its buddy was, a loop that has just started does not know.
+        """
+        return sorted(set.intersection(*({step for found in held for step in found.get(name, ())} for name in self._names)), reverse=True)
+
+    async def _bring_back(self, rank: int, lender: int, step: int) -> None:
+        """From the holder of another rank."""
         record: FileRecord = await self._ask(lender, "record", step, self._names[rank])
         limit_s = _HOLDER_S + record.nbytes / _COPY_BYTES_PER_S
         await self._ask(rank, "fetch", self._holders[lender], step, record, limit_s=limit_s)

@@ -111,7 +111,11 @@ class Trainers:
             return await within(worker.call(method, *args), limit_s, f"{worker.name}: {method}")
 
     async def start(self) -> None:
-        """Lets all ranks load the model and meet. Raises what one of them raised."""
+        """Lets all ranks load the model and meet. Raises what one of them raised.
+
+        Once all processes run: one that Ray wanted to start on a machine that has just been lost would leave the others in the meeting.
+        """
+        await gather_named({f"{worker.name}: its process": self._runs(worker) for worker in self._workers})
         rendezvous = None
         if len(self._workers) > 1:
             rendezvous = await self._first("rendezvous")
@@ -145,6 +149,10 @@ class Trainers:
     async def _node(self, worker: Worker) -> str:
         with _loss_of(worker):
             return await within(worker.node(), self._deadline_s, f"{worker.name}: node")
+
+    async def _runs(self, worker: Worker) -> None:
+        with _loss_of(worker):
+            await within(worker.where(), self._deadline_s, f"{worker.name}: its process to run")
 
     async def _silent(self, method: str, limit_s: float, ranks: Sequence[int] | None = None) -> list[int]:
         """Those of the ranks (default: all) who do not do it in time, or cannot."""

@@ -119,10 +119,13 @@ class SnapshotHolder:
             if complete and path.name < complete[-1].name:  # of a rank that was lost while it wrote
                 remove_directory(path)
 
-    def steps(self, name: str) -> list[int]:
-        """Of which the file of this name is here, complete, ascending."""
-        found = (path for path in self._directory.glob("step-*") if path.suffix != PARTIAL)
-        return sorted(int(path.name.removeprefix("step-")) for path in found if _complete(path, name))
+    def steps(self) -> dict[str, list[int]]:
+        """Of which complete files are here, ascending, by the file's name."""
+        found: dict[str, list[int]] = {}
+        for path in sorted(path for path in self._directory.glob("step-*") if path.suffix != PARTIAL):
+            for record in path.glob(_RECORD.format(name="*")):
+                found.setdefault(record.name.removesuffix(_RECORD.format(name="")), []).append(int(path.name.removeprefix("step-")))
+        return found
 
     def record(self, step: int, name: str) -> FileRecord:
         """Of a complete file. Raises `CheckpointError` if it is not here."""

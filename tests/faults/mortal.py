@@ -23,6 +23,7 @@ from tests.loop.local import LocalRun
 from verst.fault_injection import Fault, FaultInjector
 from verst.journal.log import Journal
 from verst.runtime import attend, launch, service
+from verst.rollout.recorded import Piece
 from verst.runtime.actors import RayWorker
 from verst.runtime.kept import Kept
 from verst.runtime.placement import Placement
@@ -83,12 +84,12 @@ class MortalService(service.RunService):
         self._spawn = lambda *args, **options: self._injector.watch(kept.spawn(*args, **options))
         return kept
 
-    async def _adopted(self, kept: Kept | None, journal: Journal) -> list[Replica]:
-        replicas = await super()._adopted(kept, journal)
+    async def _adopted(self, kept: Kept | None, journal: Journal) -> tuple[list[Replica], dict[int, list[Piece]]]:
+        replicas, in_flight = await super()._adopted(kept, journal)
         for replica in replicas:
             assert isinstance(replica.worker, RayWorker)
             replica.worker = self._injector.watch(replica.worker)
-        return replicas
+        return replicas, in_flight
 
 
 def resume(root: str) -> None:

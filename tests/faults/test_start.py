@@ -12,14 +12,14 @@ from tests.loop.rewards import steady
 from verst.fault_injection import FaultInjector
 from verst.journal.log import JournalReader
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.usefixtures("token", "one_ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("token", "one_ray")]
 
 
 async def test_the_start_of_a_run_survives_what_the_run_does(tmp_path: Path, model: Path, token: str):
     values = {
         "run": {"name": "run", "dir": str(tmp_path), "steps": 3, "seed": 3},
         "reward": {"workers": 1},
-        "train": {"groups_per_step": 4, "threads": 1, "lr": 1e-3, "ranks": 2, "deadline_s": 120},
+        "train": {"groups_per_step": 4, "threads": 1, "lr": 1e-3, "ranks": 2, "deadline_s": 300},
     }
     rows = [{"prompt": f"count {i}", "answer": str(i % 5)} for i in range(64)]
     run = local_run(tmp_path, model, values, reward=steady, prompts=rows)

@@ -74,7 +74,8 @@ class Start:
         self.notes: list[str] = []
         self.directory = directory
         self.journal = Journal.create(directory / "journal", "test-run")
-        faults = Faults(self.journal, self.notes.append)
+        self.faults = faults = Faults(self.journal, self.notes.append)
+        faults.hold()
         losses = Losses(faults, KeepStacks(lambda: [], directory), directory)
         self.starting = Starting(self.ranks, self.replicas, self._spawn, losses, faults, 0)
 
@@ -87,6 +88,9 @@ class Start:
 
     def recorded(self) -> tuple[list[str], list[str]]:
         """Who was lost, and who came back, as the journal has it."""
+        reader = JournalReader(self.directory / "journal")
+        assert (reader.faults(), reader.recoveries()) == ([], []), "recovery has not looked at the journal yet"
+        self.faults.write_held()
         self.journal.close()
         reader = JournalReader(self.directory / "journal")
         return [fault.role for fault in reader.faults()], [back.role for back in reader.recoveries()]

@@ -15,6 +15,7 @@ class Faults:
 
     def __init__(self, journal: Journal, note: Callable[[str], None]) -> None:
         self._journal, self._note = journal, note
+        self._held: list[FaultRecord | RecoveryRecord] | None = None
         self.count = 0
         """Losses since this process began."""
 
@@ -22,13 +23,30 @@ class Faults:
         self.count += 1
         verb = "were" if role.endswith("trainers") else "was"
         self._note(f"{role} {verb} lost after step {step}{also}: {first_line(error)}")
-        self._journal.append_fault(FaultRecord(role, str(error), step, time.time()))
+        self._append(FaultRecord(role, str(error), step, time.time()))
 
     def recovered(self, role: str, step: int, source: str, seconds: float, line: str) -> None:
         """`source`: what it was restored from, such as "snapshot". `line`: what a person is told."""
         self._note(line)
-        self._journal.append_recovery(RecoveryRecord(role, step, source, seconds, time.time()))
+        self._append(RecoveryRecord(role, step, source, seconds, time.time()))
 
     def failed(self, line: str) -> None:
         """An attempt to bring something back; or where more is written about a loss."""
         self._note(line)
+
+    def hold(self) -> None:
+        """Nothing goes into the journal until `write_held`: the first record cuts a torn end, which recovery has to see first."""
+        self._held = []
+
+    def write_held(self) -> None:
+        held, self._held = self._held or [], None
+        for record in held:
+            self._append(record)
+
+    def _append(self, record: FaultRecord | RecoveryRecord) -> None:
+        if self._held is not None:
+            self._held.append(record)
+        elif isinstance(record, FaultRecord):
+            self._journal.append_fault(record)
+        else:
+            self._journal.append_recovery(record)

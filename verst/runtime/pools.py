@@ -94,8 +94,7 @@ class Replicas:
     async def start(self, scores: bool, starting: Replacing) -> None:
         """Starts those that the run begins with."""
         self._scores = scores
-        begun = {f"{replica.name}: start": starting.replica(replica, self._start) for replica in self._replicas}
-        self._routed_experts = (await gather_named(begun))[0]
+        self._routed_experts = (await gather_named({f"{r.name}: start": starting.replica(r, self._start) for r in self._replicas}))[0]
 
     async def _start(self, replica: Replica) -> RoutedExperts | None:
         """Returns what its engine records of its routes."""
@@ -310,12 +309,11 @@ class Replicas:
 
     async def probe_tokens(self, prompt: Prompt, starting: Replacing) -> NDArray[np.int32]:
         """Of one that has started; of another in its place if it has died since."""
+        return await starting.replica(self.active[0], lambda replica: self._probed(replica, prompt))
 
-        async def asked(replica: Replica) -> NDArray[np.int32]:
-            await self._start(replica)
-            return (await self._all("probe_tokens", self._config.weights.deadline_s, prompt, of=[replica]))[0]
-
-        return await starting.replica(self.active[0], asked)
+    async def _probed(self, replica: Replica, prompt: Prompt) -> NDArray[np.int32]:
+        await self._start(replica)
+        return (await self._all("probe_tokens", self._config.weights.deadline_s, prompt, of=[replica]))[0]
 
     # ---- a number that changes
 

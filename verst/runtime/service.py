@@ -99,6 +99,7 @@ class RunService:
             parts, starting = await self._build(opened)
             restored = await starting.surviving(partial(self._recovered, parts))
             journal_changes(self._run, parts.journal)  # the first record since it was opened: recovery has found that its end is no damage
+            parts.faults.write_held()
             self._observer.checkpoint_written(restored.saved)
             self._loop = Loop(self._config, parts, restored)
             if self._stop:
@@ -164,6 +165,7 @@ class RunService:
         journal = await asyncio.to_thread(Journal.open, self._run.journal, self._run.run_id)  # reads all of it
         opened.callback(journal.close)
         faults = Faults(journal, self._observer.note)
+        faults.hold()
         self._placement = placement = self._placement or place(config, _cluster_gpus())
         on = await reserve(placement, config.train.ranks, opened, config.train.deadline_s)
         put = ray.put if ray.is_initialized() else _same

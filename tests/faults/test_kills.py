@@ -78,6 +78,8 @@ async def test_ahead_of_training(tmp_path: Path, model: Path, token: str, campai
         "algorithm": {"name": "grpo", "old_logprobs": "behaviour"},
     }
     run = run_of(tmp_path, model, 28, **values)
-    await under(campaign(cells), run)
+    made = campaign(cells)
+    await under(made, run)
+    assert made.unstruck == []
     require_sound(run, token)
     await replay_equals(run)

@@ -1,4 +1,4 @@
-"""Processes of the production pair are killed in real runs on a CPU: an SGLang server, two Megatron-Core ranks over gloo."""
+"""Processes of the production pair are killed, or stopped, in real runs on a CPU: an SGLang server, two Megatron-Core ranks over gloo."""
 
 from __future__ import annotations
 

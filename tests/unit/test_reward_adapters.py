@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.loop.local import local_run
 from verst.errors import ExtensionError, RewardFailure
 from verst.rewards import adapters
 from verst.rewards.metrics import record, recording
@@ -208,3 +209,14 @@ def test_examples_are_short():
     lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.iterdir() if path.is_file()}
     assert len(lengths) >= 5
     assert max(lengths.values()) <= 30
+
+
+async def test_a_run_trains_on_them_and_reports_what_they_record(tmp_path: Path, tiny: Path, prompts: Path):
+    reward = {"function": "trl:from_trl:correct+from_trl:brief", "options": {"weights": [1, 0.1]}}
+    values = {"run": {"steps": 2, "name": "brought", "dir": str(tmp_path)}, "data": {"path": str(prompts)}, "reward": reward}
+    run = await local_run(tmp_path, tiny, values).go()
+    assert run.metric("rollout/failed") == [0, 0]
+    assert run.metric("score/brief") == [0, 0]
+    tokens, generated = run.metric("score/tokens"), run.metric("rollout/generated_tokens")
+    assert tokens == pytest.approx(generated)
+    assert len(tokens) == 2

@@ -27,7 +27,13 @@ TEXTS = ("1", "a much longer answer, which decides how far the others are padded
 
 def write(directory: Path, kind: Any = LlamaForSequenceClassification, **overrides: Any) -> Path:
     tokenizer = tiny_tokenizer()
-    fields = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    fields: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     fields |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": tokenizer.pad_token_id, "num_labels": 1}
     torch.manual_seed(0)
     kind(LlamaConfig(**fields | overrides)).save_pretrained(directory)

@@ -121,7 +121,7 @@ class Worker:
             os._exit(leaving.code if isinstance(leaving.code, int) else bool(leaving.code))
 
     def _report(self, number: int, index: int, recorded: Mapping[str, float], reward: float | None, error: BaseException | None) -> None:
-        reply: dict[str, Any] = {"number": number, "index": index, "recorded": recorded}
+        reply: dict[str, Any] = {"number": number, "index": index, "recorded": dict(recorded)}  # a thread of the reward may still record
         if error is None:
             self._send(**reply, reward=reward)
         else:

@@ -123,7 +123,7 @@ def describe(groups: Sequence[Group], advantages_: Sequence[float], version: int
 def _describe_trajectories(group: Group, version: int, tally: Tally) -> None:
     for t in group.trajectories:
         for name, value in t.info.items():
-            if name.startswith(PREFIX):  # its reward recorded it, and failed ones cost too
+            if name.startswith(PREFIX) and isinstance(value, int | float):  # its reward recorded it, and failed ones cost too
                 tally.mean(name, value)
         failed = t.status is Status.FAILED
         tally.mean("rollout/failed", float(failed))

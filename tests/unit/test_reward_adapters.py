@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def score(reference: str, trajectory: Trajectory, fields: dict[str, Any], **opti
     """What the reward gives, and what it recorded."""
     with recording() as recorded:
         value = RewardSpec(reference, options).build()(trajectory, fields)
-        return (asyncio.run(value) if inspect.isawaitable(value) else value), recorded
+        return (asyncio.run(value) if inspect.iscoroutine(value) else value), recorded
 
 
 def test_a_trl_function_gets_what_trl_passes():
@@ -98,13 +99,9 @@ def test_the_completion_of_several_turns_begins_with_the_first_generated_message
     shots = (Message("user", "1+1?"), Message("assistant", "2"))
     whole = (*shots, *ASKED, Message("assistant", "41"), Message("user", "no"), Message("assistant", "42"))
     turns = (Turn(0, 2, 3, FinishReason.STOP, "41"), Turn(3, 3, 4, FinishReason.STOP, "42"))
-    trajectory = Trajectory("4/0", *_arrays(said()), turns, whole, Status.FINISHED, 0)
+    trajectory = replace(said(), turns=turns, messages=whole)
     assert score("trl:bring_along:plain", trajectory, {})[0] == 3  # messages
     assert score("trl:bring_along:plain", trajectory, {}, conversational=False)[0] == len("41no42")
-
-
-def _arrays(t: Trajectory) -> tuple[Any, ...]:
-    return t.tokens_T, t.loss_mask_T, t.logprobs_T, t.versions_T
 
 
 def test_trl_functions_are_summed_with_weights_and_none_does_not_count():
@@ -159,9 +156,9 @@ def test_a_sample_has_what_slime_publishes():
     ],
 )
 def test_a_signature_is_read_without_an_import(reference: str, message: str):
-    framework, references = adapters.parts(reference) or ("", ())
+    framework, _, function = reference.partition(":")
     with pytest.raises(ExtensionError, match=message):
-        adapters.check_on_paper(framework, references[0])
+        adapters.check_on_paper(framework, function)
     assert "bring_along" not in sys.modules
     for fits in ("seen", "plain", "old_ids", "not_there"):
         adapters.check_on_paper("trl", f"bring_along:{fits}")

@@ -92,6 +92,11 @@ def check_callable(function: Any, kind: str, parameters: Sequence[str], options:
         ) from error
 
 
+def is_async(function: Any) -> bool:
+    """Whether it is an `async def`, or an object whose `__call__` is."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
 def check_class(found: Any, kind: str, protocol: type, options: Mapping[str, Any] | None = None) -> None:
     """Checks that `found(**options)` can be called and, if it is a class, that it has the methods of `protocol`.
 

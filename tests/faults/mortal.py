@@ -22,8 +22,8 @@ from tests.faults.campaign import MARK, Campaign, Cell, tell_of_records
 from tests.loop.local import LocalRun
 from verst.fault_injection import Fault, FaultInjector
 from verst.journal.log import Journal
-from verst.runtime import attend, launch, service
 from verst.rollout.recorded import Piece
+from verst.runtime import attend, launch, service
 from verst.runtime.actors import RayWorker
 from verst.runtime.kept import Kept
 from verst.runtime.placement import Placement

@@ -54,6 +54,11 @@ def test_a_model_whose_experts_cannot_be_read_is_refused_unless_routes_are_ignor
         ("rollout.environment='my-env:Env'", r"environment 'my-env:Env' is not of the form"),
         ("reward.function=no_such_module_here:score", r"no module 'no_such_module_here' in .* or among the installed packages"),
         ("reward.function=__main__:score", r"no module '__main__'"),
+        ("reward.function=trl:no_such_module_here:score", r"no module 'no_such_module_here'"),
+        (
+            "reward.function=trl:tests.loop.rewards:spread",
+            r"\(trajectory, fields\), which TRL could not call .*expected: def reward\(prompts",
+        ),
         ("reward.options={strip: true, feild: x}", r"nearest: field"),
         ("reward.function=regex", r"reward Regex.*missing a required argument: 'pattern'"),
         ("rollout.environment_options={tries: 2}", r"environment SingleTurn.*unexpected keyword argument 'tries'"),

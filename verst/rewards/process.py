@@ -73,7 +73,7 @@ class RewardProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             reader, writer = await asyncio.open_connection(sock=ours)
-            worker = cls(_launch(theirs.fileno(), log), reader, writer, deadline_s, log)
+            worker = cls(_launch(theirs.fileno(), log, spec.secrets), reader, writer, deadline_s, log)
         try:
             await worker._load(spec)
         except BaseException:  # a cancelled start too must leave no process behind
@@ -165,7 +165,7 @@ class RewardProcess:
         raise TimeoutError
 
 
-def _launch(fd: int, log: Path | None) -> subprocess.Popen[bytes]:
+def _launch(fd: int, log: Path | None, secrets: Sequence[str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-X", "faulthandler", "-m", "verst.rewards.worker", str(fd), str(os.getpid())]
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644) if log else os.dup(2)
     try:
@@ -175,16 +175,20 @@ def _launch(fd: int, log: Path | None) -> subprocess.Popen[bytes]:
             stdout=output,
             stderr=output,
             pass_fds=(fd,),
-            env=worker_environment(os.environ),
+            env=worker_environment(os.environ, secrets),
             start_new_session=True,  # Ctrl-C in a terminal reaches the parent only, which ends its workers in order
         )
     finally:
         os.close(output)
 
 
-def worker_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a worker may see: all but GPUs and variables whose name speaks of a secret. Modules are found where this process finds them."""
-    kept = {name: value for name, value in environment.items() if not any(word in name.upper() for word in _SECRET_WORDS)}
+def worker_environment(environment: Mapping[str, str], secrets: Sequence[str] = ()) -> dict[str, str]:
+    """What a worker may see: all but GPUs and variables whose name speaks of a secret, unless a shipped reward needs them (`secrets`).
+
+    Modules are found where this process finds them.
+    """
+    hidden = {name for name in environment if any(word in name.upper() for word in _SECRET_WORDS)} - {*secrets}
+    kept = {name: value for name, value in environment.items() if name not in hidden}
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     # the GPU that this process may have is the engine's, memory and all
     return kept | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -183,6 +183,8 @@ class Scorer:
         return None
 
     def _take(self, trajectory: Trajectory, reply: Mapping[str, Any], scored: dict[str, Trajectory]) -> None:
+        if recorded := reply["recorded"]:
+            trajectory = replace(trajectory, info={**trajectory.info, **recorded})
         if "error" in reply:
             self._fail(trajectory, reply["reason"], reply["error"], scored)
         else:

@@ -112,9 +112,6 @@ class ReasoningGym:
         return self._create(task, **json.loads(options) | {"seed": 0})  # scoring draws no numbers; a seed is asked for all the same
 
 
-SHIPPED: Mapping[str, type] = {"exact_match": ExactMatch, "regex": Regex, "math_verify": MathVerify, "reasoning_gym": ReasoningGym}
-
-
 def from_exact_json(value: Any) -> Any:
     """Tuples and mappings as they were before `verst.data.tasks.exact_json`."""
     if isinstance(value, list):

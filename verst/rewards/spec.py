@@ -7,11 +7,12 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from verst.errors import ExtensionError
 from verst.extend import check_callable, load
-from verst.rewards.shipped import SHIPPED
+from verst.rewards import adapters
+from verst.rewards.table import SHIPPED
 
 if TYPE_CHECKING:
     from verst.config.schema import RewardConfig  # pydantic would slow the start of every worker
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RewardSpec:
-    """A reward by reference (a shipped name or `module:name`), or pickled by value in `function`; `options` are its keyword arguments."""
+    """A reward by reference (a shipped name, `module:name`, or that with an adapter's prefix), or pickled by value in `function`.
+
+    `options` are its keyword arguments.
+    """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +50,9 @@ class RewardSpec:
 
         Runs the user's module: raises `ExtensionError` if it cannot be imported or its signature does not fit.
         """
+        adapted = adapters.parts(self.name) if self.function is None else None
+        if adapted is not None:
+            return adapters.build(*adapted, self.options)
         found = load(self.name, shipped=SHIPPED, kind="reward") if self.function is None else pickle.loads(self.function)
         if not callable(found):
             raise ExtensionError(f"reward {self.name!r} is {found!r} of type {type(found).__name__}: give a function or a class")
@@ -56,3 +63,20 @@ class RewardSpec:
         reward: Any = found(**self.options)
         check_callable(reward, "reward", ("trajectory", "fields"))
         return reward
+
+    def open(self) -> Callable[..., Any]:
+        """As `build`, in the process that will score: a shipped reward also loads its model or opens its connections."""
+        reward = self.build()
+        if self._shipped is not None and hasattr(self._shipped, "open"):
+            cast(Any, reward).open()
+        return reward
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Environment variables that a shipped reward needs though their names speak of secrets: those that its options name."""
+        named = [self.options.get(option) for option in getattr(self._shipped, "SECRETS", ())]
+        return tuple(name for name in named if isinstance(name, str))
+
+    @property
+    def _shipped(self) -> type | None:
+        return SHIPPED.get(self.name) if self.function is None else None

@@ -9,6 +9,7 @@ scored, so that whoever waits knows what it waits for. A plain reward takes one 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import ctypes
 import inspect
 import json
@@ -29,7 +30,8 @@ from typing import IO, Any
 import numpy as np
 
 from verst.errors import DeadlineExceeded, RewardFailure, VerstError
-from verst.extend import origin
+from verst.extend import is_async, origin
+from verst.rewards.metrics import recording
 from verst.types import Trajectory
 
 HEADER = struct.Struct("!Q")
@@ -52,12 +54,12 @@ class Worker:
     def serve(self) -> None:
         """Loads the reward, says so, then scores what arrives. Returns when the parent closes the socket."""
         spec, self._deadline_s = self._receive()
-        reward, error = _attempt(spec.build)
+        reward, error = _attempt(spec.open)
         if error is not None:
             self._send(error=str(error) if isinstance(error, VerstError) else origin(error), kind=type(error).__name__)
             return
         self._reward: Callable[..., Any] = reward
-        concurrent = inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None))  # noqa: B004
+        concurrent = is_async(reward)
         self._send(concurrent=concurrent)
         with self._runner:
             if concurrent:
@@ -69,11 +71,15 @@ class Worker:
     def _score_in_order(self, number: int, fields: Mapping[str, Any], trajectories: Sequence[Trajectory]) -> None:
         self._send(number=number, begun=True)
         for index, trajectory in enumerate(trajectories):
-            self._report(number, index, *_attempt(partial(self._score, trajectory, fields)))
+            with recording() as recorded:
+                reward, error = _attempt(partial(self._score, trajectory, fields))
+            self._report(number, index, recorded, reward, error)
 
     def _score(self, trajectory: Trajectory, fields: Mapping[str, Any]) -> float:
         value = self._reward(trajectory, fields)
-        return _number(self._runner.run(_wait_for(value)) if inspect.isawaitable(value) else value)
+        if inspect.isawaitable(value):  # in this context: the runner has one of its own, in which nothing would be recorded
+            value = self._runner.run(_wait_for(value), context=contextvars.copy_context())
+        return _number(value)
 
     async def _score_together(self) -> None:
         """Async rewards mostly wait (for a judge, a sandbox), so all that have come wait at the same time."""
@@ -95,10 +101,11 @@ class Worker:
 
     async def _score_one(self, number: int, index: int, trajectory: Trajectory, fields: Mapping[str, Any]) -> None:
         self._send(number=number, begun=True)
-        scoring = asyncio.ensure_future(self._score_async(trajectory, fields))
+        with recording() as recorded:
+            scoring = asyncio.ensure_future(self._score_async(trajectory, fields))
         await asyncio.wait({scoring})
         error = RewardFailure("cancelled itself") if scoring.cancelled() else scoring.exception()
-        self._report(number, index, scoring.result() if error is None else None, error)
+        self._report(number, index, recorded, scoring.result() if error is None else None, error)
 
     async def _score_async(self, trajectory: Trajectory, fields: Mapping[str, Any]) -> float:
         limit = asyncio.timeout(self._deadline_s)
@@ -113,11 +120,12 @@ class Worker:
             sys.stdout.flush()
             os._exit(leaving.code if isinstance(leaving.code, int) else bool(leaving.code))
 
-    def _report(self, number: int, index: int, reward: float | None, error: BaseException | None) -> None:
+    def _report(self, number: int, index: int, recorded: Mapping[str, float], reward: float | None, error: BaseException | None) -> None:
+        reply: dict[str, Any] = {"number": number, "index": index, "recorded": dict(recorded)}  # a thread of the reward may still record
         if error is None:
-            self._send(number=number, index=index, reward=reward)
+            self._send(**reply, reward=reward)
         else:
-            self._send(number=number, index=index, error=_described(error), reason=_reason(error))
+            self._send(**reply, error=_described(error), reason=_reason(error))
 
     def _receive(self) -> Any:
         """The next frame; None when the parent has closed the socket."""

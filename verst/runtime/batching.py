@@ -15,6 +15,7 @@ from verst.config.schema import Config, TrainConfig
 from verst.data.packing import plan_samples, samples_of_rank
 from verst.errors import InvariantViolation, RoutesRefused
 from verst.observe.metrics import Tally
+from verst.rewards.metrics import PREFIX
 from verst.rollout.transcript import Transcript
 from verst.routing.records import require_routes
 from verst.types import NO_VERSION, Batch, Group, Prompt, RoutedExperts, Routes, RoutesWanted, Sample, Status, Trajectory
@@ -130,6 +131,9 @@ def describe(groups: Sequence[Group], advantages_: Sequence[float], version: int
 
 def _describe_trajectories(group: Group, version: int, tally: Tally) -> None:
     for t in group.trajectories:
+        for name, value in t.info.items():
+            if name.startswith(PREFIX) and isinstance(value, int | float):  # its reward recorded it, and failed ones cost too
+                tally.mean(name, value)
         failed = t.status is Status.FAILED
         tally.mean("rollout/failed", float(failed))
         if failed:

@@ -20,8 +20,9 @@ from verst.config.schema import Config
 from verst.data.sources import Source, open_source
 from verst.data.stream import PromptStream, eval_prompts
 from verst.errors import ConfigError, ExtensionError, ModelError
-from verst.rewards import shipped as rewards
+from verst.rewards import adapters
 from verst.rewards.spec import RewardSpec
+from verst.rewards.table import SHIPPED as REWARDS
 from verst.rollout import environments
 from verst.rollout.environments import environment_factory
 from verst.routing.kinds import routed_experts, unread_experts
@@ -117,10 +118,15 @@ def _check_reward(config: Config, given: Any) -> None:
     if given is not None:
         is_class = inspect.isclass(given)
         extend.check_callable(given, "reward", () if is_class else ("trajectory", "fields"), options)
-    elif config.reward.function in rewards.SHIPPED:
+    elif config.reward.function in REWARDS:
         RewardSpec.of(config.reward).build()
+    elif (adapted := adapters.parts(config.reward.function)) is not None:
+        adapters.check_options(adapted[0], options)
+        for reference in adapted[1]:
+            _check_reference(reference, {}, "reward")
+            adapters.check_on_paper(adapted[0], reference)
     else:
-        _check_reference(config.reward.function, rewards.SHIPPED, "reward")
+        _check_reference(config.reward.function, REWARDS, "reward")
 
 
 def _check_environment(config: Config, given: Any) -> None:

@@ -1,0 +1,158 @@
+"""Custom reward functions of slime and Miles (`--custom-rm-path`), as they are: `slime:module:function`.
+
+Signatures: `async def custom_rm(args, sample)`, or with `samples` a list (`--group-rm`), which has one sample here: a trajectory is scored,
+fails and has its deadline alone. A function that compares the samples of a group with one another does not fit.
+https://github.com/THUDM/slime/blob/main/docs/en/get_started/customization.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from verst.errors import ExtensionError, RewardFailure
+from verst.extend import is_async
+from verst.rewards.conversation import as_dicts, as_text, split
+from verst.rewards.metrics import record
+from verst.types import NO_VERSION, Status, Trajectory
+
+EXPECTED = "async def rm(args, sample) -> float, or async def rm(args, samples) -> list of float"
+
+_FAMILY = ("slime", "miles")
+
+
+@dataclass
+class Sample:
+    """A trajectory with the attributes that slime publishes, but for those of which Verst knows nothing."""
+
+    class Status(Enum):
+        PENDING = "pending"
+        COMPLETED = "completed"
+        TRUNCATED = "truncated"
+        ABORTED = "aborted"
+        FAILED = "failed"
+
+    group_index: int | None = None
+    index: int | None = None  # of the member in its group
+    prompt: Any = ""  # messages, a list of {role, content}: the process that scores has no chat template
+    tokens: list[int] = field(default_factory=list)  # of the whole conversation
+    response: str = ""  # text after the prompt; with several turns what the environment said too
+    response_length: int = 0  # in tokens
+    label: Any = None  # the prompt's field `label_key`, or else label or answer
+    reward: Any = None
+    loss_mask: list[int] | None = None  # [response_length] 1: sampled
+    weight_versions: list[str] = field(default_factory=list)
+    rollout_log_probs: list[float] | None = None  # [response_length]
+    status: Sample.Status = Status.PENDING
+    metadata: dict[str, Any] = field(default_factory=dict)  # the prompt's field `metadata_key` or metadata, or else all fields
+
+
+class Arguments(SimpleNamespace):
+    """`args`: what `reward.options` says."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"args has no {name!r}: slime's arguments are not those of Verst; give it as reward.options.{name}")
+
+
+def check_signature(name: str, signature: inspect.Signature) -> None:
+    """Raises `ExtensionError`, with the signature expected, for a function that cannot be called with two arguments."""
+    try:
+        signature.bind("args", "sample")
+    except TypeError as error:
+        raise ExtensionError(
+            f"reward {name!r} is {signature}, which slime could not call either ({error}); expected: {EXPECTED}"
+        ) from error
+
+
+def adapt(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """A reward of Verst. `options` are the attributes of `args`; label_key, metadata_key and reward_key mean what they do in slime."""
+    signature = inspect.signature(function)
+    check_signature(name, signature)
+    batched = list(signature.parameters)[1:2] == ["samples"]
+    args = Arguments(**options)
+
+    def call(trajectory: Trajectory, fields: Mapping[str, Any]) -> Any:
+        sample = _sample(trajectory, fields, options)
+        return function(args, [sample] if batched else sample)
+
+    def plain(trajectory: Trajectory, fields: Mapping[str, Any]) -> Any:
+        return _value(call(trajectory, fields), batched, options)
+
+    async def waiting(trajectory: Trajectory, fields: Mapping[str, Any]) -> Any:
+        return _value(await call(trajectory, fields), batched, options)
+
+    return waiting if is_async(function) else plain
+
+
+def make_importable() -> None:
+    """From now on `from slime.utils.types import Sample` works in this process, with slime or without: a reward needs no more of it."""
+    for name in _FAMILY:
+        if name in sys.modules or importlib.util.find_spec(name) is not None:
+            continue
+        for part in ("", ".utils", ".utils.types"):
+            module = sys.modules[name + part] = ModuleType(name + part, "In place of the package, which is not installed.")
+            module.__path__ = []
+        sys.modules[f"{name}.utils.types"].__dict__["Sample"] = Sample
+
+
+def _sample(trajectory: Trajectory, fields: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    opening, answer = split(trajectory)
+    first = trajectory.turns[0].generated if trajectory.turns else len(trajectory.tokens_T)
+    group, _, member = trajectory.id.partition("/")
+    versions = {int(v) for v in trajectory.versions_T if v != NO_VERSION}
+    metadata = fields.get(options.get("metadata_key", "metadata"))
+    kind = _sample_class()
+    values = {
+        "group_index": int(group),
+        "index": int(member),
+        "prompt": as_dicts(opening),
+        "tokens": trajectory.tokens_T.tolist(),
+        "response": as_text(answer),
+        "response_length": len(trajectory.tokens_T) - first,
+        "label": _label(fields, options),
+        "loss_mask": trajectory.loss_mask_T[first:].astype(int).tolist(),
+        "weight_versions": [str(version) for version in sorted(versions)],
+        "rollout_log_probs": trajectory.logprobs_T[first:].tolist(),
+        "status": kind.Status("truncated" if trajectory.status is Status.TRUNCATED else "completed"),
+        "metadata": dict(metadata if isinstance(metadata, Mapping) else fields),
+    }
+    known = {f.name for f in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in values.items() if name in known})
+
+
+def _sample_class() -> Any:
+    """That of slime itself where the user's module has imported it, so that its statuses compare equal."""
+    found = next((sys.modules[f"{name}.utils.types"] for name in _FAMILY if f"{name}.utils.types" in sys.modules), None)
+    return getattr(found, "Sample", Sample)
+
+
+def _label(fields: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    key = options.get("label_key")
+    if key is None:
+        return fields.get("label", fields.get("answer"))
+    if key not in fields:
+        raise RewardFailure(f"the prompt has no field {key!r} (label_key); its fields: {', '.join(fields) or 'none'}")
+    return fields[key]
+
+
+def _value(value: Any, batched: bool, options: Mapping[str, Any]) -> Any:
+    if batched:
+        if not isinstance(value, list | tuple) or len(value) != 1:
+            raise RewardFailure(f"returned {str(value)[:60]!r} for a list of one sample: return a list with one reward")
+        value = value[0]
+    if not isinstance(value, Mapping):
+        return value
+    key = options.get("reward_key")
+    if key not in value:
+        raise RewardFailure(f"returned a dict with {', '.join(map(str, value))}: name the one to train by as reward.options.reward_key")
+    for name, part in value.items():
+        if name != key and isinstance(part, int | float):
+            record(str(name), part)
+    return value[key]

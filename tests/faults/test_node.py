@@ -34,7 +34,7 @@ STEPS = 8
 LIMIT_S = 300.0
 """Of a run's start, on a machine that has other things to do."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(900)]
 
 SIDES = {"trainer rank 0": "left", "replica 0": "left", "trainer rank 1": "right", "replica 1": "right"}
 

@@ -12,7 +12,7 @@ from tests.loop.rewards import steady
 from verst.fault_injection import FaultInjector
 from verst.journal.log import JournalReader
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("token", "one_ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(600), pytest.mark.usefixtures("token", "one_ray")]
 
 
 async def test_the_start_of_a_run_survives_what_the_run_does(tmp_path: Path, model: Path, token: str):

@@ -669,10 +669,14 @@ async def test_a_replica_that_cannot_take_a_version_is_replaced(tmp_path: Path, 
 
     run = Scaled(tmp_path, World(pull=pull), replicas=replicas, by_group=by_group)
     async with run.running():
-        await run.world.seen(f"serve 4 {replicas}")  # the one that takes its place
+        await until(lambda: bool(run.parts.journal.recoveries()))
+        await run.reported(4)
     run.require_sound(twice=None)
     assert run.world.events.index("kill 0") < run.world.events.index(f"start {replicas}")
     assert any(f"replica {replicas} takes the place of replica 0 from version" in note for note in run.parts.notes)
+    served = [event for event in run.world.events if event.startswith("serve ") and event.endswith(f" {replicas}")]
+    assert served, "the one that takes its place"
+    assert int(served[0].split()[1]) >= 3, "it begins with the version that is served, or a newer one"
     faults, recoveries = run.parts.journal.faults(), run.parts.journal.recoveries()
     assert [(fault.role, fault.reason) for fault in faults] == [("replica 0", "the server is gone")]
     assert [(back.role, back.source) for back in recoveries] == [("replica 0", "replacement")]

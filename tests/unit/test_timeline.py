@@ -476,7 +476,7 @@ class Replica:
     async def call(self, method: str, /, *args: Any) -> Any:
         raise AssertionError(method)
 
-    async def post(self, method: str, /, seq: int, prompt: Prompt, how: str) -> bytes:
+    async def post(self, method: str, /, seq: int, prompt: Prompt, how: str, known: Any) -> bytes:
         assert method == "roll"
         version = self._parts.serving
         timings: dict[str, float] = {}

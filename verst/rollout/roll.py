@@ -229,13 +229,14 @@ class GroupRoller:
         """Generates the open turn. After an abort from outside it goes on from the tokens so far."""
         left = min(self.sampling.max_new_tokens, self.max_model_tokens - transcript.length)
         stop_ids = tuple(dict.fromkeys((*self.sampling.stop_token_ids, *self.renderer.stop_token_ids)))
+        drawn_by = stable_seed(seed, 0)  # a turn is one draw, however many requests it takes
         piece = 0
         while left:
             sampling = replace(self.sampling, max_new_tokens=left, stop_token_ids=stop_ids)
             name = f"{request_id}+{piece}" if piece else request_id
             routed = self.engine.routed_experts
             routes_from = None if routed is None else transcript.routed
-            request = GenerateRequest(name, transcript.tokens(), sampling, seed, routes_from)
+            request = GenerateRequest(name, transcript.tokens(), sampling, drawn_by, routes_from)
             generation = checked_generation(await race.generate(request), request)
             transcript.generate(generation)
             if race.is_cut(generation):

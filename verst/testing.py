@@ -288,11 +288,12 @@ def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
     return tokenizer
 
 
-def tiny_model(directory: str | Path, *, seed: int = 0, **overrides: Any) -> Path:
+def tiny_model(directory: str | Path, *, seed: int = 0, kind: Callable[[Any], Any] | None = None, **overrides: Any) -> Path:
     """Writes a random Llama of about 0.03 million parameters with `tiny_tokenizer` as a Hugging Face directory, and returns its path.
 
     Args:
         seed: of the initial weights. PyTorch's global random numbers are left as they were.
+        kind: the class of transformers that makes the model from its config. Default: `LlamaForCausalLM`.
         overrides: fields of `LlamaConfig`.
     """
     import torch
@@ -314,7 +315,7 @@ def tiny_model(directory: str | Path, *, seed: int = 0, **overrides: Any) -> Pat
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**(fields | overrides)))
+        model = (kind or LlamaForCausalLM)(LlamaConfig(**(fields | overrides)))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
 
 from verst.config.load import load_config
 from verst.errors import ExtensionError, RewardFailure
 from verst.rewards.reward_model import RewardModel
 from verst.rewards.scorer import Scorer
 from verst.rewards.spec import RewardSpec
-from verst.testing import tiny_tokenizer
+from verst.testing import tiny_model
 from verst.types import FinishReason, Group, Message, Prompt, Status, Trajectory, Turn
 
 EXAMPLE = Path(__file__).parents[2] / "examples/rewards/reward_model.yaml"
@@ -26,19 +26,7 @@ TEXTS = ("1", "a much longer answer, which decides how far the others are padded
 
 
 def write(directory: Path, kind: Any = LlamaForSequenceClassification, **overrides: Any) -> Path:
-    tokenizer = tiny_tokenizer()
-    fields: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    fields |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": tokenizer.pad_token_id, "num_labels": 1}
-    torch.manual_seed(0)
-    kind(LlamaConfig(**fields | overrides)).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return tiny_model(directory, kind=kind, **{"num_labels": 1, "max_position_embeddings": 256} | overrides)
 
 
 @pytest.fixture(scope="module")

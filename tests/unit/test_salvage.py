@@ -129,15 +129,7 @@ def replica(number: int, engine: FakeEngine, config: Config) -> LocalWorker:
     worker = RolloutWorker(config, Extensions(), number, "cpu", Path("unused"))
     worker.engine, worker._renderer, worker._environment = engine, ChatRenderer(TOKENIZER), SingleTurn
     worker._rollers, worker._scorer = {False: worker._roller(evaluate=False)}, cast(Any, Scores())
-    return Dies(f"replica {number}", worker)
-
-
-class Dies(LocalWorker):
-    async def call(self, method: str, /, *args: Any) -> Any:
-        return await super().call(method, *args)
-
-    async def post(self, method: str, /, *args: Any) -> Any:
-        return await super().call(method, *args)
+    return LocalWorker(f"replica {number}", worker)
 
 
 async def test_what_a_lost_replica_had_goes_to_the_next(monkeypatch: pytest.MonkeyPatch):

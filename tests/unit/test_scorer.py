@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.processes import lives
 from verst.config.schema import RewardConfig
 from verst.errors import ExtensionError, RewardFailure
 from verst.rewards.process import RewardProcess, worker_environment
@@ -82,18 +83,10 @@ async def scorer(rewards):
     await scorer.close()
 
 
-def gone(pid: int) -> bool:
-    """Whether the process has ended (a zombie has)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
 async def ends(pid: int) -> bool:
     """Whether the process is gone within 5 s."""
     for _ in range(250):
-        if gone(pid):
+        if not lives(pid):
             return True
         await asyncio.sleep(0.02)
     return False
@@ -334,8 +327,8 @@ async def test_close_leaves_nothing_behind_even_in_the_middle(scorer):
     (pid,) = scorer.pids
     scoring = asyncio.create_task(scorer.score(group("spin")))
     await asyncio.sleep(0.2)
-    assert not gone(pid)
-    assert not gone(child)
+    assert lives(pid)
+    assert lives(child)
     scoring.cancel()
     with pytest.raises(asyncio.CancelledError):
         await scoring
@@ -344,7 +337,7 @@ async def test_close_leaves_nothing_behind_even_in_the_middle(scorer):
     assert (await scorer.score(group("ok"))).trajectories[0].reward == 0.5  # a replacement serves
     (replacement,) = scorer.pids
     await scorer.close()
-    assert gone(replacement)
+    assert not lives(replacement)
 
 
 async def test_close_while_scoring_starts_no_replacement(scorer):
@@ -354,7 +347,7 @@ async def test_close_while_scoring_starts_no_replacement(scorer):
     await scorer.close()
     with pytest.raises(RewardFailure, match="was closed while it scored"):
         await scoring
-    assert gone(pid)
+    assert not lives(pid)
     assert not scorer.pids
 
 
@@ -380,7 +373,7 @@ async def test_workers_die_with_their_parent_while_stuck_in_user_code(rewards):
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         await asyncio.sleep(0.5)  # they are scoring now
         assert len(pids) == 2
-        assert not any(gone(pid) for pid in pids)
+        assert all(lives(pid) for pid in pids)
         parent.send_signal(signal.SIGKILL)
     assert [await ends(pid) for pid in pids] == [True, True]
 

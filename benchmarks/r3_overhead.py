@@ -1,10 +1,12 @@
 """What recording and replaying expert routes (R3, arXiv 2510.11370) costs: whole runs with and without, in turn.
 
     python benchmarks/r3_overhead.py [--size cpu|qwen3] [--engine hf] [--backend fsdp] [--steps 12] [--rounds 2] [--set KEY=VALUE ...]
+        [--address HOST:PORT]
 
 A random Mixture-of-Experts model of Qwen3's kind is trained by ordinary runs, synchronous, every completion of the same length. `replay`
 records routes in the engine, carries them, and trains on them; `ignore` does none of it. The runs alternate (replay, ignore, ignore,
-replay), and the first steps of each are left out. `qwen3` has the width, experts and routing of Qwen3-30B-A3B and 6 of its 48 layers.
+replay), and the first steps of each are left out. `qwen3` has the width, experts and routing of Qwen3-30B-A3B and 3 of its 48 layers.
+On a Ray cluster of `--address` that counts two GPUs where there is one, trainer and engine share it without hand-overs.
 
 - `overhead_share`: median step time of `replay` over that of `ignore`, minus 1; `rollout_share`, `train_share`: the same of these phases
 - `route_agreement`: share of (token, layer) whose experts, as the dispatcher got them, are the recorded ones
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -37,7 +40,7 @@ SIZES: dict[str, dict[str, int]] = {
     "cpu": {"hidden": 64, "layers": 4, "experts": 16, "chosen": 4, "width": 32, "heads": 4, "kv": 4, "groups": 4, "members": 4, "new": 48},
     "qwen3": {
         "hidden": 2048,
-        "layers": 6,
+        "layers": 3,
         "experts": 128,
         "chosen": 8,
         "width": 768,
@@ -103,10 +106,13 @@ def train(routes: str, model: Path, options: argparse.Namespace, scratch: Path, 
         },
         "train": {"backend": options.backend, "groups_per_step": size["groups"], "lr": 1e-6, "routes": routes},
         "fidelity": {"limit": 100.0},
-        "checkpoint": {"every_steps": options.steps + 1, "export_final": False},
+        "checkpoint": {"every_steps": options.steps + 1, "export_final": False, "snapshots": False},
     }
     prompts = [{"prompt": f"Alice has {i % 9 + 1} brothers and she also has {i // 9 + 1} sisters."} for i in range(81)]
-    run = verst.train(config, overrides=options.set, reward=varied, prompts=prompts, echo=lambda line: print(line, flush=True))
+    run = verst.train(
+        config, overrides=options.set, reward=varied, prompts=prompts, address=options.address, echo=lambda line: print(line, flush=True)
+    )
+    shutil.rmtree(run.path)  # its checkpoint may be large
     return [row for row in run.rows if row["kind"] == "step"][WARM:]
 
 
@@ -122,6 +128,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help=f"of each run; the first {WARM} are left out")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each kind")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the run file; may be repeated")
+    parser.add_argument("--address", help="of a Ray cluster to run on")
     options = parser.parse_args()
     rows: dict[str, list[dict[str, Any]]] = {"replay": [], "ignore": []}
     with tempfile.TemporaryDirectory() as name:

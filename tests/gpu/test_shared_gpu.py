@@ -31,7 +31,8 @@ MIB = 1 << 20
 
 def test_memory_that_is_given_up_is_free_for_other_processes() -> None:
     device = torch.device("cuda")
-    torch.cuda.empty_cache()
+    gc.collect()
+    return_unused(device)  # of the tests before
     generator = torch.Generator("cuda").manual_seed(0)
     flat = torch.randint(0, 256, (600 * MIB,), dtype=torch.uint8, device=device, generator=generator)  # more than one piece of the host's
     views, dropped = flat.split(7 * MIB + 3), torch.ones(100 * MIB, dtype=torch.uint8, device=device)
@@ -112,7 +113,7 @@ async def test_an_engine_lends_its_memory_and_records_its_graphs_anew(models, tm
 
 @pytest.fixture
 def own_ray() -> Iterator[None]:
-    ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False, object_store_memory=256 * MIB)
+    ray.init("local", include_dashboard=False, log_to_driver=False, configure_logging=False, object_store_memory=256 * MIB)
     yield
     ray.shutdown()
 

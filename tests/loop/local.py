@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import cloudpickle
 import pytest
@@ -17,6 +16,7 @@ from verst.config.load import load_config
 from verst.errors import VerstError
 from verst.journal.audit import audit
 from verst.observe.sinks import read_rows
+from verst.rewards.scorer import Scorer
 from verst.runtime.actors import LocalWorker
 from verst.runtime.branch import create_run, open_branch
 from verst.runtime.changes import reordered_since
@@ -37,21 +37,12 @@ def prompts_file(directory: Path) -> str:
 
 
 class InProcess(LocalWorker):
-    """Whose end closes what a process would take with it: the reward processes of a replica that was lost."""
-
-    ending: ClassVar[list[asyncio.Task[Any]]] = []
-
-    def __init__(self, name: str, instance: Any) -> None:
-        super().__init__(name, instance)
-        self._open = True
-
-    async def call(self, method: str, /, *args: Any) -> Any:
-        self._open = self._open and method != "close"
-        return await super().call(method, *args)
+    """Whose end takes with it what a process would: the reward processes of a replica that was lost. At once: no event loop may follow."""
 
     def kill(self) -> None:
-        if self._open:
-            self.ending.append(asyncio.ensure_future(self.call("close")))
+        scorer: Scorer | None = getattr(self._object, "_scorer", None)
+        if scorer is not None:
+            scorer.close()
 
 
 def local_spawn(name: str, factory: Any, *args: Any, gpus: float = 0, env: Any = None) -> LocalWorker:
@@ -77,8 +68,6 @@ class LocalRun:
             await service.run()
         finally:
             _, self.lines = await service.lines(0, 0)
-            ending, InProcess.ending = InProcess.ending, []
-            await asyncio.gather(*ending, return_exceptions=True)
         assert undocumented(self.rows) == set(), f"metrics that {DOCUMENT} does not explain"
         self.require_exactly_once()
         return self

@@ -219,7 +219,7 @@ def reward(text: str, name: str = "score", **options: Any) -> Spoil:
         try:
             return (await scorer.score(one_group())).trajectories[0].error
         finally:
-            await scorer.close()
+            scorer.close()
 
     def met(world: World) -> Call:
         module = world.module(text)

@@ -268,7 +268,7 @@ async def test_in_its_process_the_example_fails_one_trajectory_alone(service: Se
     try:
         scored = await scorer.score(Group(0, Prompt("p:0", (), {"answer": "42"}), tuple(said(t, i) for i, t in enumerate(("42", "hm"))), 0))
     finally:
-        await scorer.close()
+        scorer.close()
     right, wrong = scored.trajectories
     assert (right.reward, right.error) == (0.8, None)
     assert wrong.status is Status.FAILED

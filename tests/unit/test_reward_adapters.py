@@ -186,7 +186,7 @@ async def test_the_examples_score_in_their_processes():
         try:
             scored = await scorer.score(group)
         finally:
-            await scorer.close()
+            scorer.close()
         assert [t.error for t in scored.trajectories] == [None] * 3
         assert [t.reward for t in scored.trajectories] == rewards, reference
         assert scored.trajectories[0].info == recorded

@@ -69,7 +69,7 @@ async def test_the_example_scores_in_its_process_and_fails_alone(path: Path):
         texts = ("22", "x " * 300)
         scored = await scorer.score(Group(0, Prompt("p:0", ()), tuple(said(text, i) for i, text in enumerate(texts)), 0))
     finally:
-        await scorer.close()
+        scorer.close()
     assert scored.trajectories[0].reward == pytest.approx(expected(path, "22"), abs=1e-5)
     assert "tokens, and the reward model takes 256" in str(scored.trajectories[1].error)
 

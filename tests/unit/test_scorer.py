@@ -80,7 +80,7 @@ async def scorer(rewards):
     scorer = Scorer(RewardSpec("user_rewards:by_text"), workers=1, deadline_s=1, log=rewards / "log")
     await scorer.start()
     yield scorer
-    await scorer.close()
+    scorer.close()
 
 
 async def ends(pid: int) -> bool:
@@ -125,7 +125,7 @@ async def test_a_worker_that_is_killed_blames_no_trajectory_unless_it_happens_ag
     scorer = Scorer(RewardSpec("killed:killed"), workers=1, deadline_s=5)
     await scorer.start()
     scored = await scorer.score(group("ok", "once", "ok", "always", "ok"))
-    await scorer.close()
+    scorer.close()
     assert [t.reward for t in scored.trajectories] == [1, 1, 1, None, 1]
     assert "was killed by SIGKILL" in str(scored.trajectories[3].error)
     assert (scorer.stats()["failed/crash"], scorer.stats()["workers_lost"]) == (1, 3)
@@ -145,7 +145,7 @@ async def test_deadline_is_for_each_trajectory(rewards):
     scorer = Scorer(RewardSpec("slow:slow"), workers=1, deadline_s=0.9)
     await scorer.start()
     scored = await scorer.score(group(*["ok"] * 5))
-    await scorer.close()
+    scorer.close()
     assert [t.reward for t in scored.trajectories] == [1] * 5
 
 
@@ -164,7 +164,7 @@ async def test_user_code_has_the_main_thread_and_no_secrets(rewards, monkeypatch
     scored = await scorer.score(group("main thread", "secret", "pid"))
     assert [t.reward for t in scored.trajectories[:2]] == [1, 0]
     assert scored.trajectories[2].reward == scorer.pids[0] != os.getpid()
-    await scorer.close()
+    scorer.close()
 
 
 def test_worker_environment():
@@ -200,7 +200,7 @@ async def test_async_rewards_wait_together_and_are_blamed_alone(rewards):
     assert "exit code 3" in str(scored.trajectories[1].error)
     scored = await scorer.score(group("block", "ok"))
     assert [t.reward for t in scored.trajectories] == [None, 1]
-    await scorer.close()
+    scorer.close()
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ async def test_a_judge_is_asked_for_many_groups_at_a_time_and_one_that_hangs_del
     assert all(t.reward == 1 for g in scored for t in g.trajectories)
     assert [t.reward for t in (await hung).trajectories] == [1, None]
     assert scorer.stats()["workers_lost"] == 0
-    await scorer.close()
+    scorer.close()
 
 
 @pytest.mark.slow
@@ -228,7 +228,7 @@ async def test_a_judge_is_not_asked_for_more_than_its_places_at_a_time(rewards):
     await scorer.start()
     scored = await asyncio.gather(*(scorer.score(group(*["ok"] * 20)) for _ in range(10)))
     assert max(t.reward or 0 for g in scored for t in g.trajectories) == AT_ONCE == 64
-    await scorer.close()
+    scorer.close()
 
 
 @pytest.mark.slow
@@ -243,7 +243,7 @@ async def test_an_async_reward_that_ends_or_holds_its_worker_is_blamed_alone(rew
     assert all(t.reward == 1 for g in await asyncio.gather(*others) for t in g.trajectories)
     assert (await scorer.score(group("ok"))).trajectories[0].reward == 1
     pids = scorer.pids
-    await scorer.close()
+    scorer.close()
     assert [await ends(pid) for pid in pids] == [True] * len(pids)
 
 
@@ -258,7 +258,7 @@ async def test_an_async_reward_whose_caller_has_gone_serves_the_next(rewards):
     await asyncio.sleep(2)  # longer than a worker may be silent
     assert (await scorer.score(group("ok"))).trajectories[0].reward == 1
     assert scorer.stats()["workers_lost"] == 0
-    await scorer.close()
+    scorer.close()
 
 
 @pytest.mark.slow
@@ -281,7 +281,7 @@ async def test_answers_of_an_async_reward_that_cannot_be_read_leave_nobody_waiti
     assert [t.reward for t in scored.trajectories] == [1, 1, 1]
     assert (len(broken), scorer.stats()["workers_lost"]) == (1, 1)
     assert first not in scorer.pids
-    await scorer.close()
+    scorer.close()
 
 
 async def test_nobody_is_blamed_for_a_worker_that_died_idle(scorer):
@@ -298,7 +298,7 @@ async def test_functions_given_from_python_travel_by_value():
     scorer = Scorer(RewardSpec.of(RewardConfig.model_validate({}), lambda trajectory, fields: factor), workers=2, deadline_s=5)
     await scorer.start()
     assert [t.reward for t in (await scorer.score(group("a", "b", "c"))).trajectories] == [3, 3, 3]
-    await scorer.close()
+    scorer.close()
     lock = threading.Lock()
     with pytest.raises(ExtensionError, match=r"cannot be sent to its worker process: .*lock"):
         RewardSpec.of(RewardConfig.model_validate({}), lambda trajectory, fields: lock.locked())
@@ -336,7 +336,7 @@ async def test_close_leaves_nothing_behind_even_in_the_middle(scorer):
     assert await ends(child)
     assert (await scorer.score(group("ok"))).trajectories[0].reward == 0.5  # a replacement serves
     (replacement,) = scorer.pids
-    await scorer.close()
+    scorer.close()
     assert not lives(replacement)
 
 
@@ -344,7 +344,7 @@ async def test_close_while_scoring_starts_no_replacement(scorer):
     scoring = asyncio.create_task(scorer.score(group("sleep", "ok")))
     await asyncio.sleep(0.2)
     (pid,) = scorer.pids
-    await scorer.close()
+    scorer.close()
     with pytest.raises(RewardFailure, match="was closed while it scored"):
         await scoring
     assert not lives(pid)

@@ -56,7 +56,7 @@ class Scorer:
                     self._shared.append(SharedProcess(worker, self._retire))
                 self._free.put_nowait(None if worker.concurrent else worker)
         except VerstError:
-            await self.close()
+            self.close()
             raise
 
     async def score(self, group: Group) -> Group:
@@ -79,7 +79,7 @@ class Scorer:
         names = ("scored", "failed/deadline", "failed/crash", "failed/exception", "failed/not_a_number", "workers_lost")
         return {name: float(self._counts[name]) for name in names}
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Ends all workers, and returns when they are gone. A `score` still under way raises `RewardFailure`."""
         self._closed = True
         for worker in self._alive:

@@ -332,6 +332,6 @@ class RolloutWorker:
 
     async def close(self) -> None:
         if self._scorer is not None:
-            await self._scorer.close()
+            self._scorer.close()
         if self.engine is not None:  # None: it could not be started
             await self.engine.close()

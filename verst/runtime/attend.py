@@ -19,7 +19,6 @@ _DEATHS = 4
 _DEATHS_S = 600.0
 """So many deaths of the loop's process in that time end the run: something kills it that no restart mends."""
 
-
 _AGAIN_S = 120.0
 """Limit of the start of another one."""
 
@@ -96,7 +95,11 @@ def watch_over(handle: Any, asked: Asked, echo: Echo) -> None:
         except WorkerDied as error:
             deaths.append(time.monotonic())
             if len(deaths) == _DEATHS and deaths[-1] - deaths[0] < _DEATHS_S:
-                raise
+                raise WorkerDied(
+                    f"the loop's process died {_DEATHS} times in {deaths[-1] - deaths[0]:.0f} s, so another one would die too. "
+                    "Its journal is intact: mend the cause, then verst resume. Where the memory of a machine is full, Ray ends the loop "
+                    f"first, because it can be started again (`ray list cluster-events`). The last death: {error}"
+                ) from error
             _until_it_answers(handle, error)
             echo("the loop's process died: it starts again and goes on from its journal")
             watch = _Watch(handle, asked, echo)

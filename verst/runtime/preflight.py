@@ -51,6 +51,7 @@ def preflight(config: Config, extensions: Extensions) -> Findings:
     _check_model(config)
     check_stack(config)
     check_trackers(config.tracking)
+    _check_algorithm(config.algorithm)
     if algorithm_for(config.algorithm).learns_from == "policy" or config.eval.every_steps:
         _check_reward(config, extensions.reward)
         _check_environment(config, extensions.environment)
@@ -127,6 +128,13 @@ def _check_reward(config: Config, given: Any) -> None:
             adapters.check_on_paper(adapted[0], reference)
     else:
         _check_reference(config.reward.function, REWARDS, "reward")
+
+
+def _check_algorithm(options: Any) -> None:
+    for kind in ("advantages", "loss"):
+        reference = getattr(options, kind, None)
+        if reference is not None:
+            _check_reference(reference, {}, kind)
 
 
 def _check_environment(config: Config, given: Any) -> None:

@@ -23,12 +23,14 @@ from verst.types import (
     Reply,
     RoutedExperts,
     RoutesWanted,
+    Sample,
     Trajectory,
 )
 
 if TYPE_CHECKING:
     import torch
 
+    from verst.algorithms.losses import LossInputs
     from verst.observe.metrics import Tally
     from verst.weights.group import GroupAddress
 
@@ -55,6 +57,31 @@ class Reward(Protocol):
 
     def __call__(self, trajectory: Trajectory, fields: Mapping[str, Any], /) -> Any:
         """A finite number. An exception, NaN or None marks the trajectory failed; it never becomes a silent 0."""
+        ...
+
+
+@runtime_checkable
+class Advantages(Protocol):
+    """How much better each sample was than expected: what its tokens are weighed by. Named by `algorithm.advantages`."""
+
+    def __call__(self, rewards_N: NDArray[np.float64], groups_N: NDArray[np.int64], samples: Sequence[Sample], /) -> Any:
+        """[N] finite numbers, of the samples of one batch.
+
+        `rewards_N` are those of `samples`, with what `kl_in: reward` and `overlong_share` take away; samples of one prompt have the same
+        number in `groups_N`. A function of nothing else: a batch that is trained again must have the same advantages.
+        """
+        ...
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """What is made small. Named by `algorithm.loss`."""
+
+    def __call__(self, inputs: LossInputs, /) -> Any:
+        """[N] the loss of each token, or a `LossOutput` with metrics beside it; not their mean, since the divisor is the whole update's.
+
+        A token's loss may depend on the tokens of its sample, which a microbatch has all of, and on no other sample.
+        """
         ...
 
 

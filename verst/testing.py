@@ -1,7 +1,8 @@
 """Fakes and a tiny model for people's own tests: no GPU, no network, no weights to download.
 
 `FakeEngine` and `FakeEnvironment` do what a script says and record what happened in order. `tiny_tokenizer` and `tiny_model` make real
-ones, small enough to train in a test. `check_environment` is the contract every environment must keep.
+ones, small enough to train in a test. `check_environment`, `check_advantages` and `check_loss` are the contracts
+that those of a user must keep.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from verst.contracts import check_advantages as check_advantages
+from verst.contracts import check_loss as check_loss
 from verst.errors import EngineFailure, InvariantViolation
 from verst.protocols import Environment, WeightUpdate
 from verst.rollout.boundary import GuardedEnvironment

@@ -73,3 +73,13 @@ async def test_best_of_n_trains_one_of_each_group_and_none_of_a_bad_one(tmp_path
         assert max(rewards) > 4
     (row,) = [row for row in run.rows if row.get("loss/total") is not None]
     assert row["groups/replaced"] > 0
+
+
+async def test_a_step_with_advantages_and_a_loss_of_ones_own(tmp_path: Path, quickstart: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(EXAMPLES[0].parent)
+    values = values_of(EXAMPLES[0].parent / "dr_grpo.yaml", tmp_path, algorithm={"advantages": "own:advantages", "loss": "own:loss"})
+    run = await local_run(tmp_path, quickstart, values, reward=spread).go()
+    (row,) = [row for row in run.rows if row.get("loss/total") is not None]
+    assert row["policy/bounded"] >= 0
+    assert "policy/clipped_high" not in row
+    assert row["update/grad_norm"] > 0

@@ -51,6 +51,10 @@ def test_a_model_whose_experts_cannot_be_read_is_refused_unless_routes_are_ignor
         ("reward.function='mine:'", r"reward 'mine:' is not of the form"),
         ("reward.function=rewards/mine.py:score", r"'rewards/mine\.py:score' is not of the form .*no path, no \.py"),
         ("reward.function='a:b:c'", r"'a:b:c' is not of the form `module:name`: one colon"),
+        ("algorithm={name: grpo, loss: grpo}", r"loss 'grpo' is not shipped with Verst"),
+        ("algorithm={name: rloo, advantages: 'no_such_module:mine'}", r"advantages 'no_such_module:mine': no module 'no_such_module' in"),
+        ("rollout.environment=agent:single_turn", r"agent 'single_turn' is not shipped with Verst"),
+        ("rollout.environment=agent:no_such_module:solve", r"agent 'no_such_module:solve': no module 'no_such_module' in"),
         ("rollout.environment='my-env:Env'", r"environment 'my-env:Env' is not of the form"),
         ("reward.function=no_such_module_here:score", r"no module 'no_such_module_here' in .* or among the installed packages"),
         ("reward.function=__main__:score", r"no module '__main__'"),
@@ -80,6 +84,7 @@ def test_a_module_that_is_there_is_found_and_not_imported(model: Path, tmp_path:
     (tmp_path / "mine.py").write_text("raise AssertionError('imported')\n")
     monkeypatch.chdir(tmp_path)
     check(model, "reward.function=mine:score", "rollout.environment=mine:Env", "rollout.max_turns=3")
+    check(model, "rollout.environment=agent:mine:solve", "rollout.max_turns=3")
 
 
 def test_turns_must_fit_the_environment(model: Path):

@@ -76,7 +76,7 @@ def cispo_loss(inputs: LossInputs, options: ClippedConfig) -> LossOutput:
     low, high = 1 - options.clip_low, 1 + options.clip_high
     per_token = -ratio.clamp(low, high) * inputs.advantages * inputs.logprobs
     bounds = {"clipped_low": (ratio < low).to(ratio.dtype), "clipped_high": (ratio > high).to(ratio.dtype)}
-    return _completed(inputs, options, per_token, {"ratio": ratio} | bounds)
+    return completed(inputs, options, per_token, {"ratio": ratio} | bounds)
 
 
 def reinforce_loss(inputs: LossInputs, options: PolicyGradientConfig) -> LossOutput:
@@ -86,7 +86,7 @@ def reinforce_loss(inputs: LossInputs, options: PolicyGradientConfig) -> LossOut
     makes it that of the policy that sampled, token by token. Metric: `ratio`.
     """
     ratio = (inputs.logprobs - _old(inputs, options)).exp()
-    return _completed(inputs, options, -ratio * inputs.advantages, {"ratio": ratio.detach()})
+    return completed(inputs, options, -ratio * inputs.advantages, {"ratio": ratio.detach()})
 
 
 def likelihood_loss(inputs: LossInputs, options: Section) -> LossOutput:
@@ -109,10 +109,10 @@ def _clipped(inputs: LossInputs, options: ClippedConfig, ratio: torch.Tensor) ->
         "clipped_low": ((seen < low) & (advantages < 0)).to(seen.dtype),
         "clipped_high": ((seen > high) & (advantages > 0)).to(seen.dtype),
     }
-    return _completed(inputs, options, per_token, metrics)
+    return completed(inputs, options, per_token, metrics)
 
 
-def _completed(inputs: LossInputs, options: PolicyGradientConfig, per_token: torch.Tensor, metrics: dict[str, torch.Tensor]) -> LossOutput:
+def completed(inputs: LossInputs, options: PolicyGradientConfig, per_token: torch.Tensor, metrics: dict[str, torch.Tensor]) -> LossOutput:
     """w · loss + kl_coefficient · KL estimate, with the metrics of both: those of the corrections, and `kl` where there is a reference.
 
     The weight w is 1 without `corrections`, else theirs, of old over behaviour probabilities (`verst.algorithms.corrections`).

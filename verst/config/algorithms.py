@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field
 
-from verst.config.values import Positive, Real, Section
+from verst.config.values import Positive, Real, Section, Text
 
 _NAMED = ConfigDict(json_schema_extra={"required": ["name"]})
 """The name decides which options there are, so a section without it is refused. pydantic's JSON schema does not say so."""
@@ -75,6 +75,10 @@ class PolicyGradientConfig(Section):
         description="Importance weights of trainer over behaviour probabilities: {kind, level, lower, upper} each; see docs/fidelity.md.",
     )
     overlong_share: OverlongShare = 0.0
+    advantages: Text | None = Field(
+        default=None, description="`module:function(rewards_N, groups_N, samples)` in place of the algorithm's own advantages."
+    )
+    loss: Text | None = Field(default=None, description="`module:function(inputs)` in place of the algorithm's own loss.")
 
 
 class ClippedConfig(PolicyGradientConfig):

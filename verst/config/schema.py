@@ -78,7 +78,10 @@ class RolloutConfig(Section):
         default_factory=list, description="SGLang servers that run already, one for each replica. Default: start them."
     )
     replicas: Count = Field(default=1, description="Engine replicas.")
-    environment: Text = Field(default="single_turn", description="A shipped environment or `module:Class`.")
+    environment: Text = Field(
+        default="single_turn",
+        description="A shipped environment, `module:Class`, or `agent:module:function` for an agent that asks for completions.",
+    )
     environment_options: Options = Field(default_factory=dict, description="Keyword arguments of the environment.")
     group_size: Count = Field(default=8, description="Trajectories of each prompt; those of one group share its baseline.")
     oversample: Whole = Field(

@@ -11,6 +11,7 @@ from typing import Any
 
 from verst import extend
 from verst.protocols import Environment
+from verst.rollout.agent import Agents
 from verst.types import Completion, Message, Prompt, Reply
 
 
@@ -58,17 +59,24 @@ class SecondTry:
         return Reply(messages=(self._message,), done=False, info=info)
 
 
+AGENT = "agent:"
+"""Before a reference: what it names asks for completions itself (`verst.rollout.agent`)."""
+
 SHIPPED: Mapping[str, Callable[..., Environment]] = {"single_turn": SingleTurn, "second_try": SecondTry}
 
 
 def environment_factory(reference: Any, options: Mapping[str, Any]) -> Callable[[], Environment]:
     """What makes a fresh environment for each trajectory: a shipped name, `module:Class`, or a class or function given from Python.
 
+    With `AGENT` before it, a function that asks for completions itself.
+
     Raises `ExtensionError` if it cannot be found, lacks a method, or does not take `options`.
     """
+    if isinstance(reference, str) and reference.startswith(AGENT):
+        return Agents(extend.load(reference.removeprefix(AGENT), shipped={}, kind="agent"), **options)
     found = extend.load(reference, shipped=SHIPPED, kind="environment")
     extend.check_class(found, "environment", Environment, options)
-    return partial(found, **options)
+    return found if isinstance(found, Agents) else partial(found, **options)
 
 
 def _ends_with(text: str, answer: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from verst.algorithms.own import call_advantages, own_advantages
 from verst.algorithms.selection import all_equal
 from verst.algorithms.table import algorithm_for
 from verst.config.algorithms import AlgorithmConfig
@@ -109,7 +110,10 @@ def advantages(batch: Batch, config: Config, reference_kl: Mapping[int, float]) 
     algorithm = algorithm_for(options)
     filled_N = [int(s.loss_mask_T.sum()) / config.max_generated_tokens for s in batch.samples]
     rewards_N = algorithm.shape_rewards([s.reward for s in batch.samples], reference_kl, filled_N, options)
-    return algorithm.advantages(rewards_N, np.array([s.group for s in batch.samples]), options).tolist()
+    groups_N, own = np.array([s.group for s in batch.samples]), own_advantages(options)
+    if own is not None:
+        return call_advantages(own, rewards_N, groups_N, batch.samples).tolist()
+    return algorithm.advantages(rewards_N, groups_N, options).tolist()
 
 
 def describe(groups: Sequence[Group], advantages_: Sequence[float], version: int) -> dict[str, float]:

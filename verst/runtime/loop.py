@@ -26,6 +26,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from verst.algorithms.own import own_advantages
 from verst.algorithms.table import algorithm_for
 from verst.config.schema import Config
 from verst.errors import DataError, InvariantViolation, VerstError
@@ -67,6 +68,7 @@ class Loop:
         self._parts = parts
         self._restored = restored
         self._algorithm = algorithm_for(config.algorithm)
+        own_advantages(config.algorithm)  # loads them: a mistake in a user's module should not cost the first batch
         self._slots = GroupSlots(config.capacity_groups)
         self._admitted: asyncio.Queue[tuple[int, Prompt]] = asyncio.Queue()
         self._ready = Ready(config.rollout.window_groups)

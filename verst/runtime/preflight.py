@@ -51,6 +51,7 @@ def preflight(config: Config, extensions: Extensions) -> Findings:
     _check_model(config)
     check_stack(config)
     check_trackers(config.tracking)
+    _check_algorithm(config.algorithm)
     if algorithm_for(config.algorithm).learns_from == "policy" or config.eval.every_steps:
         _check_reward(config, extensions.reward)
         _check_environment(config, extensions.environment)
@@ -129,10 +130,20 @@ def _check_reward(config: Config, given: Any) -> None:
         _check_reference(config.reward.function, REWARDS, "reward")
 
 
+def _check_algorithm(options: Any) -> None:
+    for kind in ("advantages", "loss"):
+        reference = getattr(options, kind, None)
+        if reference is not None:
+            _check_reference(reference, {}, kind)
+
+
 def _check_environment(config: Config, given: Any) -> None:
     rollout = config.rollout
     if given is not None:
         environment_factory(given, rollout.environment_options)
+        return
+    if rollout.environment.startswith(environments.AGENT):
+        _check_reference(rollout.environment.removeprefix(environments.AGENT), {}, "agent")
         return
     if rollout.environment not in environments.SHIPPED:
         _check_reference(rollout.environment, environments.SHIPPED, "environment")

@@ -96,6 +96,7 @@ class RolloutWorker:
         self._samples = samples
         self.engine: Any = None
         self._scorer: Scorer | None = None
+        self._environment: Any = None
         self._rolling = self._trajectories = 0  # groups, and what is rolled of them
         self._tasks: set[asyncio.Task[Group]] = set()
         self._clock = Clock()
@@ -331,7 +332,11 @@ class RolloutWorker:
         return tokens_T[:64]
 
     async def close(self) -> None:
+        from verst.rollout.agent import Agents
+
         if self._scorer is not None:
             self._scorer.close()
+        if isinstance(self._environment, Agents):
+            await self._environment.close()
         if self.engine is not None:  # None: it could not be started
             await self.engine.close()

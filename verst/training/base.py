@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from verst.algorithms.own import with_own_loss
 from verst.algorithms.table import algorithm_for, records_routes
 from verst.config.schema import Config
 from verst.errors import InvariantViolation
@@ -39,7 +40,7 @@ class Backend(ABC, Generic[Optimizer]):
         self._config = config
         self._device = device
         self._temperature = config.rollout.temperature  # of the distribution that was sampled
-        self._algorithm = algorithm_for(config.algorithm)
+        self._algorithm = with_own_loss(algorithm_for(config.algorithm), config.algorithm)
         self._step: LoadedStep | None = None
         self._loss_is_finite = True
         self._broken: list[str] = []  # samples of this update

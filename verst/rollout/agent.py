@@ -1,0 +1,117 @@
+"""Agents that ask for completions themselves: `rollout.environment: agent:module:function`.
+
+An environment answers the policy; an agent asks it. Here one becomes the other: what an agent adds to its conversation between two
+completions is the environment's reply. So its trajectories are token in, token out like all others: of each call only the new messages are
+rendered, and what the policy said stays the tokens that it sampled.
+
+A trajectory is one conversation that grows. A call that does not continue it is refused: the agent sees an error, and the trajectory, if it
+does not go on, has failed with the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from verst import extend
+from verst.rollout.endpoint import Endpoint
+from verst.rollout.sessions import Session
+from verst.types import Completion, Message, Prompt, Reply
+
+SIGNATURE = ("session", "prompt")
+
+
+class Agents:
+    """Makes the environment of each trajectory of an agent, `fn(session, prompt, **options)`, plain or async.
+
+    What it returns, a mapping or None, is the trajectory's `info`. A plain function runs in a thread, which nobody can end: once its
+    trajectory is over, each of its calls is refused. `close` ends the endpoint that they all share.
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        extend.check_callable(function, "agent", SIGNATURE, options)
+        self.function, self.options = function, options
+        self._endpoint: Endpoint | None = None
+        self._starting = asyncio.Lock()
+
+    def __call__(self) -> AgentEnvironment:
+        return AgentEnvironment(self)
+
+    async def open(self) -> Session:
+        """A new session, which the endpoint knows."""
+        async with self._starting:
+            if self._endpoint is None:
+                self._endpoint = await Endpoint.start()
+        session = Session(self._endpoint.url, secrets.token_urlsafe(24))
+        self._endpoint.add(session)
+        return session
+
+    def forget(self, session: Session) -> None:
+        session.end()
+        if self._endpoint is not None:
+            self._endpoint.remove(session)
+
+    async def close(self) -> None:
+        if self._endpoint is not None:
+            endpoint, self._endpoint = self._endpoint, None
+            await endpoint.close()
+
+
+class AgentEnvironment:
+    """One trajectory of an agent, as an environment."""
+
+    def __init__(self, agents: Agents) -> None:
+        self._agents = agents
+        self._session: Session | None = None
+        self._agent: asyncio.Future[Any] | None = None
+
+    async def start(self, prompt: Prompt) -> Sequence[Message]:
+        agents = self._agents
+        self._session = session = await agents.open()
+        call = partial(agents.function, session, prompt, **agents.options)
+        self._agent = asyncio.ensure_future(call() if extend.is_async(agents.function) else asyncio.to_thread(call))
+        new = await self._next()
+        if new is None:
+            raise RuntimeError("the agent ended without asking for a completion")
+        return new
+
+    async def reply(self, completion: Completion) -> Reply:
+        assert self._session is not None, "start() comes first"
+        assert self._agent is not None
+        self._session.answer(completion)
+        new = await self._next()
+        if new is not None:
+            return Reply(new, done=False)
+        returned = self._agent.result()
+        if not isinstance(returned, Mapping | None):
+            raise TypeError(f"the agent returned {returned!r} of type {type(returned).__name__}, not a mapping or None")
+        info = dict(returned or {})
+        if self._session.not_heeded:
+            info["not_heeded"] = sorted(self._session.not_heeded)
+        return Reply(info=info)
+
+    async def close(self) -> None:
+        if self._session is not None:
+            self._agents.forget(self._session)
+        if self._agent is not None and not self._agent.done():
+            self._agent.cancel()
+            await asyncio.wait({self._agent})
+        if self._agent is not None and not self._agent.cancelled():
+            self._agent.exception()  # seen: it has been reported, or came of the end
+
+    async def _next(self) -> tuple[Message, ...] | None:
+        """The new messages of its next call; None if it has ended. Raises what it raised."""
+        assert self._session is not None
+        assert self._agent is not None
+        asking = asyncio.ensure_future(self._session.asked())
+        try:
+            await asyncio.wait({asking, self._agent}, return_when=asyncio.FIRST_COMPLETED)
+            if asking.done():
+                return asking.result()
+            self._agent.result()
+            return None
+        finally:
+            asking.cancel()

@@ -10,13 +10,14 @@ from verst.testing import FakeEnvironment, check_environment
 from verst.types import Message, Prompt, Reply
 
 PROMPT = Prompt("p:0", (Message("system", "Be brief."), Message("user", "6 x 7?")), {"answer": "42"})
+OPTIONS = {"guessing": {"low": 42, "high": 42, "max_guesses": 3}}
 MORE = Reply((Message("user", "more"),), done=False)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("texts", [["42"], ["41", "42"], ["", "\n", "x"]])
 async def test_shipped_environments_keep_the_contract(name, texts):
-    replies = await check_environment(environment_factory(name, {}), PROMPT, texts)
+    replies = await check_environment(environment_factory(name, OPTIONS.get(name, {})), PROMPT, texts)
     assert replies[-1].done
 
 

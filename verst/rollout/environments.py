@@ -11,11 +11,14 @@ from typing import Any
 
 from verst import extend
 from verst.protocols import Environment
+from verst.rollout.guessing import Guessing
 from verst.types import Completion, Message, Prompt, Reply
 
 
 class SingleTurn:
     """The prompt's messages, one completion, the end."""
+
+    turns = 1
 
     async def start(self, prompt: Prompt) -> Sequence[Message]:
         return prompt.messages
@@ -40,7 +43,7 @@ class SecondTry:
     def __init__(self, tries: int = 2, field: str = "answer", message: str = "That is not correct. Try again.") -> None:
         if tries < 1:
             raise ValueError(f"tries is {tries}; a trajectory needs at least one")
-        self._left = self._tries = tries
+        self._left = self.turns = tries
         self._field = field
         self._message = Message("user", message)
         self._answer = ""
@@ -52,13 +55,14 @@ class SecondTry:
     async def reply(self, completion: Completion) -> Reply:
         self._left -= 1
         solved = _ends_with(completion.text, self._answer)
-        info = {"tries": self._tries - self._left, "solved": solved}
+        info = {"tries": self.turns - self._left, "solved": solved}
         if solved or not self._left:
             return Reply(info=info)
         return Reply(messages=(self._message,), done=False, info=info)
 
 
-SHIPPED: Mapping[str, Callable[..., Environment]] = {"single_turn": SingleTurn, "second_try": SecondTry}
+SHIPPED: Mapping[str, Callable[..., Environment]] = {"single_turn": SingleTurn, "second_try": SecondTry, "guessing": Guessing}
+"""Each has `turns`, the completions that its trajectory may have."""
 
 
 def environment_factory(reference: Any, options: Mapping[str, Any]) -> Callable[[], Environment]:

@@ -12,6 +12,7 @@ from typing import Any
 from verst import extend
 from verst.protocols import Environment
 from verst.rollout.guessing import Guessing
+from verst.rollout.python_tool import PythonTool
 from verst.types import Completion, Message, Prompt, Reply
 
 
@@ -61,7 +62,12 @@ class SecondTry:
         return Reply(messages=(self._message,), done=False, info=info)
 
 
-SHIPPED: Mapping[str, Callable[..., Environment]] = {"single_turn": SingleTurn, "second_try": SecondTry, "guessing": Guessing}
+SHIPPED: Mapping[str, Callable[..., Environment]] = {
+    "single_turn": SingleTurn,
+    "second_try": SecondTry,
+    "guessing": Guessing,
+    "python_tool": PythonTool,
+}
 """Each has `turns`, the completions that its trajectory may have."""
 
 
@@ -73,6 +79,12 @@ def environment_factory(reference: Any, options: Mapping[str, Any]) -> Callable[
     found = extend.load(reference, shipped=SHIPPED, kind="environment")
     extend.check_class(found, "environment", Environment, options)
     return partial(found, **options)
+
+
+def check_machine(make: Callable[[], Environment]) -> None:
+    """Raises `ExtensionError` if this machine lacks what the environment needs. A class says so in a `check_machine` of its own."""
+    if isinstance(make, partial):
+        getattr(make.func, "check_machine", lambda **_: None)(**make.keywords)
 
 
 def _ends_with(text: str, answer: str) -> bool:

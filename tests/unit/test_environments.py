@@ -120,7 +120,10 @@ async def test_guessing_wants_a_number_within_its_range(number):
         await Guessing(1, 10).start(Prompt("p:0", (Message("user", "Go."),), {"number": number}))
 
 
-@pytest.mark.parametrize(("options", "message"), [({"low": 2, "high": 1}, "low is 2"), ({"max_guesses": 0}, "max_guesses is 0")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"low": 2, "high": 1}, "low is 2"), ({"max_guesses": 0}, "max_guesses is 0"), ({"high": 9.5}, "high is 9.5, not a whole number")],
+)
 def test_guessing_refuses_options_that_make_no_game(options, message):
     with pytest.raises(ValueError, match=message):
         Guessing(**options)

@@ -143,6 +143,6 @@ def test_from_info_adds_up_what_the_environment_reported():
         score(replace(said(""), info={"solved": True}), {})
     with pytest.raises(RewardFailure, match="reported 'solved' as 'yes'; it must be a number"):
         score(replace(said(""), info={"solved": "yes", "guesses": 3}), {})
-    for weights, message in (({}, "weights is empty"), ({"solved": "1"}, "weight of 'solved' is '1'")):
+    for weights, message in (({}, "weights is {}"), (["solved"], "such as {solved: 1}"), ({"solved": "1"}, "weight of 'solved' is '1'")):
         with pytest.raises(ExtensionError, match=message):
             FromInfo(weights)  # pyright: ignore[reportArgumentType]

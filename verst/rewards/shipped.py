@@ -59,11 +59,13 @@ class FromInfo:
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
+        if not isinstance(weights, Mapping) or not weights:
+            raise ExtensionError(
+                f"reward from_info: option weights is {weights!r}: name what the environment reports, such as {{solved: 1}}"
+            )
         for key, weight in weights.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise ExtensionError(f"reward from_info: the weight of {key!r} is {weight!r}, not a finite number: give one")
-        if not weights:
-            raise ExtensionError("reward from_info: option weights is empty: name what the environment reports, such as {solved: 1}")
         self._weights = dict(weights)
 
     def __call__(self, trajectory: Trajectory, fields: Mapping[str, Any]) -> float:

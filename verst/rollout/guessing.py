@@ -27,6 +27,9 @@ class Guessing:
     """
 
     def __init__(self, low: int = 1, high: int = 100, max_guesses: int = 8, field: str = "number") -> None:
+        for name, value in (("low", low), ("high", high), ("max_guesses", max_guesses)):
+            if not isinstance(value, int):
+                raise ValueError(f"{name} is {value!r}, not a whole number")
         if low > high:
             raise ValueError(f"low is {low} and high is {high}; low must not be above high")
         if max_guesses < 1:

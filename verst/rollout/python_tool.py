@@ -40,8 +40,8 @@ class PythonTool:
     def __init__(
         self, max_calls: int = 4, role: str = "user", instructions: str = INSTRUCTIONS, allow_unisolated: bool = False, **limits: Any
     ) -> None:
-        if max_calls < 1:
-            raise ValueError(f"max_calls is {max_calls}; a tool that is never called needs no environment")
+        if not isinstance(max_calls, int) or max_calls < 1:
+            raise ValueError(f"max_calls is {max_calls!r}; it must be a whole number of at least 1")
         self.turns = max_calls + 1
         self._limits = Limits(**limits)
         self._left, self._role, self._instructions = max_calls, role, instructions

@@ -38,7 +38,11 @@ _END_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one piece of code may use. Memory and processor time are each process's, and `processes` counts threads too."""
+    """What one piece of code may use. Memory and processor time are each process's.
+
+    `processes` counts threads too and, unless this process is root, two of the sandbox itself. Kernels before Linux 5.14 count all that the
+    user runs on the machine.
+    """
 
     timeout_s: float = 10.0  # by the clock; also of processor time
     memory_mb: int = 1024  # address space

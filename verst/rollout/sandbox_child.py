@@ -56,8 +56,9 @@ def _inside(settings: dict[str, Any], status: int, code: bytes) -> NoReturn:
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        if settings["isolated"]:
+        if sys.platform == "linux":
             _prctl(_SET_PDEATHSIG, signal.SIGKILL)
+        if settings["isolated"]:
             child = os.fork()
             if child:
                 _report(status, _waited_for(child))

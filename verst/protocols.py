@@ -37,7 +37,11 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Environment(Protocol):
-    """One conversation. A fresh instance serves one trajectory and is never used again."""
+    """One conversation. A fresh instance serves one trajectory and is never used again.
+
+    A class may also define a class method `check_machine(**options)`, which each replica calls once before it starts: it raises
+    `ExtensionError` if the machine lacks what the environment needs.
+    """
 
     async def start(self, prompt: Prompt) -> Sequence[Message]:
         """The opening messages, usually `prompt.messages`."""

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from verst.contracts import check_advantages as check_advantages
-from verst.contracts import check_loss as check_loss
+from verst.algorithms.contract import check_advantages as check_advantages
+from verst.algorithms.contract import check_loss as check_loss
 from verst.errors import EngineFailure, InvariantViolation
-from verst.protocols import Environment, WeightUpdate
-from verst.rollout.boundary import GuardedEnvironment
+from verst.protocols import WeightUpdate
+from verst.rollout.contract import check_environment as check_environment  # what people's tests import from here
 from verst.types import Completion, FinishReason, GenerateRequest, Generation, Message, PauseMode, Prompt, Reply, RoutedExperts
 
 if TYPE_CHECKING:
@@ -251,28 +251,6 @@ class FakeEnvironment:
 
     async def close(self) -> None:
         self.calls.append("close")
-
-
-async def check_environment(make: Callable[[], Environment], prompt: Prompt, texts: Sequence[str]) -> list[Reply]:
-    """The contract of an environment, run on yours: `texts` are what a model might say, turn by turn.
-
-    Raises `EnvironmentFailure` if a call raises or returns what the protocol does not allow, and `AssertionError` if two conversations held
-    at the same time disturb each other: every trajectory has its own instance. Returns the replies.
-    """
-    first, second = GuardedEnvironment(make, deadline_s=60), GuardedEnvironment(make, deadline_s=60)
-    assert await first.start(prompt) == await second.start(prompt), "two instances opened the same prompt differently"
-    replies: list[Reply] = []
-    for number, text in enumerate(texts, start=1):
-        completion = Completion(text, (number,), FinishReason.STOP)
-        replies.append(await first.reply(completion))
-        other = await second.reply(completion)
-        assert other == replies[-1], f"two instances answered {text!r} differently in turn {number}: {replies[-1]} and {other}"
-        if other.done:
-            break
-    failures = [await first.close(), await second.close()]
-    for failure in filter(None, failures):
-        raise failure
-    return replies
 
 
 def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:

@@ -25,7 +25,7 @@ LAYERS = {
     **dict.fromkeys(["recipes", "dashboard", "doctor"], 5),
     "cli": 6,
 }
-OUTSIDE = {"testing", "contracts", "fault_injection", "__init__"}  # fakes and faults for every layer; the public names, loaded lazily
+OUTSIDE = {"testing", "fault_injection", "__init__"}  # fakes and faults for every layer; the public names, loaded lazily
 
 # where a system may be imported at all, and where torch may not be imported at module level
 ONLY_IN = {"ray": ("runtime/",), "sglang": ("rollout/sglang",), "megatron": ("training/megatron/",)}

@@ -91,11 +91,13 @@ def test_turns_must_fit_the_environment(model: Path):
     with pytest.raises(ConfigError, match=r"rollout\.max_turns is 2, but the environment single_turn ends after one"):
         check(model, "rollout.max_turns=2")
     second = "rollout.environment=second_try"
-    with pytest.raises(ConfigError, match=r"rollout\.max_turns is 1, so second_try could not give its 2 tries: raise it to 2"):
+    with pytest.raises(ConfigError, match=r"rollout\.max_turns is 1, so second_try could not have its 2 turns: raise it to 2"):
         check(model, second)
-    with pytest.raises(ConfigError, match=r"rollout\.max_turns is 2, so second_try could not give its 3 tries"):
+    with pytest.raises(ConfigError, match=r"rollout\.max_turns is 2, so second_try could not have its 3 turns"):
         check(model, second, "rollout.environment_options={tries: 3}", "rollout.max_turns=2")
     check(model, second, "rollout.max_turns=2")
+    with pytest.raises(ConfigError, match=r"so guessing could not have its 8 turns"):
+        check(model, "rollout.environment=guessing", "rollout.max_turns=7")
 
 
 class Talkative:

@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from verst.data.tasks import TaskSource
 from verst.errors import ExtensionError, RewardFailure
-from verst.rewards.shipped import ExactMatch, MathVerify, ReasoningGym, Regex, from_exact_json
+from verst.rewards.shipped import ExactMatch, FromInfo, MathVerify, ReasoningGym, Regex, from_exact_json
 from verst.rewards.spec import RewardSpec
 from verst.types import FinishReason, Status, Trajectory, Turn
 
@@ -132,3 +133,16 @@ def test_options_reach_classes_and_functions():
         RewardSpec(f"{__name__}:constant").build()
     with pytest.raises(ExtensionError, match="nearest: exact_match"):
         RewardSpec("exact_macth").build()
+
+
+def test_from_info_adds_up_what_the_environment_reported():
+    score = FromInfo({"solved": 1, "guesses": -0.125})
+    assert score(replace(said(""), info={"solved": True, "guesses": 3}), {}) == 0.625
+    assert score(replace(said(""), info={"solved": False, "guesses": 0}), {}) == 0
+    with pytest.raises(RewardFailure, match="reported no 'guesses'; it reported: solved"):
+        score(replace(said(""), info={"solved": True}), {})
+    with pytest.raises(RewardFailure, match="reported 'solved' as 'yes'; it must be a number"):
+        score(replace(said(""), info={"solved": "yes", "guesses": 3}), {})
+    for weights, message in (({}, "weights is {}"), (["solved"], "such as {solved: 1}"), ({"solved": "1"}, "weight of 'solved' is '1'")):
+        with pytest.raises(ExtensionError, match=message):
+            FromInfo(weights)  # pyright: ignore[reportArgumentType]

@@ -7,6 +7,7 @@ What is scored is the text of the last generated turn, `trajectory.completion`. 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -48,6 +49,27 @@ class Regex:
         if self._group is None:
             return 1.0
         return float((match[self._group] or "").strip() == _text_field(fields, self._field).strip())
+
+
+class FromInfo:
+    """What the environment says: Σ weight × `trajectory.info[key]`, where true is 1 and false 0.
+
+    `weights` by key: {solved: 1, guesses: -0.02} gives 1 for a solved trajectory, less what its guesses cost. A key that the environment
+    did not report, or that is no finite number, raises `RewardFailure`.
+    """
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        if not isinstance(weights, Mapping) or not weights:
+            raise ExtensionError(
+                f"reward from_info: option weights is {weights!r}: name what the environment reports, such as {{solved: 1}}"
+            )
+        for key, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise ExtensionError(f"reward from_info: the weight of {key!r} is {weight!r}, not a finite number: give one")
+        self._weights = dict(weights)
+
+    def __call__(self, trajectory: Trajectory, fields: Mapping[str, Any]) -> float:
+        return float(sum(weight * _reported(trajectory.info, key) for key, weight in self._weights.items()))
 
 
 class MathVerify:
@@ -123,6 +145,15 @@ def from_exact_json(value: Any) -> Any:
     if value.keys() == {"mapping"}:
         return {from_exact_json(key): from_exact_json(item) for key, item in value["mapping"]}
     return {key: from_exact_json(item) for key, item in value.items()}
+
+
+def _reported(info: Mapping[str, Any], key: str) -> float:
+    if key not in info:
+        raise RewardFailure(f"the environment reported no {key!r}; it reported: {', '.join(info) or 'nothing'}")
+    value = info[key]
+    if not isinstance(value, int | float) or not math.isfinite(value):  # a bool is an int
+        raise RewardFailure(f"the environment reported {key!r} as {value!r:.80}; it must be a number, or true or false")
+    return float(value)
 
 
 def _text_field(fields: Mapping[str, Any], name: str) -> str:

@@ -12,11 +12,15 @@ from typing import Any
 from verst import extend
 from verst.protocols import Environment
 from verst.rollout.agent import Agents
+from verst.rollout.guessing import Guessing
+from verst.rollout.python_tool import PythonTool
 from verst.types import Completion, Message, Prompt, Reply
 
 
 class SingleTurn:
     """The prompt's messages, one completion, the end."""
+
+    turns = 1
 
     async def start(self, prompt: Prompt) -> Sequence[Message]:
         return prompt.messages
@@ -41,7 +45,7 @@ class SecondTry:
     def __init__(self, tries: int = 2, field: str = "answer", message: str = "That is not correct. Try again.") -> None:
         if tries < 1:
             raise ValueError(f"tries is {tries}; a trajectory needs at least one")
-        self._left = self._tries = tries
+        self._left = self.turns = tries
         self._field = field
         self._message = Message("user", message)
         self._answer = ""
@@ -53,7 +57,7 @@ class SecondTry:
     async def reply(self, completion: Completion) -> Reply:
         self._left -= 1
         solved = _ends_with(completion.text, self._answer)
-        info = {"tries": self._tries - self._left, "solved": solved}
+        info = {"tries": self.turns - self._left, "solved": solved}
         if solved or not self._left:
             return Reply(info=info)
         return Reply(messages=(self._message,), done=False, info=info)
@@ -62,7 +66,13 @@ class SecondTry:
 AGENT = "agent:"
 """Before a reference: what it names asks for completions itself (`verst.rollout.agent`)."""
 
-SHIPPED: Mapping[str, Callable[..., Environment]] = {"single_turn": SingleTurn, "second_try": SecondTry}
+SHIPPED: Mapping[str, Callable[..., Environment]] = {
+    "single_turn": SingleTurn,
+    "second_try": SecondTry,
+    "guessing": Guessing,
+    "python_tool": PythonTool,
+}
+"""Each has `turns`, the completions that its trajectory may have."""
 
 
 def environment_factory(reference: Any, options: Mapping[str, Any]) -> Callable[[], Environment]:
@@ -77,6 +87,12 @@ def environment_factory(reference: Any, options: Mapping[str, Any]) -> Callable[
     found = extend.load(reference, shipped=SHIPPED, kind="environment")
     extend.check_class(found, "environment", Environment, options)
     return found if isinstance(found, Agents) else partial(found, **options)
+
+
+def check_machine(make: Callable[[], Environment]) -> None:
+    """Raises `ExtensionError` if this machine lacks what the environment needs. A class says so in a `check_machine` of its own."""
+    if isinstance(make, partial):
+        getattr(make.func, "check_machine", lambda **_: None)(**make.keywords)
 
 
 def _ends_with(text: str, answer: str) -> bool:

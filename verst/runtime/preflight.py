@@ -150,16 +150,17 @@ def _check_environment(config: Config, given: Any) -> None:
         return
     factory = environment_factory(rollout.environment, rollout.environment_options)
     try:
-        factory()
+        turns = getattr(factory(), "turns", rollout.max_turns)
     except (TypeError, ValueError) as error:
         raise ExtensionError(f"environment {rollout.environment!r} does not take rollout.environment_options: {error}") from error
     if rollout.environment == "single_turn" and rollout.max_turns > 1:
         raise ConfigError(
             f"rollout.max_turns is {rollout.max_turns}, but the environment single_turn ends after one: remove it, or name another"
         )
-    tries = rollout.environment_options.get("tries", 2)
-    if rollout.environment == "second_try" and isinstance(tries, int) and rollout.max_turns < tries:
-        raise ConfigError(f"rollout.max_turns is {rollout.max_turns}, so second_try could not give its {tries} tries: raise it to {tries}")
+    if rollout.max_turns < turns:
+        raise ConfigError(
+            f"rollout.max_turns is {rollout.max_turns}, so {rollout.environment} could not have its {turns} turns: raise it to {turns}"
+        )
 
 
 def _check_reference(reference: str, shipped: Mapping[str, Any], kind: str) -> None:

@@ -126,7 +126,7 @@ class RolloutWorker:
     def _make(self) -> None:
         from verst.data.chat import ChatRenderer, load_tokenizer
         from verst.rollout.engines import make_engine
-        from verst.rollout.environments import environment_factory
+        from verst.rollout.environments import check_machine, environment_factory
 
         config = self._config = with_local_model(self._config)
         rollout = config.rollout
@@ -134,6 +134,7 @@ class RolloutWorker:
         _require_vocabulary(tokenizer.vocab_size, config.model.path)
         self._renderer = ChatRenderer(tokenizer)
         self._environment = environment_factory(self._extensions.environment or rollout.environment, rollout.environment_options)
+        check_machine(self._environment)
         log = self._logs / f"replica-{self._slot}.log"  # by which a server that outlived the one before in this place is found and ended
         self.engine = make_engine(config, slot=self._slot, device=self._device, shared=self._shared, log=log)
 

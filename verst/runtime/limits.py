@@ -9,7 +9,7 @@ What waits its turn is counted in trajectories: a training group has `rolled_per
 from __future__ import annotations
 
 from verst.config.schema import Config
-from verst.rewards.process import START_DEADLINE_S
+from verst.isolated.process import START_DEADLINE_S
 
 REPLACEMENTS = 3
 """Attempts at what was lost in the same place, with no progress between them."""

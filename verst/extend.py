@@ -102,7 +102,7 @@ def made(found: Any, kind: str, parameters: Sequence[str], options: Mapping[str,
         check_callable(found, kind, parameters, options)
         return partial(found, **options)
     check_callable(found, kind, (), options)
-    instance = found(**options)
+    instance: Any = found(**options)
     check_callable(instance, kind, parameters)
     return instance
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,3 +65,16 @@ def _number(name: str, value: Any) -> float:
     if not math.isfinite(number):
         raise CallFailed(f"returned {name}={number}, which is not finite: leave it out of steps that have no value")
     return number
+
+
+def check_hook(found: Any, rows: Sequence[Mapping[str, float]], **options: Any) -> list[dict[str, float]]:
+    """The contract of a training hook (a class, as in `hooks.classes`), run on yours: `rows` are the metrics of steps 1, 2, and so on.
+
+    The last step comes twice, as after a restart. Raises `ExtensionError` if its signature does not fit, `CallFailed` for an answer that is
+    none, and whatever it raises itself. Returns its metrics of each step.
+    """
+    hook = open_hook(found, "hook", options)
+    answers = [metrics_of(hook.after_step(step, dict(row))) for step, row in enumerate(rows, start=1)]
+    if rows:
+        metrics_of(hook.after_step(len(rows), dict(rows[-1])))
+    return answers

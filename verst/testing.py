@@ -15,27 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verst.errors import EngineFailure, InvariantViolation
-from verst.filters.spec import check_filter_call, verdict_of
-from verst.hooks import metrics_of, open_hook
-from verst.journal.codec import encode_group
+from verst.filters.contract import check_filter as check_filter
+from verst.filters.contract import make_group as make_group
+from verst.hooks import check_hook as check_hook
 from verst.protocols import Environment, WeightUpdate
 from verst.rollout.boundary import GuardedEnvironment
-from verst.types import (
-    NO_VERSION,
-    Completion,
-    FinishReason,
-    GenerateRequest,
-    Generation,
-    Group,
-    Message,
-    PauseMode,
-    Prompt,
-    Reply,
-    RoutedExperts,
-    Status,
-    Trajectory,
-    Turn,
-)
+from verst.types import Completion, FinishReason, GenerateRequest, Generation, Message, PauseMode, Prompt, Reply, RoutedExperts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -288,61 +273,6 @@ async def check_environment(make: Callable[[], Environment], prompt: Prompt, tex
     for failure in filter(None, failures):
         raise failure
     return replies
-
-
-def check_filter(found: Any, groups: Sequence[Group], **options: Any) -> list[str | dict[str, str] | None]:
-    """The contract of a filter (a function or a class, as in `filters.functions`), run on yours with its options.
-
-    Raises `ExtensionError` if its signature does not fit, `CallFailed` for an answer that is none, whatever it raises itself, and
-    `AssertionError` if it changes a group, or if an answer depends on more than the group: a resumed run may ask again, in another order.
-    Returns the answers.
-    """
-    first, again = check_filter_call(found, options), check_filter_call(found, options)
-    before = [encode_group(group) for group in groups]
-    answers = [verdict_of(first(group), group) for group in groups]
-    for group, answer in reversed(list(zip(groups, answers, strict=True))):
-        repeated = verdict_of(again(group), group)
-        assert repeated == answer, f"group {group.seq} was answered {answer}, and when it was asked about again {repeated}"
-    changed = [group.seq for group, was in zip(groups, before, strict=True) if encode_group(group) != was]
-    assert not changed, f"the filter changed groups {changed}"
-    return answers
-
-
-def check_hook(found: Any, rows: Sequence[Mapping[str, float]], **options: Any) -> list[dict[str, float]]:
-    """The contract of a training hook (a class, as in `hooks.classes`), run on yours: `rows` are the metrics of steps 1, 2, and so on.
-
-    The last step comes twice, as after a restart. Raises `ExtensionError` if its signature does not fit, `CallFailed` for an answer that is
-    none, and whatever it raises itself. Returns its metrics of each step.
-    """
-    hook = open_hook(found, "hook", options)
-    answers = [metrics_of(hook.after_step(step, dict(row))) for step, row in enumerate(rows, start=1)]
-    if rows:
-        metrics_of(hook.after_step(len(rows), dict(rows[-1])))
-    return answers
-
-
-def make_group(completions: Sequence[str], rewards: Sequence[float] | None = None, *, prompt: str = "question", seq: int = 0) -> Group:
-    """A finished group with these completions, one token for each byte. Default rewards: 0, 1, 2 and so on."""
-    given = prompt.encode()
-
-    def trajectory(member: int, text: str) -> Trajectory:
-        tokens_T = np.frombuffer(given + text.encode(), np.uint8).astype(np.int32)
-        sampled_T = np.arange(len(tokens_T)) >= len(given)
-        return Trajectory(
-            id=f"{seq}/{member}",
-            tokens_T=tokens_T,
-            loss_mask_T=sampled_T,
-            logprobs_T=np.where(sampled_T, -1.0, 0.0).astype(np.float32),
-            versions_T=np.where(sampled_T, 0, NO_VERSION).astype(np.int32),
-            turns=(Turn(0, len(given), len(tokens_T), FinishReason.STOP, text),),
-            messages=(Message("user", prompt), Message("assistant", text)),
-            status=Status.FINISHED,
-            seed=member,
-            reward=float(member) if rewards is None else rewards[member],
-        )
-
-    members = tuple(trajectory(member, text) for member, text in enumerate(completions))
-    return Group(seq, Prompt(f"prompt {seq}", (Message("user", prompt),)), members, admitted_version=0)
 
 
 def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:

@@ -6,7 +6,6 @@ journal with the batch, so whoever trains the step again does not ask.
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -47,7 +46,8 @@ class Filters:
 
     async def start(self) -> None:
         """Raises `ExtensionError` if one cannot be loaded: the reason is in the message."""
-        await asyncio.gather(*(caller.start() for caller in self._callers))
+        for caller in self._callers:
+            await caller.start()
 
     def close(self) -> None:
         for caller in self._callers:

@@ -38,7 +38,8 @@ class Hooks:
 
     async def start(self) -> None:
         """Raises `ExtensionError` if one cannot be loaded: the reason is in the message."""
-        await asyncio.gather(*(caller.start() for caller in self._callers))
+        for caller in self._callers:
+            await caller.start()
 
     def close(self) -> None:
         for caller in self._callers:

@@ -14,7 +14,7 @@ from tests.loop.fakes import FakeParts, config, group
 from tests.loop.local import LocalRun, local_run, stopped_after
 from tests.loop.test_loop import run
 from tests.loop.test_run import ROWS, vowels
-from verst.errors import DataError, ExtensionError
+from verst.errors import CallFailed, DataError, ExtensionError
 from verst.journal.log import JournalReader
 from verst.runtime.filtering import Filters, Judged
 from verst.runtime.replay import replay
@@ -91,6 +91,22 @@ async def test_user_code_that_does_not_fit_ends_the_start(tmp_path: Path, model:
         await local_run(tmp_path, model, values | wrong, reward=vowels, prompts=ROWS).go()
     with pytest.raises(ExtensionError, match="hook 'no_such_module:Hook': no module 'no_such_module'"):
         local_run(tmp_path / "b", model, {"hooks": {"classes": {"no_such_module:Hook": {}}}}, reward=vowels, prompts=ROWS)
+
+
+async def test_a_required_hook_that_fails_ends_the_run_behind_the_report_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "failing.py").write_text(
+        "class Fails:\n    def after_step(self, step, metrics): return {'worse': 1} if step == 1 else step\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    cfg = config(hooks={"classes": {"failing:Fails": {}}, "required": True})
+    parts = FakeParts(cfg, tmp_path)
+    try:
+        with pytest.raises(CallFailed, match=r"after step 2: hook failing:Fails returned '2' of type int.*\(hooks.required ends the run\)"):
+            await run(cfg, parts)
+    finally:
+        parts.hooks.close()
+    assert parts.journal.index.last_commit == 2
+    assert [(row.get("custom/worse"), row["hooks/failed"]) for row in parts.rows.values()] == [(1.0, 0.0), (None, 1.0)]
 
 
 class Says(Filters):

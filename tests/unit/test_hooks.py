@@ -67,6 +67,7 @@ async def steps(tmp_path: Path, *names: str, count: int = 2, **options: Any) -> 
             began = time.perf_counter()
             found.append(await hooks.after_step(step, {"reward": float(step)}, Spans()))
             held = max(held, time.perf_counter() - began)
+            hooks.check()
     finally:
         hooks.close()
     return found, warnings, held

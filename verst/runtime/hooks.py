@@ -34,6 +34,7 @@ class Hooks:
             for name, options in config.classes.items()
         ]
         self._any = bool(self._callers)
+        self._fatal: CallFailed | None = None
         self._told: dict[str, str] = {}
 
     async def start(self) -> None:
@@ -46,7 +47,7 @@ class Hooks:
             caller.close()
 
     async def after_step(self, step: int, metrics: Mapping[str, float], spans: Spans) -> dict[str, float]:
-        """The metrics that hooks add to those of a step. Raises `CallFailed` if one fails and hooks are required."""
+        """The metrics that hooks add to those of a step. A hook that fails adds none."""
         if not self._any:
             return {}
         asked = list(self._callers)
@@ -64,9 +65,14 @@ class Hooks:
                 found |= {f"{PREFIX}{name}": value for name, value in answer.items()}
         return found | {"hooks/failed": float(failed), "hooks/active": float(len(self._callers))}
 
+    def check(self) -> None:
+        """Raises `CallFailed` if one has failed and hooks are required. Apart from `after_step`, so that the step is reported first."""
+        if self._fatal is not None:
+            raise self._fatal
+
     def _fail(self, caller: Caller, step: int, failure: CallFailed) -> None:
-        if self._required:
-            raise CallFailed(f"after step {step}: {failure} (hooks.required ends the run)") from failure
+        if self._required and self._fatal is None:
+            self._fatal = CallFailed(f"after step {step}: {failure} (hooks.required ends the run)")
         words = str(failure)
         if failure.lost:
             self._callers.remove(caller)

@@ -303,6 +303,7 @@ class Loop:
                 metrics |= await self._parts.evaluate()
         metrics |= await self._parts.hooks.after_step(self.version, metrics, self._spans)
         self._parts.observer.step(self.version, groups, metrics, self._spans)
+        self._parts.hooks.check()
 
     # ---- weights
 

@@ -37,6 +37,17 @@ class RewardFailure(VerstError):
     """A reward function crashed, timed out or returned something that is not a number. Fails one trajectory."""
 
 
+class CallFailed(VerstError):
+    """A user's object in a process of its own raised, took too long, took its process with it, or returned what it must not.
+
+    `lost`: the process is gone, and with it what the object knew.
+    """
+
+    def __init__(self, message: str, *, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+
 class EngineFailure(VerstError):
     """An engine broke, or an answer of it violates the protocol."""
 

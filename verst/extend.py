@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -90,6 +91,20 @@ def check_callable(function: Any, kind: str, parameters: Sequence[str], options:
         raise ExtensionError(
             f"{where} cannot be called as {name}({call}): {error}{hint}. Change its parameters, or the options that are given{remove}"
         ) from error
+
+
+def made(found: Any, kind: str, parameters: Sequence[str], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """What to call with `parameters`: a class is made once, with the options; a function gets them in each call.
+
+    Raises `ExtensionError` with the expected signature. What a class raises as it is made passes.
+    """
+    if not inspect.isclass(found):
+        check_callable(found, kind, parameters, options)
+        return partial(found, **options)
+    check_callable(found, kind, (), options)
+    instance: Any = found(**options)
+    check_callable(instance, kind, parameters)
+    return instance
 
 
 def is_async(function: Any) -> bool:

@@ -1,7 +1,8 @@
 """The seams of Verst: what each part promises the others. No torch at run time.
 
 Who calls whom: the loop drives `TrainBackend` ranks and rollout workers; a rollout worker drives one `Engine` and one
-`Environment` per trajectory; a scorer calls the `Reward`. Every one of them can be replaced by a plain class with these methods.
+`Environment` per trajectory; a scorer calls the `Reward`; the loop asks each `SampleFilter` and `TrainingHook` in its process. Every one
+of them can be replaced by a plain class with these methods.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from verst.types import (
     Completion,
     GenerateRequest,
     Generation,
+    Group,
     Manifest,
     Message,
     PauseMode,
@@ -85,6 +87,33 @@ class Loss(Protocol):
         """[N] the loss of each token, or a `LossOutput` with metrics beside it; not their mean, since the divisor is the whole update's.
 
         A token's loss may depend on the tokens of its sample, which a microbatch has all of, and on no other sample.
+        """
+        ...
+
+
+@runtime_checkable
+class SampleFilter(Protocol):
+    """Decides what of a finished group may be trained. In a process of its own; its answer must depend on the group alone.
+
+    A group that no batch has taken yet when a run ends is asked about again when the run goes on.
+    """
+
+    def __call__(self, group: Group, /) -> str | Mapping[int, str] | None:
+        """None keeps the group; text drops all of it, for that reason; {member: reason} leaves out these of `group.trajectories`.
+
+        Members that have failed already are among them, and are not trained anyway. An exception drops the group.
+        """
+        ...
+
+
+@runtime_checkable
+class TrainingHook(Protocol):
+    """Sees each step. One object serves a run, in a process of its own, from one start of the run to its end."""
+
+    def after_step(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float] | None:
+        """Called when a step is committed, with its metrics but for times. What it returns joins them, each name after `custom/`.
+
+        A step that is trained again after a restart comes again.
         """
         ...
 

@@ -19,6 +19,8 @@ from verst.journal.log import Journal
 from verst.observe.limits import FidelityWatch
 from verst.observe.metrics import Tally
 from verst.runtime.faults import Faults
+from verst.runtime.filtering import Filters
+from verst.runtime.hooks import Hooks
 from verst.runtime.lease import Lease
 from verst.runtime.pools import Replicas
 from verst.runtime.replica import Replica
@@ -210,6 +212,8 @@ class FakeParts:
         self.snapshots = self
         self.watching: list[Any] = [SimpleNamespace(run=asyncio.Event().wait)]
         self.faults = Faults(self.journal, self.note)
+        self.filters = Filters(config.filters, root)
+        self.hooks = Hooks(config.hooks, root, self.note)
         self.kept: dict[int, list[int]] = {}  # snapshots: what was trained by then
         self.kept_every = 1
         self.location = "somewhere"

@@ -16,8 +16,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     **dict.fromkeys(["types", "errors"], 0),
     **dict.fromkeys(["extend", "protocols", "observe"], 0.5),
+    "isolated": 0.7,
     "config": 1,
-    **dict.fromkeys(["data", "rewards", "algorithms", "routing", "precision", "journal"], 2),
+    **dict.fromkeys(["data", "rewards", "filters", "hooks", "algorithms", "routing", "precision", "journal"], 2),
     "exact": 2,
     "weights": 2.5,  # files, checksums and pushes: what engines and backends have in common
     **dict.fromkeys(["rollout", "training"], 3),
@@ -31,7 +32,7 @@ OUTSIDE = {"testing", "fault_injection", "__init__"}  # fakes and faults for eve
 ONLY_IN = {"ray": ("runtime/",), "sglang": ("rollout/sglang",), "megatron": ("training/megatron/",)}
 NO_TORCH = (
     *("types.py", "errors.py", "extend.py", "protocols.py", "doctor/"),
-    *("observe/", "config/", "data/", "rewards/", "algorithms/", "journal/", "runtime/", "cli/"),
+    *("observe/", "config/", "data/", "rewards/", "isolated/", "filters/", "hooks.py", "algorithms/", "journal/", "runtime/", "cli/"),
 )
 
 FILE_LINES = 400
@@ -42,7 +43,7 @@ BROAD_EXCEPT = {
     "observe/tracking.py",
     "runtime/mailbox.py",
     "runtime/scaler.py",
-    "rewards/worker.py",
+    "isolated/served.py",
     "rollout/boundary.py",
     "rollout/hf/worker.py",
     "rollout/sglang/plugin.py",

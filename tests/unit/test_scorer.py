@@ -14,7 +14,8 @@ import pytest
 from tests.processes import lives
 from verst.config.schema import RewardConfig
 from verst.errors import ExtensionError, RewardFailure
-from verst.rewards.process import RewardProcess, worker_environment
+from verst.isolated.process import worker_environment
+from verst.rewards.process import RewardProcess
 from verst.rewards.scorer import Scorer
 from verst.rewards.spec import RewardSpec
 from verst.rewards.together import AT_ONCE

@@ -10,8 +10,8 @@ import pytest
 from verst.config.load import load_config
 from verst.config.schema import Config
 from verst.errors import DeadlineExceeded
+from verst.isolated.process import START_DEADLINE_S
 from verst.observe.waits import Wait, Waits
-from verst.rewards.process import START_DEADLINE_S
 from verst.rollout.boundary import CLOSE_DEADLINE_S
 from verst.runtime.limits import drain_limit_s, group_deadline_s, pull_limit_s, rolling_deadline_s, step_wait_s, turn_limit_s
 from verst.runtime.slots import GroupSlots

@@ -130,6 +130,19 @@ class RewardConfig(Section):
     deadline_s: Seconds = Field(default=30.0, description="Limit of scoring one trajectory; past it the worker is replaced.")
 
 
+class FiltersConfig(Section):
+    """Which finished groups, or trajectories of them, are not trained; see `docs/extending.md`."""
+
+    functions: dict[Text, Options] = Field(
+        default_factory=dict,
+        description="Filters and their keyword arguments, asked in this order: {length: {max_tokens: 200}, my_module:my_filter: {}}. "
+        "Shipped: duplicates, length.",
+    )
+    deadline_s: Seconds = Field(
+        default=10.0, description="Limit of asking one filter about one group; past it the group is dropped and the filter started anew."
+    )
+
+
 class TrainConfig(Section):
     backend: Literal["fsdp", "megatron"] = Field(default="fsdp", description="What trains.")
     megatron: Options = Field(default_factory=dict, description="Megatron-Core's own arguments, by the names of its command line.")
@@ -219,6 +232,16 @@ class EvalConfig(Section):
     temperature: Temperature = Field(default=0.0, description="0: greedy. Evaluation samples without filters.")
 
 
+class HooksConfig(Section):
+    """Code of the run's owner that sees each step; see `docs/extending.md`."""
+
+    classes: dict[Text, Options] = Field(
+        default_factory=dict, description="Training hooks and their keyword arguments: {my_module:MyHook: {window: 10}}."
+    )
+    deadline_s: Seconds = Field(default=10.0, description="Limit of one call; past it the hook is given up until the run is started again.")
+    required: bool = Field(default=False, description="A hook that fails ends the run. Otherwise it is a warning.")
+
+
 class TrackingConfig(Section):
     """Where metrics and samples go beside the run's own directory; see `docs/watching.md`. Keys come from the environment only."""
 
@@ -246,12 +269,14 @@ class Config(Section):
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
+    filters: FiltersConfig = FiltersConfig()
     algorithm: AlgorithmConfig = GrpoConfig()
     train: TrainConfig = TrainConfig()
     weights: WeightsConfig = WeightsConfig()
     fidelity: FidelityConfig = FidelityConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    hooks: HooksConfig = HooksConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @property

@@ -59,12 +59,18 @@ class BatchRecord(Record):
     dropped: Mapping[int, str] = field(
         default_factory=dict
     )  # groups this step took and left out, each with the reason: never offered again
-    plan: Mapping[str, Any] = field(default_factory=dict)  # JSON values: what makes assembly repeatable, such as seed and version
+    plan: Mapping[str, Any] = field(default_factory=dict)  # JSON values: what makes assembly repeatable
 
     @property
     def taken(self) -> tuple[int, ...]:
         """All groups that no later step may take."""
         return (*self.groups, *self.dropped)
+
+    @property
+    def left_out(self) -> dict[int, dict[int, str]]:
+        """Members of the groups that filters kept out of training, each with the reason, by `seq` of their group."""
+        groups: Mapping[Any, Mapping[Any, str]] = self.plan.get("left_out", {})
+        return {int(seq): {int(member): reason for member, reason in members.items()} for seq, members in groups.items()}
 
     @classmethod
     def from_json(cls, payload: bytes) -> BatchRecord:

@@ -18,6 +18,7 @@ _PHASES = (
     "evaluate",
     "checkpoint",
     "recover",
+    "hooks",
 )
 _SHOWN_IF_ANY = ("rollout/failed", "update/skipped", "checkpoint/failed")
 _SHORT = {"forward_backward": "fwd+bwd", "pull_wait": "pull"}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from verst.errors import ExtensionError
-from verst.extend import check_callable, load
+from verst.extend import load, made
 from verst.rewards import adapters
 from verst.rewards.table import SHIPPED
 
@@ -56,13 +54,7 @@ class RewardSpec:
         found = load(self.name, shipped=SHIPPED, kind="reward") if self.function is None else pickle.loads(self.function)
         if not callable(found):
             raise ExtensionError(f"reward {self.name!r} is {found!r} of type {type(found).__name__}: give a function or a class")
-        if not inspect.isclass(found):
-            check_callable(found, "reward", ("trajectory", "fields"), self.options)
-            return partial(found, **self.options)
-        check_callable(found, "reward", (), self.options)
-        reward: Any = found(**self.options)
-        check_callable(reward, "reward", ("trajectory", "fields"))
-        return reward
+        return made(found, "reward", ("trajectory", "fields"), self.options)
 
     def open(self) -> Callable[..., Any]:
         """As `build`, in the process that will score: a shipped reward also loads its model or opens its connections."""

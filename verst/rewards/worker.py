@@ -1,41 +1,32 @@
 """The process in which rewards run: `python -m verst.rewards.worker SOCKET_FD PARENT_PID`.
 
-User code has the main thread (signals work there), its own standard output, and nothing of the protocol: that goes over the inherited
-socket. In: frames of 8 bytes of length (big endian) and a pickle; first (`RewardSpec`, deadline), then (number, fields, trajectories). Out:
-lines of JSON; first whether the reward loaded, then for each request one when it begins and one for each trajectory as soon as it is
-scored, so that whoever waits knows what it waits for. A plain reward takes one request after the other, an async one all that come.
+In (`verst.isolated.served`): first (`RewardSpec`, deadline), then (number, fields, trajectories). Out: first whether the reward loaded,
+then for each request one reply when it begins and one for each trajectory as soon as it is scored, so that whoever waits knows what it
+waits for. A plain reward takes one request after the other, an async one all that come.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-import ctypes
 import inspect
-import json
 import math
 import numbers
 import os
-import pickle
-import select
-import signal
-import socket
-import struct
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from verst.errors import DeadlineExceeded, RewardFailure, VerstError
+from verst.errors import DeadlineExceeded, RewardFailure
 from verst.extend import is_async, origin
+from verst.isolated.served import Channel, attempt
 from verst.rewards.metrics import recording
 from verst.types import Trajectory
 
-HEADER = struct.Struct("!Q")
-_PR_SET_PDEATHSIG = 1
 _ERROR_CHARS = 500
 
 
@@ -44,19 +35,19 @@ class NotANumber(RewardFailure):
 
 
 class Worker:
-    """Serves one socket until it closes."""
+    """Serves one channel until it closes."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._replies: IO[bytes] = connection.makefile("wb")
+    def __init__(self, channel: Channel) -> None:
+        self._receive, self._send = channel.receive, channel.send
+        self._send_unloaded = channel.send_unloaded
         self._runner = asyncio.Runner()  # one event loop for the worker's life: clients opened by an async reward stay usable
 
     def serve(self) -> None:
         """Loads the reward, says so, then scores what arrives. Returns when the parent closes the socket."""
         spec, self._deadline_s = self._receive()
-        reward, error = _attempt(spec.open)
+        reward, error = attempt(spec.open)
         if error is not None:
-            self._send(error=str(error) if isinstance(error, VerstError) else origin(error), kind=type(error).__name__)
+            self._send_unloaded(error)
             return
         self._reward: Callable[..., Any] = reward
         concurrent = is_async(reward)
@@ -72,7 +63,7 @@ class Worker:
         self._send(number=number, begun=True)
         for index, trajectory in enumerate(trajectories):
             with recording() as recorded:
-                reward, error = _attempt(partial(self._score, trajectory, fields))
+                reward, error = attempt(partial(self._score, trajectory, fields))
             self._report(number, index, recorded, reward, error)
 
     def _score(self, trajectory: Trajectory, fields: Mapping[str, Any]) -> float:
@@ -127,36 +118,6 @@ class Worker:
         else:
             self._send(**reply, error=_described(error), reason=_reason(error))
 
-    def _receive(self) -> Any:
-        """The next frame; None when the parent has closed the socket."""
-        header = self._read(HEADER.size)
-        payload = None if header is None else self._read(*HEADER.unpack(header))
-        return None if payload is None else pickle.loads(payload)
-
-    def _read(self, size: int) -> bytes | None:
-        data = bytearray()
-        while len(data) < size:
-            part = self._connection.recv(min(size - len(data), 2**20))
-            if not part:
-                return None
-            data += part
-        return bytes(data)
-
-    def _send(self, **reply: Any) -> None:
-        self._replies.write(json.dumps(reply).encode() + b"\n")
-        self._replies.flush()
-
-
-def _attempt(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """The one place where user code is called: whatever it raises is a fact about the reward, reported with the trajectory it hit.
-
-    `SystemExit` and the like are let through: the process ends, and the parent reports that.
-    """
-    try:
-        return call(), None
-    except Exception as error:  # noqa: BLE001 - see above
-        return None, error
-
 
 async def _wait_for(value: Awaitable[Any]) -> Any:
     return await value
@@ -183,30 +144,5 @@ def _reason(error: BaseException) -> str:
     return "deadline" if isinstance(error, DeadlineExceeded) else "exception"
 
 
-def _die_with_parent(parent: int, connection: socket.socket) -> None:
-    """Ends this process when its parent does, even by SIGKILL and even while user code never returns.
-
-    The kernel's signal covers code stuck outside the interpreter, on Linux; the watcher covers other systems and an orderly close.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
-
-    def watch() -> None:
-        poll = select.poll()
-        poll.register(connection, 0)  # hang-up is always reported, and data never wakes it
-        poll.poll()
-        os._exit(0)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def main() -> None:
-    connection = socket.socket(fileno=int(sys.argv[1]))
-    _die_with_parent(int(sys.argv[2]), connection)
-    Worker(connection).serve()
-
-
 if __name__ == "__main__":
-    main()
+    Worker(Channel.open()).serve()

@@ -20,6 +20,7 @@ CHANGEABLE = frozenset(
         *("run.steps", "eval.every_steps", "checkpoint.every_steps", "checkpoint.journal_limit_bytes"),
         *("train.ranks", "train.threads", "rollout.replicas"),
         *("fidelity.limit", "fidelity.action"),
+        *("filters.deadline_s", "hooks.classes", "hooks.deadline_s", "hooks.required"),
         *("tracking.trackers", "tracking.project", "tracking.samples_every_steps", "tracking.prometheus_port", "tracking.prometheus_host"),
         *("rollout.deadline_s", "reward.deadline_s", "train.deadline_s", "weights.deadline_s"),
     }
@@ -41,6 +42,7 @@ _REASONS = {
     "data": "its journal holds the groups that came from that data",
     "rollout": "what is sampled would be another distribution",
     "reward": "rewards in the journal would mean something else",
+    "filters": "the rest of the run would be trained on other groups",
     "algorithm": "the rest of the run would learn by another rule",
     "train": "the rest of the run would learn by another rule",
     "weights": "it is settled when the run begins",

@@ -1,14 +1,16 @@
-"""What a batch takes of the finished groups, and what is dropped: groups that failed, and groups that have no gradient."""
+"""What a batch takes of the finished groups, and what is dropped: groups that failed, that filters refuse, or that have no gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from verst.algorithms.table import algorithm_for
 from verst.config.schema import Config
 from verst.errors import DataError
 from verst.runtime import batching
+from verst.runtime.filtering import Judged, without
 from verst.runtime.parts import Parts
 from verst.runtime.slots import Ready
 from verst.runtime.standing import Standing
@@ -16,7 +18,7 @@ from verst.runtime.wait import within
 from verst.types import Group
 
 _REPLACED_BATCHES = 20
-"""Batches' worth of groups without signal that end a run before one whole batch was found."""
+"""Batches' worth of groups without signal, or refused by filters, that end a run before one whole batch was found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +27,14 @@ class Dropped:
 
     groups: Sequence[Group]
     reasons: dict[int, str]
-    replaced: int
-    """Of them, those that had no gradient."""
+    left_out: Mapping[int, Mapping[int, str]]
+    """Members of the batch's groups that filters left out, by the group's `seq`."""
+    metrics: Mapping[str, float]
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """For the batch's record: what it takes to make the same batch of the journal's groups."""
+        return {"left_out": self.left_out} if self.left_out else {}
 
 
 GiveUp = Callable[[int], Awaitable[None]]
@@ -49,7 +57,13 @@ class Intake:
         self._algorithm = algorithm_for(config.algorithm)
         self._dropped: dict[int, tuple[Group, str]] = {}  # since the last batch, each with the reason
         self._drops_in_a_row = 0
-        self._signalless = 0  # groups dropped for their rewards since the last batch
+        self._signalless = 0  # groups dropped for their rewards, or by filters, since the last batch
+        self._judged: dict[int, Judged] = {}  # groups that wait for their turn
+        self._left_out: dict[int, Mapping[int, str]] = {}  # members of the groups that were taken since the last batch
+
+    async def judge(self, group: Group) -> None:
+        """Asks the filters about a finished group, beside all others; its turn is later."""
+        self._judged[group.seq] = await self._parts.filters.judge(group)
 
     async def take(self, count: int, step: int) -> list[Group]:
         """The next `count` trainable groups, for a step. Raises `DataError` after too many others, `DeadlineExceeded` if none comes."""
@@ -58,31 +72,46 @@ class Intake:
             limit = self._parts.group_deadline_s
             group = await within(self._ready.pop(), limit, f"the next of {count} groups ({len(groups)} are ready)")
             group = batching.refused(group, self._parts.trainers.routed_experts)
-            if (reason := batching.unusable(group, self._algorithm.min_members)) is not None:
+            judged = self._judged.pop(group.seq)
+            if (reason := batching.unusable(group, self._algorithm.min_members) or judged.failed) is not None:
                 await self._drop(group, reason)
-            elif (reason := batching.without_signal(group, self._config.algorithm)) is not None:
+            elif (reason := self._refused(group, judged)) is not None:
                 await self._replace(group, reason, step)
             else:
-                groups.append(group)
-                self._standing.group(group.seq, "the rest of its batch")
-                self._drops_in_a_row = 0
+                groups.append(self._taken(group, judged))
         return groups
+
+    def _refused(self, group: Group, judged: Judged) -> str | None:
+        """Why a group that can be trained is not, or None."""
+        left = without(group, judged.left_out)
+        unusable = batching.unusable(left, self._algorithm.min_members)
+        return judged.dropped or unusable or batching.without_signal(left, self._config.algorithm)
+
+    def _taken(self, group: Group, judged: Judged) -> Group:
+        """The group as the batch trains it."""
+        self._standing.group(group.seq, "the rest of its batch")
+        self._drops_in_a_row = 0
+        if judged.left_out:
+            self._left_out[group.seq] = judged.left_out
+        return without(group, judged.left_out)
 
     def dropped(self) -> Dropped:
         """What was dropped since the last call, which goes on record with a batch."""
-        found = Dropped(
-            [group for group, _ in self._dropped.values()], {seq: reason for seq, (_, reason) in self._dropped.items()}, self._signalless
-        )
-        self._dropped, self._signalless = {}, 0
+        groups, reasons = [group for group, _ in self._dropped.values()], {seq: reason for seq, (_, reason) in self._dropped.items()}
+        replaced = float(self._signalless)
+        metrics = {"groups/dropped": len(groups) - replaced, "groups/replaced": replaced, **self._parts.filters.report()}
+        found = Dropped(groups, reasons, self._left_out, metrics)
+        self._dropped, self._left_out, self._signalless = {}, {}, 0
         return found
 
     async def _replace(self, group: Group, reason: str, step: int) -> None:
-        """Drops a group that has no gradient. That is a measure of the task, not a failure, but it must not go on for ever."""
+        """Drops a group that has no gradient, or that a filter refuses: no failure, but it must not go on for ever."""
         self._signalless += 1
         if self._signalless > _REPLACED_BATCHES * self._config.train.groups_per_step:
             raise DataError(
                 f"step {step}: {self._signalless} groups were dropped because they had nothing to teach (the last: {reason}) before a "
-                "batch was whole: the task is too easy or too hard for the model. Change the data, or what drops them (docs/algorithms.md)"
+                "batch was whole: the task is too easy or too hard for the model, or a filter too strict. Change the data, or what "
+                "drops them (docs/algorithms.md, docs/extending.md)"
             )
         await self._drop_for(group, reason)
 

@@ -9,7 +9,7 @@ What waits its turn is counted in trajectories: a training group has `rolled_per
 from __future__ import annotations
 
 from verst.config.schema import Config
-from verst.rewards.process import START_DEADLINE_S
+from verst.isolated.process import START_DEADLINE_S
 
 REPLACEMENTS = 3
 """Attempts at what was lost in the same place, with no progress between them."""
@@ -63,7 +63,12 @@ def step_wait_s(config: Config, *, shared: bool) -> float:
     """Limit of the wait for the next group, which may be rolled twice, with all others and an evaluation on its replica."""
     most = held_trajectories(config, replicas=1)
     rolled_s = 2 * group_deadline_s(config, most, shared=shared) + config.weights.deadline_s + 10.0
-    return rolled_s + replacement_limit_s(config)
+    return rolled_s + _filtering_s(config) + replacement_limit_s(config)
+
+
+def _filtering_s(config: Config) -> float:
+    """Every group may wait for all others at each filter, which may be started again after each."""
+    return config.capacity_groups * len(config.filters.functions) * (config.filters.deadline_s + START_DEADLINE_S)
 
 
 def drain_limit_s(config: Config) -> float:

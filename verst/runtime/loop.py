@@ -178,6 +178,8 @@ class Loop:
 
     async def _finished(self, group: Group) -> None:
         self._bias.generated(group)
+        self._standing.group(group.seq, "the filters")
+        await self._intake.judge(group)
         self._standing.group(group.seq, "its turn")
         await self._ready.put(group)
 
@@ -237,7 +239,7 @@ class Loop:
         if journaled is None:
             for seq in batch.groups:
                 self._standing.group(seq, f"the end of step {step}")
-            await asyncio.to_thread(self._parts.journal.append_batch, BatchRecord(step, batch.groups, dropped.reasons))
+            await asyncio.to_thread(self._parts.journal.append_batch, BatchRecord(step, batch.groups, dropped.reasons, dropped.plan))
         async with self._parts.lease.training(spans, then=lambda: self._surviving(self._publisher.served)):
             trained = await self._surviving(lambda: self._compute(batch))
             with spans("commit"):
@@ -251,7 +253,7 @@ class Loop:
         told = [*groups, *dropped.groups]
         metrics = batching.describe(told, trained.advantages, step - 1) | trained.tally.report() | self._parts.journal.report()
         metrics |= self._bias.trained(groups, step - 1)
-        metrics |= {"groups/dropped": float(len(dropped.groups) - dropped.replaced), "groups/replaced": float(dropped.replaced)}
+        metrics |= dropped.metrics
         await self._after(told, metrics)
 
     async def _compute(self, batch: Batch, *, bringing_back: bool = False) -> Trained:
@@ -294,14 +296,16 @@ class Loop:
         self._parts.observer.note(f"warning: {message}")
 
     async def _after(self, groups: Sequence[Group], metrics: dict[str, float]) -> None:
-        """What follows a step: evaluation and report."""
+        """What follows a step: evaluation, hooks and report."""
         metrics |= {"slots/held": float(self._slots.held), "version": float(self.version)}
         metrics["replicas"] = float(len(self._parts.replicas.active))
         if self._evaluates_at(self.version):
             await self._surviving(self._publisher.served, "pull_wait")
             with self._spans("evaluate"):
                 metrics |= await self._parts.evaluate()
+        metrics |= await self._parts.hooks.after_step(self.version, metrics, self._spans)
         self._parts.observer.step(self.version, groups, metrics, self._spans)
+        self._parts.hooks.check()
 
     # ---- weights
 
@@ -357,7 +361,7 @@ class Loop:
             self._publisher.begin(self._tasks, published, [])
 
     def _journaled_batch(self, step: int) -> Batch:
-        groups = journaled_groups(self._parts.journal, self._parts.journal.batch(step).groups, self._parts.trainers.routed_experts)
+        groups = journaled_groups(self._parts.journal, step, self._parts.trainers.routed_experts)
         return batching.assemble(step, groups, self._config.algorithm)
 
     async def _replay(self) -> None:
@@ -366,7 +370,7 @@ class Loop:
             if self._stop.is_set():
                 return
             self._spans = Spans()
-            groups = journaled_groups(self._parts.journal, batch.groups, self._parts.trainers.routed_experts)
+            groups = journaled_groups(self._parts.journal, batch.step, self._parts.trainers.routed_experts)
             for group in groups:
                 self._bias.generated(group)
             await self._step(groups, journaled=batch)

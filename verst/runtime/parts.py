@@ -13,7 +13,9 @@ from verst.data.stream import PromptStream
 from verst.journal.log import Journal
 from verst.observe.metrics import Tally
 from verst.runtime.faults import Faults
+from verst.runtime.filtering import Filters
 from verst.runtime.heartbeat import Heartbeat
+from verst.runtime.hooks import Hooks
 from verst.runtime.lease import Lease
 from verst.runtime.observer import Observer
 from verst.runtime.pools import Replicas
@@ -45,6 +47,8 @@ class Parts:
     replacer: Replacer
     heartbeat: Heartbeat
     faults: Faults
+    filters: Filters
+    hooks: Hooks
     eval_prompts: list[Prompt]
     keep_stacks: KeepStacks
 

@@ -20,6 +20,8 @@ from verst.config.schema import Config
 from verst.data.sources import Source, open_source
 from verst.data.stream import PromptStream, eval_prompts
 from verst.errors import ConfigError, ExtensionError, ModelError
+from verst.filters.shipped import SHIPPED as FILTERS
+from verst.filters.spec import FilterSpec
 from verst.rewards import adapters
 from verst.rewards.spec import RewardSpec
 from verst.rewards.table import SHIPPED as REWARDS
@@ -59,6 +61,13 @@ def preflight(config: Config, extensions: Extensions) -> Findings:
         raise ConfigError(
             f"a reward or environment is given, but {config.algorithm.name} without eval.every_steps uses neither: leave it out"
         )
+    for name, options in config.filters.functions.items():
+        if name in FILTERS:
+            FilterSpec(name, options).build()
+        else:
+            _check_reference(name, FILTERS, "filter")
+    for name in config.hooks.classes:
+        _check_reference(name, {}, "hook")
     return Findings(tuple(warnings(config)), _check_data(config, extensions))
 
 

@@ -120,7 +120,7 @@ async def _profile(run: RunDirectory, config: Config, journal: JournalReader, st
 async def _train(trainers: Trainers, config: Config, journal: JournalReader, step: int) -> dict[str, float]:
     """The trainers' part of a step. Returns the seconds of each phase, which the trace shows under the same names."""
     seconds: dict[str, float] = {}
-    groups = journaled_groups(journal, journal.batch(step).groups, trainers.routed_experts)
+    groups = journaled_groups(journal, step, trainers.routed_experts)
     batch = batching.assemble(step, groups, config.algorithm)
     await train_batch(trainers, batch, config, lambda name: _phase(name, seconds))
     return seconds

@@ -96,7 +96,7 @@ class Replay:
 
     async def _step(self, trainers: Trainers, leg: Leg, step: int) -> None:
         journal = self._plan.journal
-        groups = await asyncio.to_thread(journaled_groups, journal, journal.batch(step).groups, trainers.routed_experts)
+        groups = await asyncio.to_thread(journaled_groups, journal, step, trainers.routed_experts)
         batch = batching.assemble(step, groups, leg.config.algorithm)
         trained = await train_batch(trainers, batch, leg.config, lambda phase: nullcontext())
         digest = await weights_digest(trainers, step)

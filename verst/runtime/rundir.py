@@ -6,7 +6,7 @@ RUN/extensions.pkl   functions given from Python (only then)
 RUN/journal/         groups, batches, commits
 RUN/checkpoints/     the last ones
 RUN/origin/          the checkpoint of another run that this one began from (only then)
-RUN/logs/            what rewards and engine servers print; run.log: the run's own lines; stacks-….txt: what processes stood in
+RUN/logs/            what user code and engine servers print; run.log: the run's own lines; stacks-….txt: what processes stood in
 RUN/metrics.jsonl    one row a step and one an evaluation
 RUN/timeline.jsonl   who worked when; timeline.1.jsonl: the former part of a long one
 RUN/report.png       the picture at the end

@@ -28,7 +28,9 @@ from verst.runtime.bundles import reserve
 from verst.runtime.changes import journal_changes
 from verst.runtime.extensions import Extensions
 from verst.runtime.faults import Faults
+from verst.runtime.filtering import Filters
 from verst.runtime.heartbeat import Heartbeat
+from verst.runtime.hooks import Hooks
 from verst.runtime.kept import Kept
 from verst.runtime.lease import Lease
 from verst.runtime.loop import Loop
@@ -181,10 +183,8 @@ class RunService:
         opened.push_async_callback(snapshots.close)
         for part in (trainers, replicas):
             opened.push_async_callback(self._close, part)
-        source = open_source(config.data, extensions.rows)
-        stream = PromptStream(source, config.data, seed=config.run.seed, split="train")
-        stream.restore(self._run.stream)  # refuses other data than the run began with
-        held_out = await asyncio.to_thread(eval_prompts, source, config.data, config.eval.prompts) if config.eval.every_steps else []
+        filters, hooks = await self._users(opened)
+        stream, held_out = await self._prompts(extensions)
         scores = bool(held_out) or algorithm_for(config.algorithm).learns_from == "policy"
         lease = Lease(config, trainers, replicas, shared=placement.shared)
         keep = KeepStacks(lambda: [*trainers.workers, *replicas.workers], self._run.logs)
@@ -207,10 +207,30 @@ class RunService:
             replacer=Replacer(replicas, self._spawn_replica, faults, keep),
             heartbeat=Heartbeat(lambda: [*trainers.workers, *replicas.workers, *snapshots.workers], self._observer.note),
             faults=faults,
+            filters=filters,
+            hooks=hooks,
             eval_prompts=held_out,
             keep_stacks=keep,
         )
         return parts, starting
+
+    async def _users(self, opened: contextlib.AsyncExitStack) -> tuple[Filters, Hooks]:
+        """The user's code that the loop calls, each in a process of its own. Raises `ExtensionError` if one of them cannot be loaded."""
+        filters = Filters(self._config.filters, self._run.logs)
+        hooks = Hooks(self._config.hooks, self._run.logs, self._observer.note)
+        for part in (filters, hooks):
+            opened.callback(part.close)
+            await part.start()
+        return filters, hooks
+
+    async def _prompts(self, extensions: Extensions) -> tuple[PromptStream, list[Prompt]]:
+        """Those to train on, and those held out."""
+        data = self._config.data
+        source = open_source(data, extensions.rows)
+        stream = PromptStream(source, data, seed=self._config.run.seed, split="train")
+        stream.restore(self._run.stream)  # refuses other data than the run began with
+        evaluates = self._config.eval.every_steps
+        return stream, await asyncio.to_thread(eval_prompts, source, data, self._config.eval.prompts) if evaluates else []
 
     async def _adopted(self, kept: Kept | None, journal: Journal) -> tuple[list[Replica], dict[int, list[Piece]]]:
         """Replicas that an earlier loop has left, and what they had in flight. What they had finished goes into the journal."""

@@ -5,7 +5,7 @@ The order of the calls is part of what makes bits repeat, so there is one place 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from verst.config.schema import Config
 from verst.journal.log import JournalReader
 from verst.observe.metrics import Tally
 from verst.runtime import batching
+from verst.runtime.filtering import without
 from verst.runtime.trainers import Trainers
 from verst.types import Batch, Group, RoutedExperts
 
@@ -30,9 +31,10 @@ class TrainedStep:
     tally: Tally
 
 
-def journaled_groups(journal: JournalReader, seqs: Sequence[int], routed: RoutedExperts | None) -> list[Group]:
+def journaled_groups(journal: JournalReader, step: int, routed: RoutedExperts | None) -> list[Group]:
     """Groups as a step trained them; `routed`: how the trainer's model routes, if it replays routes. Raises `JournalError`."""
-    return [batching.refused(journal.group(seq), routed) for seq in seqs]
+    record = journal.batch(step)
+    return [without(batching.refused(journal.group(seq), routed), record.left_out.get(seq, {})) for seq in record.groups]
 
 
 async def train_batch(

@@ -243,7 +243,8 @@ class FakeParts:
     async def resume_memory(self) -> None:
         self.events.append("engines resume")
 
-    async def evaluate(self) -> dict[str, float]:
+    async def evaluate(self, step: int) -> dict[str, float]:
+        assert step == self.serving
         self.events.append(f"evaluate {self.serving}")
         return {"eval/reward": 0.5}
 
@@ -311,7 +312,11 @@ class FakeParts:
     def checkpoint_failed(self, step: int, error: CheckpointError) -> None:
         self.note(f"checkpoint of step {step}: {error}")
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None: ...
+    def has(self, step: int) -> bool:
+        return step in self.rows
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        self.rows[step] = dict(metrics)
 
 
 class NothingLost:

@@ -54,12 +54,12 @@ class Observer:
         self._failed_checkpoints = 0
         self._checkpoint = 0  # the step of the newest one; 0: none
         self._outlets = Outlets(Tracking())
+        self._reported: set[int] = set()  # steps of which there are rows
 
     def open_outlets(self, config: Config) -> None:
         """From here on rows also go to trackers and to Prometheus, as configured; those until here went there before a restart."""
-        rows = read_rows(self._run.metrics)
-        reported = max((row["step"] for row in rows), default=-1)
-        self._outlets = Outlets.open(self._run, config, reported=reported, tell=self.note)
+        self._reported = {row["step"] for row in read_rows(self._run.metrics)}
+        self._outlets = Outlets.open(self._run, config, reported=max(self._reported, default=-1), tell=self.note)
 
     async def close_outlets(self) -> None:
         """Lets the trackers take what waits for them, and tells of what they did not take."""
@@ -110,12 +110,18 @@ class Observer:
         self._failed_checkpoints += 1
         self.note(f"warning: checkpoint of step {step} was not written ({error}); the former one stays, training goes on")
 
+    def has(self, step: int) -> bool:
+        """Whether there is a row of a step, or of the evaluation of its weights."""
+        return step in self._reported
+
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The evaluation before the first step."""
+        """The evaluation before the first step, or one that was still owed as the run was resumed."""
         self._sink.write({"kind": "evaluation", "step": step, **metrics})
-        self._outlets.evaluation(metrics)
-        reward = metrics.get("eval/reward")
-        self.note(f"before training: eval/reward {'unknown (every scoring failed)' if reward is None else f'{reward:.3f}'}")
+        self._reported.add(step)
+        self._outlets.evaluation(step, metrics)
+        names = [f"{name.removesuffix('failed')}reward" for name in metrics if name.endswith("/failed")]
+        rewards = [f"{name} {'unknown (every scoring failed)' if name not in metrics else f'{metrics[name]:.3f}'}" for name in names]
+        self.note(f"{f'step {step}' if step else 'before training'}: {', '.join(rewards)}")
 
     def measured(self, step: int, metrics: Mapping[str, float]) -> None:
         """What is known of a step before an update is made of it. Raises `TrainingDiverged` if a limit says that none must be."""
@@ -132,6 +138,7 @@ class Observer:
         row |= found
         reasons = batching.failures(groups)
         self._sink.write({"kind": "step", "step": step, **row, **({"failures": dict(reasons)} if reasons else {})})
+        self._reported.add(step)
         self._outlets.step(step, row, groups, reasons.total())
         self.note(step_line(step, self._steps, row))
         for line in (*(f"  {count} failed: {reason}" for reason, count in reasons.most_common(3)), *lines):

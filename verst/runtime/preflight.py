@@ -14,11 +14,12 @@ from typing import Any
 from verst import extend
 from verst.algorithms.table import algorithm_for, records_routes
 from verst.config.checks import is_given, warnings
+from verst.config.evaluated import evaluated
 from verst.config.hub import with_local_model
 from verst.config.plan import read_config, read_model
 from verst.config.schema import Config
 from verst.data.sources import Source, open_source
-from verst.data.stream import PromptStream, eval_prompts
+from verst.data.stream import PromptStream
 from verst.errors import ConfigError, ExtensionError, ModelError
 from verst.rewards import adapters
 from verst.rewards.spec import RewardSpec
@@ -26,6 +27,7 @@ from verst.rewards.table import SHIPPED as REWARDS
 from verst.rollout import environments
 from verst.rollout.environments import environment_factory
 from verst.routing.kinds import routed_experts, unread_experts
+from verst.runtime.eval_sets import EvalSets
 from verst.runtime.extensions import Extensions
 from verst.runtime.outlets import check_trackers
 
@@ -51,12 +53,13 @@ def preflight(config: Config, extensions: Extensions) -> Findings:
     _check_model(config)
     check_stack(config)
     check_trackers(config.tracking)
-    if algorithm_for(config.algorithm).learns_from == "policy" or config.eval.every_steps:
+    if algorithm_for(config.algorithm).learns_from == "policy" or evaluated(config):
         _check_reward(config, extensions.reward)
         _check_environment(config, extensions.environment)
     elif extensions.reward is not None or extensions.environment is not None:
         raise ConfigError(
-            f"a reward or environment is given, but {config.algorithm.name} without eval.every_steps uses neither: leave it out"
+            f"a reward or environment is given, but {config.algorithm.name} without eval.every_steps or eval.sets uses neither: "
+            "leave it out"
         )
     return Findings(tuple(warnings(config)), _check_data(config, extensions))
 
@@ -101,8 +104,7 @@ def _check_data(config: Config, extensions: Extensions) -> Mapping[str, Any]:
             f"algorithm {config.algorithm.name} learns from demonstrations, but {prompt.id} has none: "
             "name the column with the answers, data.columns={demonstration: COLUMN}"
         )
-    if config.eval.every_steps:
-        eval_prompts(source, config.data, config.eval.prompts)
+    EvalSets.of(config, source)
     return start
 
 

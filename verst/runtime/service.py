@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verst.algorithms.table import algorithm_for
 from verst.data.sources import open_source
-from verst.data.stream import PromptStream, eval_prompts
+from verst.data.stream import PromptStream
 from verst.errors import ConfigError, VerstError
 from verst.extend import origin
 from verst.journal.lock import RunLock
@@ -26,6 +26,7 @@ from verst.runtime.actors import Worker
 from verst.runtime.adoption import adopt_replicas, complete, keep_finished, still_in_flight
 from verst.runtime.bundles import reserve
 from verst.runtime.changes import journal_changes
+from verst.runtime.eval_sets import EvalSets
 from verst.runtime.extensions import Extensions
 from verst.runtime.faults import Faults
 from verst.runtime.heartbeat import Heartbeat
@@ -184,8 +185,8 @@ class RunService:
         source = open_source(config.data, extensions.rows)
         stream = PromptStream(source, config.data, seed=config.run.seed, split="train")
         stream.restore(self._run.stream)  # refuses other data than the run began with
-        held_out = await asyncio.to_thread(eval_prompts, source, config.data, config.eval.prompts) if config.eval.every_steps else []
-        scores = bool(held_out) or algorithm_for(config.algorithm).learns_from == "policy"
+        eval_sets = await asyncio.to_thread(EvalSets.of, config, source)
+        scores = bool(eval_sets) or algorithm_for(config.algorithm).learns_from == "policy"
         lease = Lease(config, trainers, replicas, shared=placement.shared)
         keep = KeepStacks(lambda: [*trainers.workers, *replicas.workers], self._run.logs)
         losses = Losses(faults, keep, self._run.root)
@@ -207,7 +208,7 @@ class RunService:
             replacer=Replacer(replicas, self._spawn_replica, faults, keep),
             heartbeat=Heartbeat(lambda: [*trainers.workers, *replicas.workers, *snapshots.workers], self._observer.note),
             faults=faults,
-            eval_prompts=held_out,
+            eval_sets=eval_sets,
             keep_stacks=keep,
         )
         return parts, starting

@@ -312,8 +312,8 @@ class FakeParts:
     def checkpoint_failed(self, step: int, error: CheckpointError) -> None:
         self.note(f"checkpoint of step {step}: {error}")
 
-    def has(self, step: int) -> bool:
-        return step in self.rows
+    def row(self, step: int) -> dict[str, float] | None:
+        return self.rows.get(step)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self.rows[step] = dict(metrics)

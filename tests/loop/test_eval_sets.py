@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.loop.local import LocalRun, local_run
+from tests.loop.local import LocalRun, local_run, stopped_after
 from verst.errors import VerstError
 from verst.journal.log import JournalReader
+from verst.runtime.listing import summarize
 from verst.runtime.observer import Observer
 from verst.runtime.parts import Parts
+from verst.runtime.stored import Best, best_of, checkpoint_of, checkpoint_steps, parse_reference
 
 ROWS = [{"prompt": f"count {i}", "answer": str(i % 5)} for i in range(64)]
 
@@ -93,3 +95,31 @@ async def test_an_evaluation_that_a_crash_took_is_made_as_the_run_is_resumed(tmp
     before = len(run.rows)
     await run.go()  # of a run that has everything, nothing is measured again
     assert len(run.rows) == before
+
+
+async def test_the_best_checkpoint_outlives_newer_ones_and_a_crash(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
+    """Steps 2 and 3 are equally good, so it is step 2; step 4 could not be scored, step 0 has no checkpoint. One more is kept."""
+    values = {0: 9.0, 1: 0.25, 2: 0.75, 3: 0.75, 4: float("nan"), 5: 0.5}
+    measured: list[int] = []
+
+    async def evaluate(self: Parts, step: int) -> dict[str, float]:
+        measured.append(step)
+        return {"eval/spell/reward": values[step], "eval/spell/failed": 0.0}
+
+    monkeypatch.setattr(Parts, "evaluate", evaluate)
+    run = made(
+        tmp_path,
+        model,
+        {"spell": {"path": spelled(tmp_path), "every_steps": 1}},
+        run={"name": "run", "dir": str(tmp_path), "steps": 5, "seed": 1},
+        checkpoint={"every_steps": 50, "keep": 1, "best": "eval/spell/reward"},
+    )
+    await stopped_after(run, 3)
+    assert best_of(run.run) == Best("eval/spell/reward", 2, 0.75)
+    await run.go()
+    assert measured[:4] == [0, 1, 2, 3]
+    assert measured[-2:] == [4, 5]
+    assert json.loads(run.run.best.read_text()) == {"metric": "eval/spell/reward", "step": 2, "value": 0.75}
+    assert checkpoint_steps(run.run) == [2, 5]
+    assert checkpoint_of(run.run, parse_reference(f"{run.run.root}@best")[1]).step == 2
+    assert summarize(run.run.root).best == Best("eval/spell/reward", 2, 0.75)

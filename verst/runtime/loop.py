@@ -300,6 +300,7 @@ class Loop:
             await self._surviving(self._publisher.served, "pull_wait")
             with self._spans("evaluate"):
                 metrics |= await self._parts.evaluate(self.version)
+            await self._saver.measured(self.version, metrics)
         self._parts.observer.step(self.version, groups, metrics, self._spans)
 
     # ---- weights
@@ -314,8 +315,12 @@ class Loop:
             published = await self._surviving(lambda: self._publish(self.version))
         self._publisher.begin(self._tasks, published, [])
         await self._surviving(self._publisher.served)
-        if due(self._config, self.version) and not self._parts.observer.has(self.version):
-            self._parts.observer.evaluation(self.version, await self._parts.evaluate(self.version))
+        if due(self._config, self.version):
+            known = self._parts.observer.row(self.version)
+            if known is None:
+                known = await self._parts.evaluate(self.version)
+                self._parts.observer.evaluation(self.version, known)
+            await self._saver.measured(self.version, known)
 
     async def _publish(self, version: int) -> Published:
         """Hashes the trainer's weights, and writes them where the engines will need them."""

@@ -11,6 +11,7 @@ RUN/metrics.jsonl    one row a step and one an evaluation
 RUN/timeline.jsonl   who worked when; timeline.1.jsonl: the former part of a long one
 RUN/report.png       the picture at the end
 RUN/tensorboard/     event files; with those trackers also wandb/, mlflow.db and mlflow/
+RUN/best.json        the checkpoint that `checkpoint.best` keeps: step, metric and value (only with that option)
 RUN/final/           the trained model, a Hugging Face directory
 RUN/scale.json       how many replicas `verst scale` asks for, and RUN/scale-answer.json what came of it (only if it was asked)
 """
@@ -100,6 +101,10 @@ class RunDirectory:
     @property
     def final(self) -> Path:
         return self.root / "final"
+
+    @property
+    def best(self) -> Path:
+        return self.root / "best.json"
 
     @property
     def scale_request(self) -> Path:

@@ -247,7 +247,8 @@ class FakeParts:
     async def resume_memory(self) -> None:
         self.events.append("engines resume")
 
-    async def evaluate(self) -> dict[str, float]:
+    async def evaluate(self, step: int) -> dict[str, float]:
+        assert step == self.serving
         self.events.append(f"evaluate {self.serving}")
         return {"eval/reward": 0.5}
 
@@ -315,7 +316,11 @@ class FakeParts:
     def checkpoint_failed(self, step: int, error: CheckpointError) -> None:
         self.note(f"checkpoint of step {step}: {error}")
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None: ...
+    def row(self, step: int) -> dict[str, float] | None:
+        return self.rows.get(step)
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        self.rows[step] = dict(metrics)
 
 
 class NothingLost:

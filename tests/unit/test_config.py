@@ -11,6 +11,7 @@ import yaml
 
 from verst.config.algorithms import PRESETS, ComparingConfig, DapoConfig
 from verst.config.checks import warnings
+from verst.config.evaluated import best_metrics, due
 from verst.config.load import dump_config, load_config, option_names
 from verst.config.schema import Config
 from verst.errors import ConfigError
@@ -26,9 +27,10 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_every_option_has_earned_its_place():
     # Not a limit of taste: each option is documented, honoured and tested. Raise the number together with the reason, in the changelog.
-    # of the newest five: which filters and hooks, how long each may take, and whether a run goes on without a hook, are its owner's to say
+    # of the newest seven: which filters and hooks, how long each may take, and whether a run goes on without a hook; what is evaluated
+    # beside the held-out share, and by which figure a checkpoint is the best, are a run's owner's to say
     # of the two before: whose advantages and whose loss are an experiment's to say
-    assert len({name for preset in PRESETS for name in option_names(preset)}) == 98
+    assert len({name for preset in PRESETS for name in option_names(preset)}) == 100
 
 
 def test_resolved_config_reads_back_to_itself(tmp_path: Path):
@@ -169,8 +171,8 @@ HELD_OUT = ["data.holdout=0.1", "eval.every_steps=5"]
         (SFT, "reward.function=regex", "only for evaluation"),
         (SFT, "reward.workers=2", "only for evaluation"),
         ([], "data.options={min_terms: 2}", r"data\.task and data\.dataset, neither of which is set"),
-        ([], "eval.prompts=5", r"without eval\.every_steps"),
-        ([], "eval.temperature=0.5", r"without eval\.every_steps"),
+        ([], "eval.prompts=5", r"not evaluated without eval\.every_steps"),
+        ([], "eval.temperature=0.5", r"not evaluated without eval\.every_steps"),
         (["algorithm.name=grpo"], "algorithm.kl_in=reward", "no KL term"),
         (["algorithm.name=grpo"], "algorithm.kl_estimator=k2", "no KL term"),
     ],
@@ -339,3 +341,47 @@ def test_the_shipped_examples_are_valid_and_read_back(tmp_path: Path, file: Path
     config = load_config(file)
     assert load_config(write(tmp_path, dump_config(config))) == config
     assert warnings(config) == []
+
+
+SETS: dict[str, Any] = {"run": {"steps": 3}, "model": {"path": "m"}, "eval": {"sets": {"math": {"path": "a.jsonl", "every_steps": 2}}}}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.sets.math.every_steps=null", "eval.sets.math.every_steps is required: set it"),
+        ("eval.sets.math.every=2", "unknown option eval.sets.math.every; did you mean eval.sets.math.every_steps?"),
+        ("eval.sets.math.holdout=0.1", "unknown option eval.sets.math.holdout; valid here: path, dataset"),
+        ("eval.sets.math.prompts=some", "eval.sets.math.prompts: expected a whole number"),
+        ("eval.sets={ma th: {path: a.jsonl, every_steps: 2}}", "a set's name may have up to 64 letters, digits"),
+        ("eval.sets.math.task=aiw", "eval.sets.math has path and task: set exactly one"),
+        ("eval.sets.math.path=null", "eval.sets.math has no source of prompts: set exactly one"),
+        ("eval.sets.math.options={size: 3}", "eval.sets.math.options does not apply"),
+        ("eval.sets.math.samples=4", "eval.sets.math.samples is 4, but temperature 0 is greedy"),
+        ("checkpoint.best=reward", "checkpoint.best is reward, which this run never measures .* there are: eval/math/reward$"),
+        ("checkpoint.best=eval/reward", "checkpoint.best is eval/reward, .* there are: eval/math/reward$"),
+    ],
+)
+def test_mistakes_in_a_set_are_told_by_its_name(override: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_config(SETS, [override])
+
+
+def test_what_is_evaluated_and_when_by_hand():
+    """The held-out share every 4 steps and a set every 6, in 9 steps: what is due, and which of its metrics can name the best."""
+    found = load_config(SETS, ["run.steps=9", "data.holdout=0.1", "eval.every_steps=4", "eval.sets.math.every_steps=6"])
+    assert {step: [one.prefix for one in due(found, step)] for step in range(10) if due(found, step)} == {
+        0: ["eval/", "eval/math/"],
+        4: ["eval/"],
+        6: ["eval/math/"],
+        8: ["eval/"],
+        9: ["eval/", "eval/math/"],
+    }
+    assert best_metrics(found) == ["eval/reward", "eval/math/reward"]
+    sampled = load_config(SETS, ["eval.sets.math={task: aiw, every_steps: 1, samples: 6, temperature: 1}"])
+    assert best_metrics(sampled) == ["eval/math/reward", *(f"eval/math/pass_at_{k}" for k in (1, 2, 4, 6))]
+    assert yaml.safe_load(dump_config(found))["eval"]["sets"]["math"]["every_steps"] == 6
+
+
+def test_a_taught_run_rolls_for_its_sets():
+    load_config(SETS, [*SFT, "reward.function=regex", "rollout.max_turns=2"])

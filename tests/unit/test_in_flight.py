@@ -83,7 +83,7 @@ class Parts:
 
 def replica(cfg: Config, *, shared: bool = False) -> tuple[Parts, RolloutWorker, Replicas]:
     parts, worker = Parts(), RolloutWorker(cfg, Extensions(), 0, "cpu", Path("unused"))
-    worker.engine, worker._rollers, worker._scorer = parts, {False: parts}, cast(Any, parts)
+    worker.engine, worker._rollers, worker._scorer = parts, {"policy": parts}, cast(Any, parts)
 
     async def call(method: str, *args: Any) -> Any:
         return await getattr(worker, method)(*args)
@@ -162,7 +162,7 @@ def rolls(engine: FakeEngine, cfg: Config, environment: Any = SingleTurn) -> Rol
     """A replica whose groups are rolled as in a run, and not scored."""
     worker = RolloutWorker(cfg, Extensions(), 0, "cpu", Path("unused"))
     worker.engine, worker._renderer, worker._environment = engine, ChatRenderer(TOKENIZER), environment
-    worker._rollers = {False: worker._roller(evaluate=False)}
+    worker._rollers = {"policy": worker._roller()}
     worker._scorer = cast(Any, Parts())
     return worker
 
@@ -218,7 +218,7 @@ async def test_samples_of_one_prompt_have_the_time_of_those_before_them():
 
     rollout = {"capacity_groups": 4, "max_running": 64, "deadline_s": 600.0}
     worker = RolloutWorker(config("keep", rollout=rollout), Extensions(), 0, "cpu", Path("unused"), samples=256)
-    worker._rollers, worker._scorer = {True: SimpleNamespace(roll=roll)}, cast(Any, Parts())
+    worker._rollers, worker._scorer = {"evaluation": SimpleNamespace(roll=roll)}, cast(Any, Parts())
     await asyncio.gather(*(worker.roll(seq, PROMPT, "evaluation") for seq in (0, 1)))
     assert limits == [5 * 600, 9 * 600]  # of 64 places: four rounds for each
 

@@ -16,6 +16,7 @@ from verst.observe.limits import FidelityWatch
 from verst.observe.report import summary
 from verst.observe.sinks import read_rows
 from verst.observe.spans import Spans
+from verst.observe.terminal import step_line
 from verst.runtime import observer as module
 from verst.runtime.observer import Observer
 from verst.runtime.transfer import Brought
@@ -114,3 +115,13 @@ async def test_a_watcher_gets_each_line_once_and_is_told_of_those_it_missed(obse
     assert await observer.lines(4, 0) == (6, ["e", "f"])
     assert await observer.lines(3, 0) == (6, ["d", "e", "f"])
     assert await observer.lines(1, 0) == (6, ["(2 lines are no longer kept)", "d", "e", "f"])
+
+
+def test_a_person_sees_the_rewards_of_named_sets():
+    row = {"reward": 0.5, "eval/reward": 0.25, "eval/math/reward": 0.125, "eval/math/pass_at_2": 0.3, "time/step_s": 1.0}
+    assert step_line(3, 9, row).startswith("step 3/9  reward 0.500  eval 0.250  eval math 0.125  1.00 s")
+    rows = [
+        {"kind": "evaluation", "step": 0, "eval/math/reward": 0.0},
+        {"kind": "step", "step": 1, "rollout/failed": 0.0, **row},
+    ]
+    assert summary(rows)[0] == "1 steps: reward 0.500 -> 0.500, eval/reward 0.250 -> 0.250, eval/math/reward 0.000 -> 0.125"

@@ -238,3 +238,19 @@ def test_the_limit_of_a_group_beside_an_evaluation_is_below_the_wait_of_its_step
     trajectories = 2 * 8 + 256
     assert run.deadline_s(2) == pools.group_deadline_s(config, trajectories, shared=False)
     assert 600 * (1 + trajectories // 64) + trajectories * 30 < run.deadline_s(2) < run.step_wait_s / 2
+
+
+async def test_a_prompt_of_a_set_counts_as_its_samples():
+    """Eight samples weigh as two groups of four: three training groups later both replicas have as much."""
+    sets = {"math": {"task": "aiw", "every_steps": 1, "samples": 8, "temperature": 1.0}}
+    config = Config.model_validate({"run": {"steps": 1}, "model": {"path": "unused"}, "rollout": {"group_size": 4}, "eval": {"sets": sets}})
+    members = RolloutReplica(0, lambda seq: False), RolloutReplica(1, lambda seq: False)
+    both = Replicas(fresh(members), config)
+    rolling: list[asyncio.Task[tuple[bytes, Group]]] = []
+    for seq, how in ((-1, "evaluation of math"), (0, "policy"), (1, "policy"), (2, "policy")):
+        rolling.append(asyncio.create_task(both.roll(seq, PROMPT, how)))
+        await asyncio.sleep(0)  # in this order
+    assert [(r.in_flight, r.evaluating, r.samples) for r in both.active] == [(2, 1, 8), (2, 0, 0)]
+    await asyncio.gather(*rolling)
+    assert [member.given for member in members] == [[-1, 2], [0, 1]]
+    assert [(r.in_flight, r.evaluating, r.samples) for r in both.active] == [(0, 0, 0)] * 2

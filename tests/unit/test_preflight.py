@@ -120,7 +120,7 @@ def test_objects_from_python_are_checked_too(model: Path):
         check(model, reward=takes_too_much)
     with pytest.raises(ExtensionError, match=r"environment"):
         check(model, environment=Talkative())
-    with pytest.raises(ConfigError, match=r"sft without eval\.every_steps uses neither"):
+    with pytest.raises(ConfigError, match=r"sft without eval\.every_steps or eval\.sets uses neither"):
         check(model, "algorithm.name=sft", "data.columns.demonstration=answer", reward=takes_too_much)
 
 

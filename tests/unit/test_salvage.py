@@ -128,7 +128,7 @@ class Scores:
 def replica(number: int, engine: FakeEngine, config: Config) -> LocalWorker:
     worker = RolloutWorker(config, Extensions(), number, "cpu", Path("unused"))
     worker.engine, worker._renderer, worker._environment = engine, ChatRenderer(TOKENIZER), SingleTurn
-    worker._rollers, worker._scorer = {False: worker._roller(evaluate=False)}, cast(Any, Scores())
+    worker._rollers, worker._scorer = {"policy": worker._roller()}, cast(Any, Scores())
     return LocalWorker(f"replica {number}", worker)
 
 

@@ -513,9 +513,9 @@ class TimedParts(FakeParts):
 
         self.trainers.forward_backward = slowly
 
-    async def evaluate(self) -> dict[str, float]:
+    async def evaluate(self, step: int) -> dict[str, float]:
         await asyncio.gather(*(self.replicas.roll(-1 - n, Prompt(f"e{n}", ()), "evaluation") for n in range(2)))
-        return await super().evaluate()
+        return await super().evaluate(step)
 
     async def bring(self, published: Published, probe_T: Any) -> Brought:
         began = module.time.perf_counter()

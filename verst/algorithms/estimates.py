@@ -31,6 +31,11 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
+def pass_shares(scored: Sequence[Sequence[float]], k: int, correct_from: float) -> list[float]:
+    """pass@k of each prompt of which at least k samples could be scored. `scored`: the rewards of each prompt's samples."""
+    return [pass_at_k(len(known), sum(r >= correct_from for r in known), k) for known in scored if len(known) >= k]
+
+
 def share_interval(values: Sequence[float]) -> Estimate:
     """Mean of values in [0, 1], one for each prompt, with Wilson's score interval (Wilson 1927) for an effective number of prompts.
 

@@ -115,16 +115,19 @@ def _runs(options: argparse.Namespace) -> int:
 
 def _run_lines(summaries: Sequence[RunSummary], root: Path) -> list[str]:
     rows = []
+    bests = any(s.best for s in summaries)
     for s in summaries:
         name = str(s.path.relative_to(root)) if s.path != root else str(s.path)
         name += f" (from {s.begun_from})" if s.begun_from else ""
         if s.problem:
-            rows.append([name, s.state, "-", "", "-", "-", s.problem])
+            rows.append([name, s.state, "-", "", "-", *([""] if bests else []), "-", s.problem])
             continue
         change = f"{number(s.first)} -> {number(s.last)}" if s.measure else "-"
+        best = [f"step {s.best.step}: {s.best.metric} {number(s.best.value)}" if s.best else "-"] if bests else []
         active = "-" if s.active is None else s.active.strftime("%Y-%m-%d %H:%M:%S")
-        rows.append([name, s.state, f"{s.step}/{s.steps}", s.measure or "", change, active, size(s.disk_bytes)])
-    return table(("run", "state", "step", "", "first -> last", "last activity", "disk"), rows, right=(2,))
+        rows.append([name, s.state, f"{s.step}/{s.steps}", s.measure or "", change, *best, active, size(s.disk_bytes)])
+    header = ("run", "state", "step", "", "first -> last", *(["best checkpoint"] if bests else []), "last activity", "disk")
+    return table(header, rows, right=(2,))
 
 
 def _comparison_lines(found: Comparison) -> list[str]:

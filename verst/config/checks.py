@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from verst.config.algorithms import ComparingConfig, CorrectionConfig, PolicyGradientConfig, SftConfig
+from verst.config.evaluated import best_metrics, evaluated
 
 if TYPE_CHECKING:
     from verst.config.schema import Config
@@ -32,9 +33,8 @@ _ROLLED_AND_SCORED = (
 def inapplicable(config: Config) -> dict[str, str]:
     """The options that this run never reads, by dotted name, each with the reason."""
     reasons: dict[str, str] = {}
-    evaluates = config.eval.every_steps > 0
-    if not evaluates:
-        reasons |= _each(("eval.prompts", "eval.temperature"), "there is no evaluation without eval.every_steps")
+    if not config.eval.every_steps:
+        reasons |= _each(("eval.prompts", "eval.temperature"), "the held-out share is not evaluated without eval.every_steps")
     if config.data.task is None and config.data.dataset is None:
         reasons["data.options"] = "these are the options of data.task and data.dataset, neither of which is set"
     if config.capacity_groups == config.train.groups_per_step:
@@ -50,8 +50,9 @@ def inapplicable(config: Config) -> dict[str, str]:
     if isinstance(algorithm, SftConfig):
         reasons |= _each((*_SAMPLING, *_FIDELITY), "sft imitates demonstrations, one for each prompt, and samples nothing to train on")
         reasons["tracking.samples_every_steps"] = "sft samples nothing"
-        if not evaluates:
-            reasons |= _each(_ROLLED_AND_SCORED, "sft generates and scores only for evaluation, and eval.every_steps is 0")
+        if not evaluated(config):
+            why = "sft generates and scores only for evaluation, and there are neither eval.every_steps nor eval.sets"
+            reasons |= _each(_ROLLED_AND_SCORED, why)
     if isinstance(algorithm, PolicyGradientConfig) and not algorithm.kl_coefficient:
         reasons |= _each(("algorithm.kl_in", "algorithm.kl_estimator"), "algorithm.kl_coefficient is 0, so there is no KL term")
     return reasons
@@ -78,6 +79,7 @@ def problems(config: Config) -> list[str]:
     return [
         *unread,
         *_data_problems(config),
+        *_evaluation_problems(config),
         *_group_problems(config),
         *_correction_problems(config),
         *_size_problems(config),
@@ -134,8 +136,29 @@ def _data_problems(config: Config) -> list[str]:
         found.append("data.columns has messages, whole conversations, so it takes neither prompt nor demonstration: keep one way")
     if "demonstration" in columns and not isinstance(config.algorithm, SftConfig):
         found.append(f"data.columns has a demonstration, but {config.algorithm.name} imitates nothing: give the column a field's name")
+    return found
+
+
+def _evaluation_problems(config: Config) -> list[str]:
+    found = []
     if config.eval.every_steps and not config.data.holdout:
         found.append("eval.every_steps needs data.holdout > 0: the prompts kept for evaluation")
+    for name, chosen in config.eval.sets.items():
+        key = f"eval.sets.{name}"
+        sources = [source for source in ("path", "dataset", "task") if getattr(chosen, source)]
+        if len(sources) != 1:
+            found.append(f"{key} has {' and '.join(sources) or 'no source of prompts'}: set exactly one of path, dataset and task")
+        if chosen.options and sources == ["path"]:
+            found.append(f"{key}.options does not apply: these are the options of task and dataset, and the set has a path. Remove it")
+        if chosen.samples > 1 and chosen.temperature == 0:
+            found.append(
+                f"{key}.samples is {chosen.samples}, but temperature 0 is greedy: they would all be the same. Set {key}.temperature, or 1 "
+                "sample"
+            )
+    best, known = config.checkpoint.best, best_metrics(config)
+    if best is not None and best not in known:
+        there = f"there are: {', '.join(known)}" if known else "it evaluates nothing: set eval.every_steps and data.holdout, or eval.sets"
+        found.append(f"checkpoint.best is {best:.60}, which this run never measures of the weights that a checkpoint has; {there}")
     return found
 
 

@@ -12,11 +12,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from verst.config.algorithms import PRESETS, CorrectionConfig
-from verst.config.schema import Config
+from verst.config.schema import Config, EvalSetConfig
 
 _SHOWN = 60  # characters of a wrong value
 _MAPPINGS = ("options", "environment_options", "sglang", "megatron")
 """Options that have options of their own."""
+_SETS = ["eval", "sets"]
+"""Sections by names of the user's own."""
 _SECTION = "expected a section, with its options indented below it; leave it out to have all of them at their defaults"
 _WHOLE, _NUMBER, _TEXT = "expected a whole number, such as 8", "expected a number, such as 0.5", "expected text"
 _QUOTED = "expected text: put quotes around it"
@@ -106,6 +108,8 @@ def _key(loc: tuple[int | str, ...]) -> tuple[str, ...]:
     parts = [str(p) for p in itertools.takewhile(lambda p: isinstance(p, str), loc)]
     if parts[0] == "algorithm" and parts[1:] and parts[1] in PRESETS:
         del parts[1]
+    if parts[:2] == _SETS:
+        return tuple(part for part in parts[:4] if part != "[key]")  # pydantic's word for a name that is wrong itself
     return tuple(parts[: 3 if parts[1:2] and parts[1] in _MAPPINGS else 2])
 
 
@@ -170,15 +174,25 @@ def _suggestion(error: ErrorDetails, key: tuple[str, ...]) -> str:
     algorithm = next((str(p) for p in error["loc"] if p in PRESETS), "grpo")
     if _in_list(error["loc"]):  # the one option that is a list of sections
         return f"; valid here: {', '.join(CorrectionConfig.model_fields)}"
+    if list(key[:2]) == _SETS:
+        return _among(key, list(EvalSetConfig.model_fields))
     owners = [name for name, options in PRESETS.items() if key[0] == "algorithm" and key[-1] in options.model_fields]
     if owners:
         return f", which {algorithm} does not have; it is an option of: {', '.join(owners)}"
     known = known_options(Config, (), algorithm)
     siblings = [k[-1] for k in known if k[:-1] == key[:-1]]
-    near = difflib.get_close_matches(key[-1], siblings, n=1, cutoff=0.6)
+    elsewhere = [".".join(k) for k in known if k[-1] == key[-1]]
+    if elsewhere and not _near(key, siblings):
+        return f"; did you mean {elsewhere[0]}?"
+    return _among(key, siblings)
+
+
+def _near(key: tuple[str, ...], siblings: list[str]) -> list[str]:
+    return difflib.get_close_matches(key[-1], siblings, n=1, cutoff=0.6)
+
+
+def _among(key: tuple[str, ...], siblings: list[str]) -> str:
+    near = _near(key, siblings)
     if near:
         return f"; did you mean {'.'.join((*key[:-1], near[0]))}?"
-    elsewhere = [".".join(k) for k in known if k[-1] == key[-1]]
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]}?"
     return f"; valid here: {', '.join(siblings)}" if siblings else ""

@@ -11,6 +11,7 @@ from verst.config.checks import inapplicable
 from verst.config.schema import Config
 
 _KEYWORDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+_ANY_VALUE = "JsonValue"  # pydantic's name for what options of other code may be
 _LARGEST = 2**31 - 1  # of every whole number; said once, at the top of the page
 _RUNS: tuple[Mapping[str, Any], ...] = ({}, {"algorithm": {"name": "sft"}}, {"tracking": {"trackers": []}})
 """Runs in which, between them, every option that can be without effect is without effect, for each of the reasons there are."""
@@ -91,17 +92,24 @@ def _unread() -> dict[str, list[str]]:
 def _definitions(name: str, section: Mapping[str, Any], definitions: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """The tables of one section, as heading, what precedes its options' names, and schema.
 
-    They are its own, unless it is one of several, and those of options that are lists of sections.
+    They are its own, unless it is one of several, and those of options that are lists of sections, or sections by name.
     """
     if "oneOf" not in section:
         yield f"`{name}`", f"{name}.", definitions[_referred(section)]
     lists: dict[str, str] = {}
     for reference in section.get("oneOf", [section]):
         for option, about in definitions[_referred(reference)]["properties"].items():
-            if "$ref" in about.get("items", {}):
-                lists[option] = _referred(about["items"])
+            inner = _inner(about)
+            if inner is not None:
+                lists[option] = inner
     for option, definition in lists.items():
         yield f"Each of `{name}.{option}`", "", definitions[definition]
+
+
+def _inner(about: Mapping[str, Any]) -> str | None:
+    """The sections that an option is a list or a mapping of, by their definition; None for any other option."""
+    inner = about.get("items", about.get("additionalProperties"))
+    return _referred(inner) if isinstance(inner, Mapping) and "$ref" in inner and _referred(inner) != _ANY_VALUE else None
 
 
 def _presets(name: str, presets: Sequence[Mapping[str, Any]], unread: Mapping[str, list[str]], changeable: Container[str]) -> str:
@@ -182,6 +190,8 @@ def _type(about: Mapping[str, Any]) -> str:
     kind = about["type"]
     if kind == "array":
         return _list_type(about)
+    if kind == "object" and _inner(about) is not None:
+        return "sections by name, below"
     if kind in ("integer", "number"):
         return {"integer": "whole number", "number": "number"}[kind] + _range(about)
     if kind == "string":

@@ -5,6 +5,7 @@ Each option earns its place: `tests/unit/test_config.py` counts them.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -17,6 +18,12 @@ from verst.config.values import Count, Options, Positive, Real, Seconds, Section
 def _not_partial(name: str) -> str:
     if name.endswith(".partial"):
         raise ValueError("names that end in .partial are those of directories still being made")
+    return name
+
+
+def _set_name(name: str) -> str:
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+        raise ValueError("a set's name may have up to 64 letters, digits, '_' and '-', and begins with a letter or a digit")
     return name
 
 
@@ -44,8 +51,8 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of the weights in engine and forward pass.")
 
 
-class DataConfig(Section):
-    """Where prompts come from. Exactly one of `path`, `dataset` and `task`, unless prompts are given from Python."""
+class PromptSource(Section):
+    """What prompts are read from."""
 
     path: Text | None = Field(default=None, description="A .jsonl or .parquet file.")
     dataset: Text | None = Field(
@@ -62,6 +69,11 @@ class DataConfig(Section):
         "prompt, messages is a whole conversation, cut before its first answer.",
     )
     system: str | None = Field(default=None, description="System message put before every prompt.")
+
+
+class DataConfig(PromptSource):
+    """Where prompts come from. Exactly one of `path`, `dataset` and `task`, unless prompts are given from Python."""
+
     shuffle: bool = Field(
         default=True, description="Seeded shuffling, another order in each epoch. Iterators given from Python keep their own order."
     )
@@ -214,7 +226,12 @@ class FidelityConfig(Section):
 
 class CheckpointConfig(Section):
     every_steps: Count = Field(default=50, description="A checkpoint after each of so many steps, and at the end.")
-    keep: Count = Field(default=2, description="Checkpoints kept.")
+    keep: Count = Field(default=2, description="Checkpoints kept, the newest; that of `best` is kept besides.")
+    best: Text | None = Field(
+        default=None,
+        description="A metric of an evaluation, such as eval/reward or eval/NAME/reward: of the steps it is measured at, which get a "
+        "checkpoint each, that of its largest value is kept, and RUN/best.json names it (docs/evaluation.md).",
+    )
     snapshots: bool = Field(
         default=True,
         description="Keep the trainer's newest two states in memory, taken as often as 3 % of the time allows, for ranks that are lost.",
@@ -226,10 +243,28 @@ class CheckpointConfig(Section):
     export_final: bool = Field(default=True, description="Write the final model as a Hugging Face directory, RUN/final.")
 
 
+class EvalSetConfig(PromptSource):
+    """A set of prompts with a name, which its metrics carry: `eval/NAME/reward`. Exactly one of `path`, `dataset` and `task`. Answers are
+    generated and scored as `rollout` and `reward` say, within `data.max_prompt_tokens`.
+    """
+
+    system: str | None = Field(default=None, description="System message put before every prompt. Default: `data.system`.")
+    prompts: Count = Field(default=64, description="At most so many prompts, in the source's own order, each text once.")
+    every_steps: Count = Field(description="How often it is evaluated; also before the first and after the last step.")
+    temperature: Temperature = Field(default=0.0, description="0: greedy. Evaluation samples without filters.")
+    samples: Count = Field(default=1, description="Answers to each prompt. With several, pass@k is measured; they need a temperature.")
+
+
 class EvalConfig(Section):
-    every_steps: Whole = Field(default=0, description="0: no evaluation. Otherwise also before the first and after the last step.")
+    every_steps: Whole = Field(
+        default=0, description="0: no evaluation of the held-out share. Otherwise also before the first and after the last step."
+    )
     prompts: Count = Field(default=64, description="Prompts of the held-out share (`data.holdout`), one trajectory each.")
     temperature: Temperature = Field(default=0.0, description="0: greedy. Evaluation samples without filters.")
+    sets: dict[Annotated[str, AfterValidator(_set_name)], EvalSetConfig] = Field(
+        default_factory=dict,
+        description="Further sets by name, each evaluated on its own: {NAME: {path: FILE, every_steps: 20}} (docs/evaluation.md).",
+    )
 
 
 class HooksConfig(Section):

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from verst.observe.idle import bottleneck_of
-from verst.observe.terminal import FORMS, phases
+from verst.observe.terminal import phases, set_rewards, written
 
 Row = Mapping[str, Any]
 
@@ -162,7 +162,8 @@ def _standing(frame: Frame) -> list[str]:
 
 
 def _metric_panels(rows: Sequence[Row], width: int) -> list[_Box]:
-    panels = [_metrics("learning", _LEARNING, rows, width), _metrics("engine against trainer", _FIDELITY, rows, width)]
+    learning = [*_LEARNING[:2], *set_rewards(dict.fromkeys(name for row in rows for name in row)), *_LEARNING[2:]]
+    panels = [_metrics("learning", learning, rows, width), _metrics("engine against trainer", _FIDELITY, rows, width)]
     return [panel for panel in panels if panel is not None]
 
 
@@ -187,7 +188,7 @@ def _metrics(title: str, shown: Sequence[tuple[str, str]], rows: Sequence[Row], 
 def _value(name: str, value: float | None) -> Text:
     if value is None or not math.isfinite(value):
         return Text("not finite", style="bold red")
-    return Text(FORMS[name].format(value), style="bold red" if value and name in ("rollout/failed", "update/skipped") else "bold")
+    return Text(written(name, value), style="bold red" if value and name in ("rollout/failed", "update/skipped") else "bold")
 
 
 def _time_panel(steps: Sequence[Row], width: int) -> _Box:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from verst.observe.terminal import set_rewards
+
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -16,9 +18,8 @@ def summary(rows: Rows) -> list[str]:
         return ["no step was completed"]
     main = "reward" if _column(steps, "reward") else "loss/total"
     lines = [f"{len(steps)} steps: " + _change(main, _column(steps, main))]
-    evaluations = _column(rows, "eval/reward")
-    if evaluations:
-        lines[0] += ", " + _change("eval/reward", evaluations)
+    for name in _evaluations(rows):
+        lines[0] += ", " + _change(name, _column(rows, name))
     worst = max(_column(steps, "mismatch/abs_max"), default=None)
     fidelity = f"largest mismatch {worst:.2e}" if worst is not None else "no mismatch measured (nothing was sampled)"
     for label, name, form in (("k3", "mismatch/k3", ".1e"), ("routes that differ", "routes/differ", ".2%")):
@@ -40,6 +41,12 @@ def _column(rows: Rows, name: str) -> list[float]:
     return [r[name] for r in rows if r.get(name) is not None]
 
 
+def _evaluations(rows: Rows) -> list[str]:
+    """The rewards of what was evaluated: the held-out share, then the named sets."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in ("eval/reward", *(name for _, name in set_rewards(names))) if _column(rows, name)]
+
+
 def _change(name: str, values: Sequence[float]) -> str:
     return f"{name} {values[0]:.3f} -> {values[-1]:.3f}" if values else f"{name} unknown"
 
@@ -55,7 +62,8 @@ def draw(rows: Rows, path: Path, title: str) -> None:
     reward, mismatch, timing = figure.subplots(3, 1, gridspec_kw={"left": 0.1, "right": 0.98, "bottom": 0.06, "top": 0.94, "hspace": 0.15})
     figure.suptitle(title)
     _plot(reward, steps, "reward", "training reward")
-    _plot(reward, rows, "eval/reward", "held-out reward", marker="o")
+    for name in _evaluations(rows):
+        _plot(reward, rows, name, "held-out reward" if name == "eval/reward" else name, marker="o")
     if not _column(steps, "reward"):
         _plot(reward, steps, "loss/total", "loss")
     reward.set_ylabel("reward")

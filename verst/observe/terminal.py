@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 _PHASES = (
     "rollout",
@@ -23,6 +23,7 @@ _PHASES = (
 _SHOWN_IF_ANY = ("rollout/failed", "update/skipped", "checkpoint/failed")
 _SHORT = {"forward_backward": "fwd+bwd", "pull_wait": "pull"}
 _STEP_LINE = re.compile(r"step +\d+/\d+  ")
+_SET_REWARD = re.compile(r"eval/([^/]+)/reward")
 FORMS = {
     "reward": "{:.3f}",
     "eval/reward": "{:.3f}",
@@ -48,12 +49,23 @@ FORMS = {
 """How each metric is written for a person."""
 
 
+def written(name: str, value: float) -> str:
+    """A metric's value as a person reads it."""
+    return (FORMS["eval/reward"] if _SET_REWARD.fullmatch(name) else FORMS[name]).format(value)
+
+
+def set_rewards(names: Iterable[str]) -> list[tuple[str, str]]:
+    """The rewards of named sets among metrics, each with its label."""
+    return [(f"eval {found[1]}", name) for name in names if (found := _SET_REWARD.fullmatch(name))]
+
+
 def step_line(step: int, steps: int, row: Mapping[str, float]) -> str:
     """`step 12/50  reward 0.61  kl 0.0012  ...  0.84 s (rollout 0.51, fwd+bwd 0.22)`. What is unknown is left out."""
     parts = [f"step {step:>{len(str(steps))}}/{steps}"]
     for label, name in (
         ("reward", "reward"),
         ("eval", "eval/reward"),
+        *set_rewards(row),
         ("loss", "loss/total"),
         ("kl", "policy/kl"),
         ("mismatch k3", "mismatch/k3"),
@@ -66,7 +78,7 @@ def step_line(step: int, steps: int, row: Mapping[str, float]) -> str:
     ):
         value = row.get(name)
         if value is not None and not (value == 0 and name in _SHOWN_IF_ANY):
-            parts.append(f"{label} {FORMS[name].format(value)}")
+            parts.append(f"{label} {written(name, value)}")
     return "  ".join([*parts, _times(row)])
 
 

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from verst.algorithms.estimates import CONFIDENCE, Estimate, mean_interval, pass_at_k, share_interval
+from verst.algorithms.estimates import CONFIDENCE, Estimate, mean_interval, pass_shares, share_interval
+from verst.config.evaluated import pass_ks
 from verst.config.load import load_config, resolved
 from verst.config.schema import Config
 from verst.data.sources import open_source
@@ -129,7 +130,7 @@ class EvalSampling:
         if self.temperature == 0 and self.samples > 1:
             raise ConfigError(f"--temperature 0 is greedy: the {self.samples} samples of a prompt would be the same. Use --samples 1")
         if self.ks is None:
-            return sorted({*(2**i for i in range(self.samples.bit_length())), self.samples})
+            return pass_ks(self.samples)
         if max(self.ks) > self.samples or min(self.ks) < 1:
             raise ConfigError(f"--k {','.join(map(str, self.ks))}: pass@k needs k from 1 to --samples ({self.samples})")
         return self.ks
@@ -203,7 +204,7 @@ def _result(model: str, name: str, groups: Sequence[Group], sampling: EvalSampli
     count = sum(len(row.rewards) for row in rows)
     pass_at: dict[int, Estimate | None] = {}
     for k in ks:
-        shares = [pass_at_k(len(known), sum(r >= sampling.correct_from for r in known), k) for known in scored if len(known) >= k]
+        shares = pass_shares(scored, k, sampling.correct_from)
         pass_at[k] = share_interval(shares) if shares else None
     means = [sum(known) / len(known) for known in scored if known]
     return SetResult(

@@ -2,12 +2,12 @@
 
 Each is longer than the sum of those inside it, so that the innermost expires first and names what was really awaited.
 
-What waits its turn is counted in trajectories: a training group has `rolled_per_group` of them, an evaluated prompt one (or as many as
-`verst eval` samples).
+What waits its turn is counted in trajectories: a training group has `rolled_per_group` of them, an evaluated prompt as many as are sampled.
 """
 
 from __future__ import annotations
 
+from verst.config.evaluated import HELD_OUT, evaluated
 from verst.config.schema import Config
 from verst.isolated.process import START_DEADLINE_S
 
@@ -23,14 +23,14 @@ def turn_limit_s(config: Config) -> float:
     return (8 + 2 * config.train.minibatches * config.train.epochs) * config.train.deadline_s
 
 
-def evaluated_prompts(config: Config) -> int:
-    """In flight at a time, beside training groups."""
-    return config.eval.prompts if config.eval.every_steps else 0
+def evaluated_trajectories(config: Config, samples: int = 1) -> int:
+    """In flight at a time, beside training groups, when all sets are due at once. `samples`: of each prompt of the held-out share."""
+    return sum(one.prompts * one.samples * (samples if one.name == HELD_OUT else 1) for one in evaluated(config))
 
 
 def held_trajectories(config: Config, *, replicas: int, samples: int = 1) -> int:
     """The most that one of so many replicas has in flight. `samples`: of each evaluated prompt."""
-    return -(-config.capacity_groups // replicas) * config.rolled_per_group + evaluated_prompts(config) * samples
+    return -(-config.capacity_groups // replicas) * config.rolled_per_group + evaluated_trajectories(config, samples)
 
 
 def rolling_deadline_s(config: Config, trajectories: int, samples: int = 1) -> float:

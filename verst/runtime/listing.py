@@ -15,6 +15,7 @@ from verst.journal.lock import holder_of
 from verst.observe.sinks import read_rows
 from verst.runtime.changes import differences
 from verst.runtime.rundir import RunDirectory
+from verst.runtime.stored import Best, best_of
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of each run's steps, at which runs are compared."""
@@ -42,6 +43,8 @@ class RunSummary:
     disk_bytes: int = 0
     begun_from: str | None = None
     """RUN@STEP, of a run that began from another one's checkpoint."""
+    best: Best | None = None
+    """The checkpoint that `checkpoint.best` keeps."""
     problem: str | None = None
 
     def described(self) -> dict[str, Any]:
@@ -93,6 +96,7 @@ def summarize(path: Path) -> RunSummary:
         run, config = RunDirectory.open(path)
         rows = [row for row in _rows(run) if row["kind"] == "step"]
         alive = holder_of(run.root) is not None
+        best = best_of(run)
     except (VerstError, OSError, ValueError) as error:
         return RunSummary(path, "unreadable", problem=str(error).splitlines()[0])
     step = max((row["step"] for row in rows), default=0)
@@ -111,6 +115,7 @@ def summarize(path: Path) -> RunSummary:
         datetime.fromtimestamp(written).astimezone(),
         nbytes,
         None if lineage is None else f"{Path(lineage['run']).name}@{lineage['step']}",
+        best,
     )
 
 

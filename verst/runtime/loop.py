@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 from verst.algorithms.own import own_advantages
 from verst.algorithms.table import algorithm_for
+from verst.config.evaluated import due
 from verst.config.schema import Config
 from verst.errors import DataError, InvariantViolation, VerstError
 from verst.journal.records import AdmitRecord, BatchRecord, CommitRecord
@@ -299,10 +300,11 @@ class Loop:
         """What follows a step: evaluation, hooks and report."""
         metrics |= {"slots/held": float(self._slots.held), "version": float(self.version)}
         metrics["replicas"] = float(len(self._parts.replicas.active))
-        if self._evaluates_at(self.version):
+        if due(self._config, self.version):
             await self._surviving(self._publisher.served, "pull_wait")
             with self._spans("evaluate"):
-                metrics |= await self._parts.evaluate()
+                metrics |= await self._parts.evaluate(self.version)
+            await self._saver.measured(self.version, metrics)
         metrics |= await self._parts.hooks.after_step(self.version, metrics, self._spans)
         self._parts.observer.step(self.version, groups, metrics, self._spans)
         self._parts.hooks.check()
@@ -310,29 +312,31 @@ class Loop:
     # ---- weights
 
     async def _begin(self) -> None:
-        """Gives the engines the restored weights before the first prompt is admitted."""
+        """Gives the engines the restored weights before the first prompt is admitted. Makes an evaluation of them that is still owed:
+        that before the first step, or one of a run that ended between the step's checkpoint and its row.
+        """
         await self._surviving(self._publisher.served)
         self._spans = Spans()
         async with self._parts.lease.training(self._spans):
             published = await self._surviving(lambda: self._publish(self.version))
         self._publisher.begin(self._tasks, published, [])
         await self._surviving(self._publisher.served)
-        if self._config.eval.every_steps and self.version == 0:
-            self._parts.observer.evaluation(0, await self._parts.evaluate())
+        if due(self._config, self.version):
+            known = self._parts.observer.row(self.version)
+            if known is None:
+                known = await self._parts.evaluate(self.version)
+                self._parts.observer.evaluation(self.version, known)
+            await self._saver.measured(self.version, known)
 
     async def _publish(self, version: int) -> Published:
         """Hashes the trainer's weights, and writes them where the engines will need them."""
-        needed = self._algorithm.learns_from == "policy" or self._evaluates_at(version) or version == self._restored.step
+        needed = self._algorithm.learns_from == "policy" or bool(due(self._config, version)) or version == self._restored.step
         return await self._parts.trainers.publish(version, self._parts.transfer.location if needed else None, self._parts.probe_tokens)
 
     async def _free(self, seqs: Sequence[int]) -> None:
         for seq in seqs:
             self._standing.freed(seq)
         await self._slots.free(seqs)
-
-    def _evaluates_at(self, version: int) -> bool:
-        every = self._config.eval.every_steps
-        return bool(every) and (version % every == 0 or version == self._config.run.steps)
 
     # ---- what was lost
 

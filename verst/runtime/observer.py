@@ -7,6 +7,7 @@ import contextlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 from verst.algorithms.table import algorithm_for
 from verst.config.plan import read_config
@@ -54,12 +55,12 @@ class Observer:
         self._failed_checkpoints = 0
         self._checkpoint = 0  # the step of the newest one; 0: none
         self._outlets = Outlets(Tracking())
+        self._newest: Mapping[str, Any] = {"step": -1}  # row
 
     def open_outlets(self, config: Config) -> None:
         """From here on rows also go to trackers and to Prometheus, as configured; those until here went there before a restart."""
-        rows = read_rows(self._run.metrics)
-        reported = max((row["step"] for row in rows), default=-1)
-        self._outlets = Outlets.open(self._run, config, reported=reported, tell=self.note)
+        self._newest = max(read_rows(self._run.metrics), key=lambda row: row["step"], default=self._newest)
+        self._outlets = Outlets.open(self._run, config, reported=self._newest["step"], tell=self.note)
 
     async def close_outlets(self) -> None:
         """Lets the trackers take what waits for them, and tells of what they did not take."""
@@ -110,12 +111,18 @@ class Observer:
         self._failed_checkpoints += 1
         self.note(f"warning: checkpoint of step {step} was not written ({error}); the former one stays, training goes on")
 
+    def row(self, step: int) -> Mapping[str, Any] | None:
+        """The newest row, if it is of a step or of the evaluation of its weights; None: the step has none."""
+        return self._newest if self._newest["step"] == step else None
+
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The evaluation before the first step."""
+        """The evaluation before the first step, or one that was still owed as the run was resumed."""
         self._sink.write({"kind": "evaluation", "step": step, **metrics})
-        self._outlets.evaluation(metrics)
-        reward = metrics.get("eval/reward")
-        self.note(f"before training: eval/reward {'unknown (every scoring failed)' if reward is None else f'{reward:.3f}'}")
+        self._newest = {"step": step, **metrics}
+        self._outlets.evaluation(step, metrics)
+        names = [f"{name.removesuffix('failed')}reward" for name in metrics if name.endswith("/failed")]
+        rewards = [f"{name} {'unknown (every scoring failed)' if name not in metrics else f'{metrics[name]:.3f}'}" for name in names]
+        self.note(f"{f'step {step}' if step else 'before training'}: {', '.join(rewards)}")
 
     def measured(self, step: int, metrics: Mapping[str, float]) -> None:
         """What is known of a step before an update is made of it. Raises `TrainingDiverged` if a limit says that none must be."""
@@ -132,6 +139,7 @@ class Observer:
         row |= found
         reasons = batching.failures(groups)
         self._sink.write({"kind": "step", "step": step, **row, **({"failures": dict(reasons)} if reasons else {})})
+        self._newest = {"step": step, **row}
         self._outlets.step(step, row, groups, reasons.total())
         self.note(step_line(step, self._steps, row))
         for line in (*(f"  {count} failed: {reason}" for reason, count in reasons.most_common(3)), *lines):

@@ -58,9 +58,9 @@ class Outlets:
         """What belongs into a row about the outlets themselves: reports that trackers did not take, if there are trackers."""
         return {"tracking/lost": float(self._tracking.lost)} if self._tracking else {}
 
-    def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """The evaluation before the first step."""
-        self._tracking.report(Report(0, metrics))
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """An evaluation that belongs to no step's row."""
+        self._tracking.report(Report(step, metrics))
         if self._endpoint is not None:
             self._endpoint.report(metrics)
 
@@ -104,7 +104,12 @@ def _open_endpoint(config: Config, tell: Callable[[str], None]) -> Endpoint | No
 def public_options(config: Config) -> dict[str, Any]:
     """Every option by its dotted name, without those that may hold keys."""
     sections = config.model_dump(mode="json")
-    return {f"{s}.{name}": value for s, options in sections.items() for name, value in options.items() if name not in _PRIVATE}
+    return {f"{s}.{name}": _public(value) for s, options in sections.items() for name, value in options.items() if name not in _PRIVATE}
+
+
+def _public(value: Any) -> Any:
+    """A set of `eval.sets` has options of its own."""
+    return {name: _public(inner) for name, inner in value.items() if name not in _PRIVATE} if isinstance(value, Mapping) else value
 
 
 def samples_of(step: int, groups: Sequence[Group]) -> list[Shown]:

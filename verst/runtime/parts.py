@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from verst.config.schema import Config
 from verst.data.stream import PromptStream
 from verst.journal.log import Journal
-from verst.observe.metrics import Tally
+from verst.runtime.eval_sets import EvalSets
 from verst.runtime.faults import Faults
 from verst.runtime.filtering import Filters
 from verst.runtime.heartbeat import Heartbeat
@@ -26,7 +25,6 @@ from verst.runtime.snapshots import Snapshots
 from verst.runtime.stacks import KeepStacks
 from verst.runtime.trainers import Trainers
 from verst.runtime.transfer import Transfer
-from verst.types import Prompt, Status
 
 
 @dataclass
@@ -49,7 +47,7 @@ class Parts:
     faults: Faults
     filters: Filters
     hooks: Hooks
-    eval_prompts: list[Prompt]
+    eval_sets: EvalSets
     keep_stacks: KeepStacks
 
     @property
@@ -62,13 +60,6 @@ class Parts:
         """Limit of the wait for the next group. The replica's own limit expires first and names it."""
         return self.replicas.step_wait_s
 
-    async def evaluate(self) -> dict[str, float]:
-        """Mean reward over the held-out prompts that could be scored, one trajectory each, and the share that failed."""
-        groups = await asyncio.gather(*(self.replicas.roll(-1 - i, p, "evaluation") for i, p in enumerate(self.eval_prompts)))
-        tally = Tally()
-        for trajectory in (t for _, g in groups for t in g.trajectories):
-            if trajectory.reward is not None:
-                tally.mean("eval/reward", trajectory.reward)
-            tally.mean("eval/failed", float(trajectory.status is Status.FAILED))
-            tally.mean("eval/generated_tokens", trajectory.generated_tokens)
-        return tally.report()
+    async def evaluate(self, step: int) -> dict[str, float]:
+        """The metrics of all sets that are due with the weights of `step`, which the engines serve."""
+        return await self.eval_sets.measure(step, self.replicas.roll)

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from verst.config.evaluated import samples_of
 from verst.config.schema import Config
 from verst.errors import ConfigError, DeadlineExceeded, EngineFailure, VerstError, WeightMismatch
 from verst.journal.codec import decode_group, encode_group
 from verst.observe.timeline import Timeline
 from verst.runtime.actors import Worker, WorkerDied
 from verst.runtime.batching import given_up
-from verst.runtime.limits import REPLACEMENTS, drain_limit_s, evaluated_prompts, group_deadline_s, replacement_limit_s, step_wait_s
+from verst.runtime.limits import REPLACEMENTS, drain_limit_s, evaluated_trajectories, group_deadline_s, replacement_limit_s, step_wait_s
 from verst.runtime.replica import Replacing, Replica, Stage
 from verst.runtime.rollout_worker import Pulled, Seat
 from verst.runtime.salvage import Salvage
@@ -120,12 +121,12 @@ class Replicas:
 
     def deadline_s(self, groups: int) -> float:
         """Limit of one group on a replica with so many training groups and, if the run evaluates, all evaluated prompts."""
-        trajectories = groups * self._config.rolled_per_group + evaluated_prompts(self._config)
+        trajectories = groups * self._config.rolled_per_group + evaluated_trajectories(self._config)
         return group_deadline_s(self._config, trajectories, shared=self._shared)
 
     def _trajectories(self, replica: Replica) -> int:
         """In flight on it, cut ones included."""
-        return (replica.in_flight - replica.evaluating) * self._config.rolled_per_group + replica.evaluating
+        return (replica.in_flight - replica.evaluating) * self._config.rolled_per_group + replica.samples
 
     @property
     def step_wait_s(self) -> float:
@@ -139,11 +140,10 @@ class Replicas:
         have limits of their own. One whose replica is lost, or does not finish it after it was told to leave, is rolled again by another.
         Raises what a replica was lost by if that is the last of `REPLACEMENTS` of this group.
         """
-        evaluated, losses = int(how == "evaluation"), 0
+        samples, losses = samples_of(self._config, how), 0
         while True:
             replica = await self._chosen(how)
-            replica.in_flight += 1
-            replica.evaluating += evaluated
+            replica.began_one(samples)
             self._rolling[seq] = replica, time.monotonic()
             demonstrated = how == "demonstrations"  # which keeps no replica busy
             try:
@@ -163,8 +163,7 @@ class Replicas:
                 self.salvage.end(seq)
                 return encoded, group
             finally:
-                replica.evaluating -= evaluated
-                replica.ended_one()
+                replica.ended_one(samples)
 
     async def _chosen(self, how: str) -> Replica:
         """The least busy of those that serve. If there is none, the first that does again."""
@@ -208,7 +207,7 @@ class Replicas:
         reason = f"waited {limit_s:g} s for {awaited}"
         if replica.finished == finished or replica.stage is Stage.LEAVING:
             raise DeadlineExceeded(f"{reason}: group {seq} ({prompt.id}), and no other came back from {replica.name} meanwhile")
-        group = given_up(seq, prompt, self._config.rollout.group_size if how == "policy" else 1, reason)
+        group = given_up(seq, prompt, samples_of(self._config, how) or (self._config.rollout.group_size if how == "policy" else 1), reason)
         return encode_group(group), group
 
     async def standing(self) -> dict[int, tuple[str, float]]:

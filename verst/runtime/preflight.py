@@ -14,11 +14,12 @@ from typing import Any
 from verst import extend
 from verst.algorithms.table import algorithm_for, records_routes
 from verst.config.checks import is_given, warnings
+from verst.config.evaluated import evaluated
 from verst.config.hub import with_local_model
 from verst.config.plan import read_config, read_model
 from verst.config.schema import Config
 from verst.data.sources import Source, open_source
-from verst.data.stream import PromptStream, eval_prompts
+from verst.data.stream import PromptStream
 from verst.errors import ConfigError, ExtensionError, ModelError
 from verst.filters.shipped import SHIPPED as FILTERS
 from verst.filters.spec import FilterSpec
@@ -28,6 +29,7 @@ from verst.rewards.table import SHIPPED as REWARDS
 from verst.rollout import environments
 from verst.rollout.environments import environment_factory
 from verst.routing.kinds import routed_experts, unread_experts
+from verst.runtime.eval_sets import EvalSets
 from verst.runtime.extensions import Extensions
 from verst.runtime.outlets import check_trackers
 
@@ -54,12 +56,13 @@ def preflight(config: Config, extensions: Extensions) -> Findings:
     check_stack(config)
     check_trackers(config.tracking)
     _check_algorithm(config.algorithm)
-    if algorithm_for(config.algorithm).learns_from == "policy" or config.eval.every_steps:
+    if algorithm_for(config.algorithm).learns_from == "policy" or evaluated(config):
         _check_reward(config, extensions.reward)
         _check_environment(config, extensions.environment)
     elif extensions.reward is not None or extensions.environment is not None:
         raise ConfigError(
-            f"a reward or environment is given, but {config.algorithm.name} without eval.every_steps uses neither: leave it out"
+            f"a reward or environment is given, but {config.algorithm.name} without eval.every_steps or eval.sets uses neither: "
+            "leave it out"
         )
     for name, options in config.filters.functions.items():
         if name in FILTERS:
@@ -111,8 +114,7 @@ def _check_data(config: Config, extensions: Extensions) -> Mapping[str, Any]:
             f"algorithm {config.algorithm.name} learns from demonstrations, but {prompt.id} has none: "
             "name the column with the answers, data.columns={demonstration: COLUMN}"
         )
-    if config.eval.every_steps:
-        eval_prompts(source, config.data, config.eval.prompts)
+    EvalSets.of(config, source)
     return start
 
 

@@ -46,7 +46,9 @@ class Replica:
     in_flight: int = 0
     """Groups, evaluated prompts included."""
     evaluating: int = 0
-    """Evaluated prompts, each of one trajectory."""
+    """Evaluated prompts among them."""
+    samples: int = 0
+    """Trajectories of those."""
     finished: int = 0
     """Groups that came back from it."""
     started: bool = False
@@ -82,8 +84,16 @@ class Replica:
         """Groups that it had at a time since it last had none: of those that it has, each was given a limit for at most so many."""
         return max(self._peak, self.in_flight)
 
-    def ended_one(self) -> None:
+    def began_one(self, samples: int = 0) -> None:
+        """It has one more group; `samples`: trajectories of one that is evaluated."""
+        self.in_flight += 1
+        self.evaluating += samples > 0
+        self.samples += samples
+
+    def ended_one(self, samples: int = 0) -> None:
         """A group that it had is not in flight any more."""
+        self.evaluating -= samples > 0
+        self.samples -= samples
         self._peak = self.most_in_flight if self.in_flight > 1 else 0
         self.in_flight -= 1
         if self.stage is Stage.LEAVING and not self.in_flight:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from verst.config.evaluated import Evaluated, evaluated, samples_of
 from verst.config.hub import with_local_model
 from verst.config.schema import Config
 from verst.errors import ModelError
@@ -86,7 +87,7 @@ class RolloutWorker:
         samples: int = 1,
         slot: int | None = None,
     ) -> None:
-        """`samples`: trajectories of each prompt in an evaluation. `slot`: of its URL and log; default: its number."""
+        """`samples`: trajectories of each prompt of the held-out share. `slot`: of its URL and log; default: its number."""
         self._config = config
         self._extensions = extensions
         self._device = device
@@ -120,7 +121,7 @@ class RolloutWorker:
             await gather_named(parts)
             await self.engine.start()
         self._started = True
-        self._rollers = {False: self._roller(evaluate=False), True: self._roller(evaluate=True)}
+        self._rollers = {"policy": self._roller(), **{one.how: self._roller(one) for one in evaluated(self._config)}}
         return self.engine.routed_experts
 
     def _make(self) -> None:
@@ -147,15 +148,16 @@ class RolloutWorker:
         self._scorer = Scorer(spec, workers=reward.workers, deadline_s=reward.deadline_s, log=self._logs / "rewards.log")
         await self._scorer.start()
 
-    def _roller(self, *, evaluate: bool) -> Any:
+    def _roller(self, one: Evaluated | None = None) -> Any:
+        """For training, or for a set that is evaluated."""
         from verst.rollout.roll import GroupRoller
         from verst.types import Sampling
 
         config, rollout = self._config, self._config.rollout
-        filters: dict[str, Any] = {} if evaluate else {"top_p": rollout.top_p, "top_k": rollout.top_k, "min_p": rollout.min_p}
+        filters: dict[str, Any] = {"top_p": rollout.top_p, "top_k": rollout.top_k, "min_p": rollout.min_p} if one is None else {}
         sampling = Sampling(
             max_new_tokens=rollout.max_new_tokens,
-            temperature=config.eval.temperature if evaluate else rollout.temperature,
+            temperature=rollout.temperature if one is None else one.temperature,
             stop=tuple(rollout.stop),
             **filters,
         )
@@ -164,8 +166,8 @@ class RolloutWorker:
             self._renderer,
             self._environment,
             sampling=sampling,
-            group_size=self._samples if evaluate else rollout.group_size,
-            oversample=0 if evaluate else rollout.oversample,
+            group_size=rollout.group_size if one is None else self._samples * one.samples,
+            oversample=rollout.oversample if one is None else 0,
             max_turns=rollout.max_turns,
             max_prompt_tokens=config.data.max_prompt_tokens,
             max_model_tokens=config.max_trajectory_tokens,
@@ -181,12 +183,12 @@ class RolloutWorker:
 
         `known`: what a replica that was lost had generated of it.
 
-        `how`: "policy", "evaluation" (`samples` trajectories, its own sampling) or "demonstrations" (no engine and no reward).
+        `how`: "policy", "demonstrations" (no engine and no reward), or `how` of an `Evaluated` set, which has its own sampling.
         """
         from verst.journal.codec import encode_group
 
         if how == "demonstrations":
-            return encode_group(self._rollers[False].demonstrate(seq, prompt))
+            return encode_group(self._rollers["policy"].demonstrate(seq, prompt))
         assert self._scorer is not None
         try:
             if how == "policy":
@@ -213,10 +215,10 @@ class RolloutWorker:
             await self._traffic.wait_for(lambda: not self._draining)
             self._rolling += 1
         self._waits.end(seq)  # its trajectories say now what they wait for
-        trajectories = self._samples if how == "evaluation" else self._config.rolled_per_group
+        trajectories = self._samples * samples_of(self._config, how) or self._config.rolled_per_group
         self._trajectories += trajectories
         limit_s = rolling_deadline_s(self._config, self._trajectories, self._samples)
-        rolling = asyncio.ensure_future(self._rollers[how == "evaluation"].roll(seq, prompt, limit_s, self._recorded.get(seq)))
+        rolling = asyncio.ensure_future(self._rollers[how].roll(seq, prompt, limit_s, self._recorded.get(seq)))
         self._tasks.add(rolling)
         rolling.add_done_callback(self._ended)
         try:
@@ -329,7 +331,7 @@ class RolloutWorker:
     async def probe_tokens(self, prompt: Prompt) -> NDArray[np.int32]:
         """The tokens both sides score at every publish: the start of a real prompt."""
         tokens_T = self._renderer.opening(prompt.messages)
-        self._rollers[False].check_prompt(prompt, len(tokens_T))
+        self._rollers["policy"].check_prompt(prompt, len(tokens_T))
         return tokens_T[:64]
 
     async def close(self) -> None:

@@ -11,6 +11,7 @@ RUN/metrics.jsonl    one row a step and one an evaluation
 RUN/timeline.jsonl   who worked when; timeline.1.jsonl: the former part of a long one
 RUN/report.png       the picture at the end
 RUN/tensorboard/     event files; with those trackers also wandb/, mlflow.db and mlflow/
+RUN/best.json        the checkpoint that `checkpoint.best` keeps: step, metric and value (only with that option)
 RUN/final/           the trained model, a Hugging Face directory
 RUN/scale.json       how many replicas `verst scale` asks for, and RUN/scale-answer.json what came of it (only if it was asked)
 """
@@ -31,7 +32,7 @@ from typing import Any
 
 from verst.config.hub import pinned
 from verst.config.load import dump_config, load_config
-from verst.config.schema import Config
+from verst.config.schema import Config, EvalSetConfig
 from verst.errors import ConfigError
 from verst.journal.lock import LOCK_NAME, RunLock
 from verst.journal.log import Journal, JournalReader
@@ -100,6 +101,10 @@ class RunDirectory:
     @property
     def final(self) -> Path:
         return self.root / "final"
+
+    @property
+    def best(self) -> Path:
+        return self.root / "best.json"
 
     @property
     def scale_request(self) -> Path:
@@ -310,17 +315,22 @@ def _dataset(name: str | None) -> str | None:
     return str(Path(name).expanduser().absolute()) if name and Path(name).expanduser().is_dir() else name
 
 
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
+
+
+def _anchored_set(chosen: EvalSetConfig) -> EvalSetConfig:
+    return chosen.model_copy(update={"path": _absolute(chosen.path), "dataset": _dataset(chosen.dataset)})
+
+
 def _anchored(config: Config) -> Config:
     """The configuration with absolute paths, so that the run can be resumed from any directory, and with the commits of hub ids."""
-
-    def absolute(path: str | None) -> str | None:
-        return None if path is None else str(Path(path).expanduser().absolute())
-
     return config.model_copy(
         update={
-            "run": config.run.model_copy(update={"dir": absolute(config.run.dir)}),
+            "run": config.run.model_copy(update={"dir": _absolute(config.run.dir)}),
             "model": config.model.model_copy(update={"path": pinned(config.model.path)}),
-            "data": config.data.model_copy(update={"path": absolute(config.data.path), "dataset": _dataset(config.data.dataset)}),
-            "weights": config.weights.model_copy(update={"location": absolute(config.weights.location)}),
+            "data": config.data.model_copy(update={"path": _absolute(config.data.path), "dataset": _dataset(config.data.dataset)}),
+            "eval": config.eval.model_copy(update={"sets": {name: _anchored_set(one) for name, one in config.eval.sets.items()}}),
+            "weights": config.weights.model_copy(update={"location": _absolute(config.weights.location)}),
         }
     )

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verst.algorithms.table import algorithm_for
 from verst.data.sources import open_source
-from verst.data.stream import PromptStream, eval_prompts
+from verst.data.stream import PromptStream
 from verst.errors import ConfigError, VerstError
 from verst.extend import origin
 from verst.journal.lock import RunLock
@@ -26,6 +26,7 @@ from verst.runtime.actors import Worker
 from verst.runtime.adoption import adopt_replicas, complete, keep_finished, still_in_flight
 from verst.runtime.bundles import reserve
 from verst.runtime.changes import journal_changes
+from verst.runtime.eval_sets import EvalSets
 from verst.runtime.extensions import Extensions
 from verst.runtime.faults import Faults
 from verst.runtime.filtering import Filters
@@ -184,8 +185,8 @@ class RunService:
         for part in (trainers, replicas):
             opened.push_async_callback(self._close, part)
         filters, hooks = await self._users(opened)
-        stream, held_out = await self._prompts(extensions)
-        scores = bool(held_out) or algorithm_for(config.algorithm).learns_from == "policy"
+        stream, eval_sets = await self._prompts(extensions)
+        scores = bool(eval_sets) or algorithm_for(config.algorithm).learns_from == "policy"
         lease = Lease(config, trainers, replicas, shared=placement.shared)
         keep = KeepStacks(lambda: [*trainers.workers, *replicas.workers], self._run.logs)
         losses = Losses(faults, keep, self._run.root)
@@ -209,7 +210,7 @@ class RunService:
             faults=faults,
             filters=filters,
             hooks=hooks,
-            eval_prompts=held_out,
+            eval_sets=eval_sets,
             keep_stacks=keep,
         )
         return parts, starting
@@ -223,14 +224,13 @@ class RunService:
             await part.start()
         return filters, hooks
 
-    async def _prompts(self, extensions: Extensions) -> tuple[PromptStream, list[Prompt]]:
-        """Those to train on, and those held out."""
+    async def _prompts(self, extensions: Extensions) -> tuple[PromptStream, EvalSets]:
+        """Those to train on, and those to evaluate."""
         data = self._config.data
         source = open_source(data, extensions.rows)
         stream = PromptStream(source, data, seed=self._config.run.seed, split="train")
         stream.restore(self._run.stream)  # refuses other data than the run began with
-        evaluates = self._config.eval.every_steps
-        return stream, await asyncio.to_thread(eval_prompts, source, data, self._config.eval.prompts) if evaluates else []
+        return stream, await asyncio.to_thread(EvalSets.of, self._config, source)
 
     async def _adopted(self, kept: Kept | None, journal: Journal) -> tuple[list[Replica], dict[int, list[Piece]]]:
         """Replicas that an earlier loop has left, and what they had in flight. What they had finished goes into the journal."""

@@ -1,11 +1,12 @@
 """What lies in a run's directory, found again: its checkpoints by step, and the run that it began from.
 
-`RUN@STEP` names a checkpoint on the command line; without `@STEP` it is the newest one.
+`RUN@STEP` names a checkpoint on the command line, `RUN@best` the one that `checkpoint.best` keeps; without `@STEP` it is the newest one.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from verst.errors import CheckpointError, ConfigError, JournalError
@@ -16,13 +17,37 @@ from verst.training.checkpoints import Checkpoint, latest_checkpoint, step_path,
 _FROM_A_COPY = "Put it back from a copy"
 
 
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The checkpoint that `checkpoint.best` keeps: its step, and the value that the metric had with its weights."""
+
+    metric: str
+    step: int
+    value: float
+
+
+def best_of(run: RunDirectory) -> Best | None:
+    """As RUN/best.json has it; None: there is none (yet). Raises `ConfigError` if it cannot be read."""
+    if not run.best.exists():
+        return None
+    try:
+        return Best(**json.loads(run.best.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{run.best} cannot be read ({error}): put it back from a copy, or remove it") from error
+
+
 def parse_reference(reference: str) -> tuple[Path, int | None]:
-    """`RUN` or `RUN@STEP`. Raises `ConfigError` if what follows the last @ is no step, unless a directory has that name."""
+    """`RUN`, `RUN@STEP` or `RUN@best`. Raises `ConfigError` if what follows the last @ is neither, unless a directory has that name."""
     path, at, step = reference.rpartition("@")
     if not at or Path(reference).is_dir():
         return Path(reference), None
+    if step == "best":
+        best = best_of(RunDirectory(Path(path)))
+        if best is None:
+            raise ConfigError(f"{reference}: {path} has no best checkpoint; checkpoint.best says by which metric one is kept")
+        return Path(path), best.step
     if not step.isdecimal():
-        raise ConfigError(f"{reference}: what follows @ is a step, a whole number, as in {path}@40")
+        raise ConfigError(f"{reference}: what follows @ is a step, a whole number, as in {path}@40, or the word best")
     return Path(path), int(step)
 
 

@@ -119,8 +119,9 @@ def commit_checkpoint(
     fingerprint: Mapping[str, str],
     loop: Mapping[str, Any],
     keep: int,
+    besides: Sequence[int] = (),
 ) -> Path:
-    """Makes a checkpoint of the files that all ranks have written, durable on return, and removes all but the newest `keep`.
+    """Makes a checkpoint of the files that all ranks have written, durable on return; removes all but the newest `keep`, and `besides`.
 
     `records` come from `CheckpointWriter.finish`, one for each rank; `loop` holds JSON values. Returns the checkpoint's directory.
     Raises `CheckpointError` if a rank's file is missing or something could not be written; former checkpoints are then untouched.
@@ -146,7 +147,7 @@ def commit_checkpoint(
         _sync_directory(directory)
     except OSError as error:
         raise CheckpointError(f"checkpoint {final} could not be completed: {error}") from error
-    _prune(directory, step, keep)
+    prune(directory, step, keep, besides)
     return final
 
 
@@ -370,11 +371,11 @@ def _require_same_model(checkpoint: Checkpoint, fingerprint: Mapping[str, str]) 
         )
 
 
-def _prune(directory: Path, step: int, keep: int) -> None:
-    """Removes older checkpoints than the newest `keep`, and what crashes have left. What cannot be removed is tried again next time."""
+def prune(directory: Path, step: int, keep: int, besides: Sequence[int] = ()) -> None:
+    """Removes checkpoints before the newest `keep` up to `step`, but not `besides`, and what crashes left. What stays is tried again."""
     newest = step_path(directory, step).name
     known = sorted(path for path in directory.glob("step-*") if path.name[: len(newest)] <= newest)
-    for path in [path for path in known if path.suffix != PARTIAL][:-keep]:
+    for path in {*[path for path in known if path.suffix != PARTIAL][:-keep]} - {step_path(directory, one) for one in besides}:
         with suppress(OSError):
             _remove(path)
     for path in known:

@@ -40,9 +40,14 @@ class InProcess(LocalWorker):
     """Whose end takes with it what a process would: the reward processes of a replica that was lost. At once: no event loop may follow."""
 
     def kill(self) -> None:
-        scorer: Scorer | None = getattr(self._object, "_scorer", None)
-        if scorer is not None:
-            scorer.close()
+        end_rewards(self._object)
+
+
+def end_rewards(replica: Any) -> None:
+    """Ends the reward processes of a replica, as the end of its process would."""
+    scorer: Scorer | None = getattr(replica, "_scorer", None)
+    if scorer is not None:
+        scorer.close()
 
 
 def local_spawn(name: str, factory: Any, *args: Any, gpus: float = 0, env: Any = None) -> LocalWorker:

@@ -794,6 +794,7 @@ async def test_one_that_is_new_holds_up_no_publish_that_waits_for_groups(tmp_pat
         await run.reported(1)
         assert (await run.scaled(3)).state is State.DONE
         await run.reported(2)
+        await until(lambda: any(n == 2 for n, *_ in run.world.rolled))
         assert (await run.scaled(1)).state is State.DONE
         await run.reported(1)
     run.require_sound()

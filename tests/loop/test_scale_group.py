@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.loop.local import LocalRun, local_run
+from tests.loop.local import LocalRun, end_rewards, local_run
 from tests.loop.test_run import ROWS, digests, vowels
 from verst.journal.log import JournalReader
 from verst.runtime import scaler
@@ -39,6 +39,7 @@ class HostWorker(LocalWorker):
 
     def kill(self) -> None:
         self.killed = True
+        end_rewards(self._host._object)
         self._host._thread.shutdown(wait=False)
 
 

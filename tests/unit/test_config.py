@@ -152,6 +152,13 @@ def test_a_wrong_number_is_told_with_its_line(tmp_path: Path):
     ]
 
 
+@pytest.mark.parametrize("name", ["ppo", "null"])
+def test_an_unknown_algorithm_is_told_with_the_line_of_its_name(tmp_path: Path, name: str):
+    text = f"run: {{steps: 3}}\nmodel: {{path: m}}\nalgorithm:\n  clip_low: 0.1\n  name: {name}\n"
+    with pytest.raises(ConfigError, match=r"run\.yaml:5: algorithm\.name: .* is not an algorithm"):
+        load_config(write(tmp_path, text))
+
+
 SFT = ["algorithm.name=sft"]
 HELD_OUT = ["data.holdout=0.1", "eval.every_steps=5"]
 

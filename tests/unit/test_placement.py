@@ -71,7 +71,7 @@ def two_gpus() -> Iterator[None]:
     """Ray with two GPUs that nobody looks at."""
     import ray
 
-    ray.init(num_gpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False, object_store_memory=80 << 20)
+    ray.init("local", num_gpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False, object_store_memory=80 << 20)
     yield
     ray.shutdown()
 

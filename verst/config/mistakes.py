@@ -87,6 +87,8 @@ def explain(invalid: ValidationError, places: Places) -> str:
             problems += [f"{places.of(tuple(rule.split(' ', 1)[0].split('.')))}: {rule}" for rule in rules]
     for (_, within), errors in options.items():
         key = _key(errors[0]["loc"])
+        if errors[0]["type"] == "union_tag_invalid":
+            key = (*key, "name")
         problems.append(f"{places.of(key)}: {_problem(errors, key, within)}")
     return "\n".join(problems)
 
@@ -128,7 +130,7 @@ def _problem(errors: Sequence[ErrorDetails], key: tuple[str, ...], within: str) 
     if kind == "missing":
         return _missing(error, dotted)
     if kind == "union_tag_invalid":
-        return f"{dotted}.name: {_value(error['input'].get('name'))} is not an algorithm; there are: {', '.join(PRESETS)}"
+        return f"{dotted}: {_value(error['input'].get('name'))} is not an algorithm; there are: {', '.join(PRESETS)}"
     if kind == "union_tag_not_found":
         return f"{dotted}.name is required: one of {', '.join(PRESETS)}"
     expected = ", or ".join(dict.fromkeys(map(_expected, errors)))

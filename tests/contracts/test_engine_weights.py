@@ -55,22 +55,23 @@ async def test_an_update_in_flight_mixes_versions_and_takes_effect(opened: Opene
 @pytest.mark.parametrize("mode", [PauseMode.IN_PLACE, PauseMode.RETRACT])
 async def test_a_pause_says_which_keys_and_values_requests_go_on_with(opened: Opened, models: Callable[[str], Path], mode: PauseMode):
     engine = await opened(DENSE, max_running=4)
-    asked = [ask(str(n), prompt(n), seed=n, max_new_tokens=60, temperature=1.5) for n in range(1, 4)]
+    asked = [ask(str(n), prompt(n), seed=n, max_new_tokens=100, temperature=1.5) for n in range(1, 4)]
     answers = [asyncio.ensure_future(engine.generate(request)) for request in asked]
-    await reached(engine, "generated_tokens", 20)
     update = Update(perturbed(models(DENSE)), version=4)
+    await reached(engine, "generated_tokens", 20)
     await engine.pause(mode)
     await engine.update_weights(update)
     await engine.resume()
     reference = load(models(DENSE))
     reference.load_state_dict(dict(update.tensors()), strict=False)
-    largest = 0.0
+    largest, went_on = 0.0, 0
     for request, answer in zip(asked, await asyncio.gather(*answers), strict=True):
         expected = reference_logprobs(reference, np.concatenate((request.tokens_T, answer.tokens_T)), 1.5)[len(request.tokens_T) - 1 :]
         new = answer.versions_T == 4
         largest = max(largest, float(np.abs(answer.logprobs_T[new] - expected[new]).max(initial=0.0)))
-        assert new.any()
         assert not new.all()
+        went_on += bool(new.any())  # one that meets its end of sequence may have ended before
+    assert went_on
     assert (largest < 1e-5) if mode is PauseMode.RETRACT else (largest > 1e-3)
 
 

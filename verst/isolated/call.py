@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,11 +47,7 @@ class Caller:
     async def start(self) -> None:
         """Raises `ExtensionError` with the reason if the object cannot be made, `DeadlineExceeded` if that takes too long."""
         process = await IsolatedProcess.launch("verst.isolated.worker", self._log)
-        try:
-            await process.load(self._spec, self.title)
-        except BaseException:  # a cancelled start too must leave no process behind
-            process.kill()
-            raise
+        await process.load(self._spec, self.title)
         self._process = process
 
     async def call(self, *arguments: Any) -> Any:
@@ -91,3 +87,20 @@ class Caller:
         if reply is None:
             raise CallFailed(f"{self.title}: its process {await process.ended()}; what it printed is in {process.output}", lost=True)
         return reply
+
+
+class Called:
+    """The objects of one section of the run file, in its order, each with a process of its own. `option` is the one with their deadline."""
+
+    def __init__(self, specs: Iterable[Opens], *, deadline_s: float, option: str, log: Path) -> None:
+        remedy = f"make it faster, or raise {option}"
+        self._callers = [Caller(spec, deadline_s=deadline_s, remedy=remedy, log=log) for spec in specs]
+
+    async def start(self) -> None:
+        """Raises `ExtensionError` if one cannot be loaded: the reason is in the message."""
+        for caller in self._callers:
+            await caller.start()
+
+    def close(self) -> None:
+        for caller in self._callers:
+            caller.close()

@@ -56,8 +56,15 @@ class IsolatedProcess:
     async def load(self, message: Any, what: str) -> dict[str, Any]:
         """Sends what the process has to load, and returns its first reply; `what` names that in errors.
 
-        Raises `ExtensionError` with the reason if it cannot be loaded, `DeadlineExceeded` if that takes too long.
+        Raises `ExtensionError` with the reason if it cannot be loaded, `DeadlineExceeded` if that takes too long. Then it has ended.
         """
+        try:
+            return await self._loaded(message, what)
+        except BaseException:  # a cancelled start too must leave no process behind
+            self.kill()
+            raise
+
+    async def _loaded(self, message: Any, what: str) -> dict[str, Any]:
         await self.send(message)
         try:
             reply = await self.receive(START_DEADLINE_S)

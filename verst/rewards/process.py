@@ -38,12 +38,7 @@ class RewardProcess(IsolatedProcess):
         """Raises `ExtensionError` with the reason if the reward cannot be loaded, `DeadlineExceeded` if that takes too long."""
         worker = await cls.launch("verst.rewards.worker", log, spec.secrets)
         worker._deadline_s = deadline_s
-        try:
-            reply = await worker.load((spec, deadline_s), f"reward {spec.name}")
-        except BaseException:  # a cancelled start too must leave no process behind
-            worker.kill()
-            raise
-        worker.concurrent = reply["concurrent"]
+        worker.concurrent = (await worker.load((spec, deadline_s), f"reward {spec.name}"))["concurrent"]
         return worker
 
     async def request(self, number: int, fields: Mapping[str, Any], trajectories: Sequence[Trajectory]) -> None:

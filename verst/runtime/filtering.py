@@ -14,7 +14,7 @@ from pathlib import Path
 from verst.config.schema import FiltersConfig
 from verst.errors import CallFailed
 from verst.filters.spec import FilterSpec, Verdict
-from verst.isolated.call import Caller
+from verst.isolated.call import Called
 from verst.types import Group, Status
 
 LOG = "filters.log"
@@ -29,29 +29,13 @@ class Judged:
     failed: str | None = None
 
 
-class Filters:
+class Filters(Called):
     """Of one run, in the order of the run file: each sees what those before it left. Without any, nothing is started or counted."""
 
     def __init__(self, config: FiltersConfig, logs: Path) -> None:
-        self._callers = [
-            Caller(
-                FilterSpec(name, options),
-                deadline_s=config.deadline_s,
-                remedy="make it faster, or raise filters.deadline_s",
-                log=logs / LOG,
-            )
-            for name, options in config.functions.items()
-        ]
+        specs = (FilterSpec(name, options) for name, options in config.functions.items())
+        super().__init__(specs, deadline_s=config.deadline_s, option="filters.deadline_s", log=logs / LOG)
         self._counts: Counter[str] = Counter()
-
-    async def start(self) -> None:
-        """Raises `ExtensionError` if one cannot be loaded: the reason is in the message."""
-        for caller in self._callers:
-            await caller.start()
-
-    def close(self) -> None:
-        for caller in self._callers:
-            caller.close()
 
     async def judge(self, group: Group) -> Judged:
         """Asks one filter after the other, until one drops the group. Of a group that cannot be trained none is asked."""

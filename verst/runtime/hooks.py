@@ -9,13 +9,13 @@ from pathlib import Path
 from verst.config.schema import HooksConfig
 from verst.errors import CallFailed
 from verst.hooks import PREFIX, HookSpec
-from verst.isolated.call import Caller
+from verst.isolated.call import Called, Caller
 from verst.observe.spans import Spans
 
 LOG = "hooks.log"
 
 
-class Hooks:
+class Hooks(Called):
     """Of one run. They are asked at the same time, so together they hold a step no longer than one deadline.
 
     One whose process is gone, for its deadline or by itself, has lost what it knew of earlier steps, and is given up until the run is
@@ -24,27 +24,11 @@ class Hooks:
 
     def __init__(self, config: HooksConfig, logs: Path, tell: Callable[[str], None]) -> None:
         self._required, self._tell = config.required, tell
-        self._callers = [
-            Caller(
-                HookSpec(name, options),
-                deadline_s=config.deadline_s,
-                remedy="make it faster, or raise hooks.deadline_s",
-                log=logs / LOG,
-            )
-            for name, options in config.classes.items()
-        ]
+        specs = (HookSpec(name, options) for name, options in config.classes.items())
+        super().__init__(specs, deadline_s=config.deadline_s, option="hooks.deadline_s", log=logs / LOG)
         self._any = bool(self._callers)
         self._fatal: CallFailed | None = None
         self._told: dict[str, str] = {}
-
-    async def start(self) -> None:
-        """Raises `ExtensionError` if one cannot be loaded: the reason is in the message."""
-        for caller in self._callers:
-            await caller.start()
-
-    def close(self) -> None:
-        for caller in self._callers:
-            caller.close()
 
     async def after_step(self, step: int, metrics: Mapping[str, float], spans: Spans) -> dict[str, float]:
         """The metrics that hooks add to those of a step. A hook that fails adds none."""

@@ -1,6 +1,7 @@
-"""What faults cost a run: the same run twice, undisturbed and with kills of its processes, on a CPU.
+"""What faults cost a run: the same run twice, undisturbed and with kills of its processes.
 
     python benchmarks/ettr.py [--pair embedded|production] [--steps 200] [--share 0.1] [--step-s 5] [--seed 0] [--dir DIR]
+        [--gpus 3]
 
 In a share of the steps, drawn at random, one process gets SIGKILL at a random moment of the step. Its role is drawn uniformly: one of two
 trainer ranks, the replica's process, its reward worker, a snapshot holder; in the production pair also SGLang's server.
@@ -17,6 +18,9 @@ as it would be in a long rollout.
     same_weights      whether the weights hash of every step is that of the undisturbed run
 
 The run is synchronous and, in the embedded pair, deterministic, so there the weights must agree. The last line is one JSON object.
+
+Where there are GPUs, ranks and replicas have them. With `--gpus 3` one GPU counts as three: both ranks and the replica use it, and NCCL's
+collectives go over a socket.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import random
 import sys
 import tempfile
@@ -39,12 +44,14 @@ import ray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tests.faults.campaign import ONE_GPU, on_one_gpu
 from tests.loop.local import LocalRun, local_run
 from verst.fault_injection import FaultInjector
 from verst.journal.audit import audit
 from verst.journal.log import Journal, JournalReader
 from verst.journal.records import CommitRecord
-from verst.runtime.placement import Placement
+from verst.runtime.placement import Placement, place
+from verst.runtime.rundir import RunDirectory
 from verst.runtime.service import RunService
 from verst.testing import tiny_model
 
@@ -73,7 +80,7 @@ def padded(sleep_s: float) -> Any:
     return reward
 
 
-def make_run(directory: Path, model: Path, pair: str, steps: int, step_s: float) -> LocalRun:
+def make_run(directory: Path, model: Path, pair: str, steps: int, step_s: float, gpus: int) -> LocalRun:
     values: dict[str, Any] = {
         "run": {"name": "run", "dir": str(directory), "steps": steps, "seed": 3},
         "rollout": {"group_size": MEMBERS, "max_new_tokens": 8, "max_running": GROUPS * MEMBERS},
@@ -81,6 +88,8 @@ def make_run(directory: Path, model: Path, pair: str, steps: int, step_s: float)
         "train": {"groups_per_step": GROUPS, "threads": 1, "lr": 1e-3, "ranks": 2, "deadline_s": 120},
         "checkpoint": {"every_steps": 20},
     }
+    if gpus == values["train"]["ranks"]:
+        values["rollout"]["replicas"] = gpus  # they take turns, which needs equally many on each
     if pair == "production":
         values["rollout"]["engine"] = "sglang"
         values["weights"] = {"transport": "group"}
@@ -89,7 +98,7 @@ def make_run(directory: Path, model: Path, pair: str, steps: int, step_s: float)
     return local_run(directory, model, values, reward=padded(step_s / (GROUPS * MEMBERS)), prompts=rows)
 
 
-async def timed(run: LocalRun, injector: FaultInjector) -> list[float]:
+async def timed(run: LocalRun, injector: FaultInjector, placement: Placement) -> list[float]:
     """Runs to the end with its faults. Returns when each step was committed, in seconds of `time.monotonic`."""
     loop, commits = asyncio.get_running_loop(), []
     append = Journal.append_commit
@@ -100,7 +109,8 @@ async def timed(run: LocalRun, injector: FaultInjector) -> list[float]:
         loop.call_soon_threadsafe(injector.moment, COMMITTED)
 
     with mock.patch.object(Journal, "append_commit", told):
-        service = RunService(str(run.run.root), injector.spawn, Placement(0.0, 0.0))
+        spawn = on_one_gpu(injector.spawn) if ONE_GPU in os.environ else injector.spawn
+        service = RunService(str(run.run.root), spawn, placement)
         try:
             await service.run()
         finally:
@@ -139,12 +149,13 @@ def digests(run: LocalRun, steps: int) -> list[str]:
 
 
 def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    model = tiny_model(directory / "model")
-    runs = [make_run(directory / name, model, args.pair, args.steps, args.step_s) for name in ("undisturbed", "killed")]
-    calm = asyncio.run(timed(runs[0], FaultInjector()))
+    model, gpus = tiny_model(directory / "model"), int(ray.cluster_resources().get("GPU", 0))
+    runs = [make_run(directory / name, model, args.pair, args.steps, args.step_s, gpus) for name in ("undisturbed", "killed")]
+    placement = place(RunDirectory.open(runs[0].run.root)[1], gpus)
+    calm = asyncio.run(timed(runs[0], FaultInjector(), placement))
     injector = FaultInjector()
     kills = planned(injector, args.pair, args.steps, args.share, args.step_s, args.seed)
-    hit = asyncio.run(timed(runs[1], injector))
+    hit = asyncio.run(timed(runs[1], injector, placement))
     step_s = median(after - before for before, after in itertools.pairwise(calm))
     costs: dict[str, list[float]] = {}
     for (step, role), fault in zip(kills, injector.faults, strict=True):
@@ -153,6 +164,7 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     return {
         "benchmark": "ettr",
         "pair": args.pair,
+        "gpus": gpus,
         "steps": args.steps,
         "kills": sum(fault.struck is not None for fault in injector.faults),
         "padded_s": args.step_s,
@@ -177,10 +189,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--step-s", type=float, default=5.0, help="seconds that a step is padded to have")
     parser.add_argument("--seed", type=int, default=0, help="of steps, roles and moments")
     parser.add_argument("--dir", type=Path, help="where the runs are written; default: a temporary directory")
+    parser.add_argument("--gpus", type=int, help="that one GPU shall count as; default: what is there")
     args = parser.parse_args(argv)
     if args.steps < 3:
         parser.error("--steps: at least 3, so that a step lies between two commits")
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, configure_logging=False, object_store_memory=1 << 28)
+    if args.gpus:
+        os.environ[ONE_GPU] = "1"
+    ray.init(
+        address="local",
+        num_gpus=args.gpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        object_store_memory=1 << 28,
+    )
     try:
         with tempfile.TemporaryDirectory(dir=args.dir, prefix="ettr-") as directory:
             print(json.dumps(measure(args, Path(directory))))

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,14 @@ from verst.config.schema import Config
 from verst.fault_injection import Fault, FaultInjector
 from verst.journal.audit import Audit, audit
 from verst.journal.log import Journal, JournalReader
+from verst.runtime.actors import Worker
 from verst.runtime.placement import Placement
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.service import RunService
 from verst.weights.location import shared_memory
+
+ONE_GPU = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+"""The environment variable by which Ray gives each process all GPUs, whatever it counts."""
 
 MARK = "VERST_FAULTS"
 """The environment variable by which every process below a test is known, also one whose parent has died."""
@@ -103,9 +107,21 @@ def _stands(fault: Fault) -> bool:
     return fault.signal == signal.SIGSTOP and lives(fault.pid)
 
 
-async def under(injector: FaultInjector, run: LocalRun) -> list[str]:
-    """Runs to the end with its faults. Returns what was told."""
-    service = RunService(str(run.run.root), injector.spawn, Placement(0.0, 0.0))
+def on_one_gpu(spawn: Callable[..., Worker]) -> Callable[..., Worker]:
+    """Starts processes that share a GPU as if each were on a machine of its own: NCCL connects no two processes on one GPU of one machine.
+
+    Its collectives go over a socket then. For a Ray that counts several GPUs where there is one, with `ONE_GPU` in the environment.
+    """
+
+    def spawn_apart(role: str, *args: Any, env: Mapping[str, str] | None = None, **options: Any) -> Worker:
+        return spawn(role, *args, env={**(env or {}), "NCCL_HOSTID": role}, **options)
+
+    return spawn_apart
+
+
+async def under(injector: FaultInjector, run: LocalRun, spawn: Callable[..., Worker] | None = None, gpus: float = 0.0) -> list[str]:
+    """Runs to the end with its faults, each rank and replica on so many GPUs. Returns what was told."""
+    service = RunService(str(run.run.root), spawn or injector.spawn, Placement(gpus, gpus))
     try:
         await service.run()
     finally:

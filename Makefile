@@ -11,7 +11,7 @@ STACK := $(VENV)/.installed-stack
 DOCS_VENV := .venv-docs
 DOCS := $(DOCS_VENV)/.installed
 
-.PHONY: quickstart stack docs docs-serve test test-loop test-sglang test-unit test-megatron test-fast test-faults lint clean
+.PHONY: quickstart stack docs docs-serve test test-loop test-sglang test-unit test-megatron test-fast test-faults test-full lint clean
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -72,6 +72,10 @@ test-fast: $(DEV) $(STACK)
 # Every kind of process is killed or stopped at every moment of a step, one run after another
 test-faults: $(DEV) $(STACK)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults tests/faults tests/stack/test_stack_faults.py
+
+# Every algorithm that learns from rewards, three times to the end
+test-full: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m full tests/full
 
 lint: $(DEV) $(STACK)
 	$(BIN)/ruff check .

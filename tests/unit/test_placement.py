@@ -51,6 +51,18 @@ def test_gpus_that_cannot_be_shared_equally_are_too_few(ranks: int, replicas: in
         place(config(ranks, replicas), gpus)
 
 
+def test_a_reward_has_gpus_that_nobody_else_has():
+    given = {"run": {"steps": 1}, "model": {"path": "unused"}, "reward": {"actor_gpus": 0.5}}
+    one = Config.model_validate(given)
+    assert place(one, 3) == Placement(1, 1)
+    assert place(one, 2) == Placement(1 / 2, 1 / 2, shared=True)
+    with pytest.raises(ConfigError, match=r"need 2 GPUs, there are 0 beside 1 of the reward"):
+        place(one, 1)
+    with pytest.raises(ConfigError, match=r"reward\.actor_gpus needs 1 GPU\(s\), there are 0"):
+        place(one, 0)
+    assert place(Config.model_validate(given | {"reward": {"actor_gpus": 0}}), 0) == Placement(0, 0)
+
+
 def test_transports_that_need_gpus_of_their_own_are_refused():
     for ranks, transport in ((1, "group"), (2, "group"), (2, "shared")):
         with pytest.raises(ConfigError, match=rf"weights\.transport {transport} does not work"):

@@ -96,8 +96,16 @@ def test_what_is_no_reward_model(tmp_path: Path):
         RewardModel(str(write(tmp_path / "three", num_labels=3))).open()
     with pytest.raises(ExtensionError, match=r"has no weights for score\.weight"):
         RewardModel(str(write(tmp_path / "causal", LlamaForCausalLM))).open()
+    with pytest.raises(ExtensionError, match="device is 'tpu'"):
+        RewardModel(str(tmp_path / "causal"), device="tpu")
     with pytest.raises(ExtensionError, match="dtype is 'int8'"):
         RewardModel(str(tmp_path / "causal"), dtype="int8")
+
+
+def test_a_gpu_that_is_not_there(path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ExtensionError, match=r"this process has no GPU: give it one by reward\.actor_gpus"):
+        RewardModel(str(path), device="cuda").open()
 
 
 def test_without_a_padding_token_nothing_is_padded(path: Path, tmp_path: Path):

@@ -26,7 +26,7 @@ _SWITCHES = {
 }
 _ROLLED_AND_SCORED = (
     *("rollout.environment", "rollout.environment_options", "rollout.max_turns", "rollout.stop"),
-    *("reward.function", "reward.options", "reward.workers", "reward.deadline_s"),
+    *("reward.function", "reward.options", "reward.workers", "reward.deadline_s", "reward.actor_gpus"),
 )
 
 

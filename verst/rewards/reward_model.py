@@ -1,4 +1,4 @@
-"""A model trained to score answers: transformers' sequence classification with one label, on the CPU of the reward process."""
+"""A model trained to score answers: transformers' sequence classification with one label, in the reward process."""
 
 from __future__ import annotations
 
@@ -15,25 +15,29 @@ if TYPE_CHECKING:
     import torch
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_DEVICES = ("cpu", "cuda")
 
 
 class RewardModel:
     """The logit that the model gives the conversation, by its own chat template; the contents joined if it has none.
 
-    path: a directory. dtype: of its weights. max_batch: conversations of one forward pass; those that arrive together go together.
-    max_tokens: a longer conversation fails, rather than be judged by a part of it; default: what the model says it can take.
+    path: a directory. device: "cpu", or "cuda" where `reward.actor_gpus` gives it a GPU. dtype: of its weights. max_batch: conversations
+    of one forward pass; those that arrive together go together. max_tokens: a longer conversation fails, rather than be judged by a part
+    of it; default: what the model says it can take.
 
     A score may differ in its last digits with the neighbours in a batch; with `max_batch: 1` it does not.
     """
 
-    def __init__(self, path: str, dtype: str = "float32", max_batch: int = 16, max_tokens: int | None = None) -> None:
+    def __init__(self, path: str, dtype: str = "float32", max_batch: int = 16, max_tokens: int | None = None, device: str = "cpu") -> None:
         if not (Path(path) / "config.json").is_file():
             raise ExtensionError(f"reward_model: {path!r} has no config.json: give the directory of a model that transformers can load")
+        if device not in _DEVICES:
+            raise ExtensionError(f"reward_model: device is {device!r}; it must be one of {', '.join(_DEVICES)}")
         if dtype not in _DTYPES:
             raise ExtensionError(f"reward_model: dtype is {dtype!r}; it must be one of {', '.join(_DTYPES)}")
         if max_batch < 1 or (max_tokens is not None and max_tokens < 1):
             raise ExtensionError("reward_model: max_batch and max_tokens must be at least 1")
-        self._path, self._dtype, self._max_batch, self._max_tokens = path, dtype, max_batch, max_tokens
+        self._path, self._dtype, self._device, self._max_batch, self._max_tokens = path, dtype, device, max_batch, max_tokens
         self._waiting: list[tuple[list[int], asyncio.Future[float]]] = []
         self._running: asyncio.Task[None] | None = None
 
@@ -42,6 +46,8 @@ class RewardModel:
         import torch
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+        if self._device == "cuda" and not torch.cuda.is_available():
+            raise ExtensionError("reward_model: device is cuda, and this process has no GPU: give it one by reward.actor_gpus")
         try:
             config = AutoConfig.from_pretrained(self._path, local_files_only=True)
             if config.num_labels != 1:
@@ -56,7 +62,7 @@ class RewardModel:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise ExtensionError(f"reward_model: {self._path} has no weights for {missing}: it is no sequence classification model")
         self._pad(config)
-        self._model.eval()
+        self._model.eval().to(self._device)
         self._room = self._max_tokens or getattr(config, "max_position_embeddings", None)
 
     def _pad(self, config: Any) -> None:
@@ -107,8 +113,8 @@ class RewardModel:
         import torch
 
         longest = max(map(len, rows))
-        ids_BT = torch.tensor([[*row, *[self._pad_id or 0] * (longest - len(row))] for row in rows])
-        mask_BT = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        ids_BT = torch.tensor([[*row, *[self._pad_id or 0] * (longest - len(row))] for row in rows], device=self._device)
+        mask_BT = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self._device)
         with torch.inference_mode():
             logits_B1: torch.Tensor = self._model(input_ids=ids_BT, attention_mask=mask_BT).logits
         return logits_B1[:, 0].float().tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from verst.config.schema import Config
@@ -24,20 +25,32 @@ class Placement:
         return "cuda" if self.trainer_gpus else "cpu"
 
 
+def reward_gpus(config: Config) -> int:
+    """Whole GPUs on which nothing else of the run is."""
+    return math.ceil(config.reward.actor_gpus or 0.0)
+
+
 def place(config: Config, gpus: int) -> Placement:
     """One GPU for each rank and replica; with a GPU for each rank only, the replicas share them; without GPUs everything runs on the CPU.
+
+    What the reward needs is not theirs.
 
     Raises:
         ConfigError: there are GPUs, but too few; or the transport of weights does not work within one GPU.
     """
     ranks, replicas = config.train.ranks, config.rollout.replicas
+    reward = reward_gpus(config)
+    if reward > gpus:
+        raise ConfigError(f"reward.actor_gpus needs {reward} GPU(s), there are {gpus}: set it to 0 for a reward on the CPU")
     if gpus == 0:
         return Placement(0.0, 0.0)
+    gpus -= reward
     if gpus >= ranks + replicas:
         return Placement(1.0, 1.0)
     if gpus != ranks or replicas % ranks:
         raise ConfigError(
-            f"train.ranks ({ranks}) and rollout.replicas ({replicas}) need {ranks + replicas} GPUs, there are {gpus}; "
+            f"train.ranks ({ranks}) and rollout.replicas ({replicas}) need {ranks + replicas} GPUs, there are {gpus}"
+            f"{f' beside {reward} of the reward' if reward else ''}; "
             "replicas may also share the GPUs of the ranks, equally many on each, where there is one GPU for each rank"
         )
     if config.weights.transport == "group" or (config.weights.transport == "shared" and ranks > 1):

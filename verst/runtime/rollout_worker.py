@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from verst.protocols import WeightUpdate
     from verst.rewards.scorer import Scorer
     from verst.runtime.extensions import Extensions
+    from verst.runtime.shared_scorer import SharedScorer
     from verst.weights.group import GroupAddress
 
 
@@ -73,7 +74,8 @@ def _require_vocabulary(tokens: int, path: str) -> None:
 class RolloutWorker:
     """One engine replica with its chat renderer, environments, reward processes and weight updates.
 
-    Scoring lies here, and not in one place for all replicas, because groups are here already and replicas grow in number with the run.
+    Scoring lies here, because groups are here already and replicas grow in number with the run. A reward with a GPU is in one place for all
+    replicas (`verst.runtime.shared_scorer`).
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class RolloutWorker:
         self._shared = shared
         self._samples = samples
         self.engine: Any = None
-        self._scorer: Scorer | None = None
+        self._scorer: Scorer | SharedScorer | None = None
         self._environment: Any = None
         self._rolling = self._trajectories = 0  # groups, and what is rolled of them
         self._tasks: set[asyncio.Task[Group]] = set()
@@ -142,10 +144,14 @@ class RolloutWorker:
     async def _start_scorer(self) -> None:
         from verst.rewards.scorer import Scorer
         from verst.rewards.spec import RewardSpec
+        from verst.runtime.shared_scorer import SharedScorer
 
-        reward = self._config.reward
+        reward, log = self._config.reward, self._logs / "rewards.log"
         spec = RewardSpec.of(reward, self._extensions.reward)
-        self._scorer = Scorer(spec, workers=reward.workers, deadline_s=reward.deadline_s, log=self._logs / "rewards.log")
+        if reward.actor_gpus is None:
+            self._scorer = Scorer(spec, workers=reward.workers, deadline_s=reward.deadline_s, log=log)
+        else:
+            self._scorer = SharedScorer(reward, spec, log)
         await self._scorer.start()
 
     def _roller(self, one: Evaluated | None = None) -> Any:

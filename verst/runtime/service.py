@@ -37,7 +37,7 @@ from verst.runtime.lease import Lease
 from verst.runtime.loop import Loop
 from verst.runtime.observer import Observer, fidelity_watch
 from verst.runtime.parts import Parts
-from verst.runtime.placement import Placement, place
+from verst.runtime.placement import Placement, place, reward_gpus
 from verst.runtime.pools import Replicas
 from verst.runtime.recovery import Restored, recover
 from verst.runtime.replacer import Replacer
@@ -135,9 +135,11 @@ class RunService:
                 "replicas and trainer ranks take turns on the same devices, which are divided among them as the run begins; "
                 f"stop it, then: verst resume {self._run.root} rollout.replicas={number}"
             )
-        gpus, needed = _cluster_gpus(), config.train.ranks + number
+        gpus, needed = _cluster_gpus() - reward_gpus(config), config.train.ranks + number
         if placement.replica_gpus and needed > gpus:
-            raise ConfigError(f"{config.train.ranks} trainer rank(s) and {number} replica(s) need {needed} GPUs, the cluster has {gpus}")
+            raise ConfigError(
+                f"{config.train.ranks} trainer rank(s) and {number} replica(s) need {needed} GPUs, the cluster has {gpus} for them"
+            )
 
     async def lines(self, after: int, wait_s: float) -> tuple[int, list[str]]:
         """Lines for the watcher, beyond the first `after` of them, and the number of the last."""

@@ -1,0 +1,44 @@
+"""`verst check` accepts every run file of examples/ on a machine without a GPU, in a directory that has what the file names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import LlamaForSequenceClassification
+
+from verst.cli import main
+from verst.recipes.tiny import build_tiny_model, write_demonstrations
+from verst.testing import tiny_model
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FILES = sorted(EXAMPLES.rglob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with everything that examples name."""
+    place = tmp_path_factory.mktemp("place")
+    model = build_tiny_model(place / "runs/quickstart/model")
+    shutil.copytree(model, place / "runs/quickstart/sft/final")
+    for name in ("models/smollm2", "model"):
+        tiny_model(place / name, max_position_embeddings=8192)
+    write_demonstrations(place / "runs/quickstart/demonstrations.jsonl")
+    rows = [{"prompt": f"count {i}", "answer": str(i)} for i in range(2000)]
+    (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_model(place / "reward-model", kind=LlamaForSequenceClassification, num_labels=1, max_position_embeddings=256)
+    return place
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(EXAMPLES)))
+def test_an_example_checks(place: Path, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(file.parent)
+    monkeypatch.setenv("JUDGE_API_KEY", "none")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["check", str(file)]) == 0, capsys.readouterr()
+    name = yaml.safe_load(file.read_text())["run"]["name"]
+    assert f"name: {name}" in capsys.readouterr().out

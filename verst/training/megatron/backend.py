@@ -42,7 +42,7 @@ from verst.training.pace import Pace
 from verst.training.rest import Held, unique
 from verst.training.state import RankState
 from verst.training.step import LoadedStep, PerSample, StepScores, kl_estimator, plan_batch
-from verst.types import Batch, RoutedExperts, RoutesWanted
+from verst.types import Batch, Estimates, RoutedExperts, RoutesWanted
 
 _KEEPS_ADDRESSES: Mapping[str, Any] = {"cuda_graph_impl": "none", "nccl_ub": False}
 """Megatron's arguments under which recorded graphs or NCCL hold addresses of parameters and gradients, and their values without that."""
@@ -113,7 +113,7 @@ class MegatronBackend(Backend[Any]):
         scores.tally.merge(routes)
         return scores
 
-    def _accumulate(self, step: LoadedStep, update: int, advantages: Sequence[float]) -> Tally:
+    def _accumulate(self, step: LoadedStep, update: int, advantages: Estimates) -> Tally:
         tally, told = Tally(), Tally()
         take = partial(self._loss, step, update, step.weights(update), advantages, tally)
         microbatches = self._with_routes(step, self._microbatches(step, update))
@@ -293,7 +293,7 @@ class MegatronBackend(Backend[Any]):
         step: LoadedStep,
         update: int,
         weights: PerSample,
-        advantages: Sequence[float],
+        advantages: Estimates,
         tally: Tally,
         packed: Packed,
         logprobs_N: torch.Tensor,

@@ -27,10 +27,12 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_every_option_has_earned_its_place():
     # Not a limit of taste: each option is documented, honoured and tested. Raise the number together with the reason, in the changelog.
-    # of the newest seven: which filters and hooks, how long each may take, and whether a run goes on without a hook; what is evaluated
+    # of the newest seven, ppo's: a critic has a discount, a λ, a bound, a model to begin from, a rate and a warm-up that no other option
+    # implies; whether advantages are normalised is the reward's scale to say
+    # of the seven before: which filters and hooks, how long each may take, and whether a run goes on without a hook; what is evaluated
     # beside the held-out share, and by which figure a checkpoint is the best, are a run's owner's to say
-    # of the two before: whose advantages and whose loss are an experiment's to say
-    assert len({name for preset in PRESETS for name in option_names(preset)}) == 100
+    # of the two before those: whose advantages and whose loss are an experiment's to say
+    assert len({name for preset in PRESETS for name in option_names(preset)}) == 107
 
 
 def test_resolved_config_reads_back_to_itself(tmp_path: Path):
@@ -221,6 +223,7 @@ def test_options_apply_again_with_what_they_belong_to():
         ("rloo", {"aggregate": "constant", "kl_in": "reward", "kl_estimator": "k1"}),
         ("reinforce_plus_plus", {"clip_low": 0.2, "kl_in": "reward", "kl_estimator": "k1"}),
         ("reinforce_plus_plus_baseline", {"clip_low": 0.2, "kl_in": "loss", "kl_estimator": "k2", "dynamic_sampling": False}),
+        ("ppo", {"clip_low": 0.2, "kl_in": "reward", "kl_estimator": "k1", "gamma": 1.0, "gae_lambda": 0.95, "value_clip": 0.2}),
         ("best_of_n", {"aggregate": "token_mean", "reward_above": 0.0}),
         ("sft", {"aggregate": "token_mean"}),
     ],
@@ -240,6 +243,9 @@ def test_a_name_sets_the_defaults_of_its_paper_and_check_shows_them(name: str, d
         ("rloo", "normalize_std: true"),
         ("reinforce_plus_plus", "dynamic_sampling: true"),
         ("reinforce_plus_plus_baseline", "normalize_std: true"),
+        ("ppo", "normalize_std: true"),
+        ("ppo", "advantages: 'own:advantages'"),
+        ("grpo", "gae_lambda: 0.9"),
         ("best_of_n", "kl_coefficient: 0.1"),
         ("sft", "reward_above: 1"),
         ("grpo", "reward_above: 1"),

@@ -78,7 +78,7 @@ def load_value_model(path: str, dtype: torch.dtype, where: str) -> PreTrainedMod
 
 @contextlib.contextmanager
 def _unreported() -> Iterator[None]:
-    """Keeps transformers from telling that a head was drawn at random, and the language model's left out: what matters is looked at here."""
+    """Keeps transformers from telling that a head was drawn at random, and the language model's left out: what matters is checked."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)

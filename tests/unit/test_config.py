@@ -63,8 +63,8 @@ def test_the_callers_mapping_is_left_alone():
             r"algorithm\.clip_hi; did you mean algorithm\.clip_high\?",
         ),
         (
-            "run: {steps: 3}\nmodel: {path: m}\nalgorithm: {name: ppo}\n",
-            r"algorithm\.name: 'ppo' is not an algorithm; there are: grpo, dr_grpo, .*, sft",
+            "run: {steps: 3}\nmodel: {path: m}\nalgorithm: {name: a2c}\n",
+            r"algorithm\.name: 'a2c' is not an algorithm; there are: grpo, dr_grpo, .*, sft",
         ),
         ("run: {steps: 3}\nmodel: {path: m}\nalgorithm: {clip_low: 0.1}\n", r"algorithm\.name is required: one of grpo, dr_grpo, .*, sft"),
         ("run: {steps: 3}\nmodel: {path: m}\nrollout: {group_size: 1}\n", r"rollout\.group_size is 1, but grpo's baseline"),
@@ -154,7 +154,7 @@ def test_a_wrong_number_is_told_with_its_line(tmp_path: Path):
     ]
 
 
-@pytest.mark.parametrize("name", ["ppo", "null"])
+@pytest.mark.parametrize("name", ["a2c", "null"])
 def test_an_unknown_algorithm_is_told_with_the_line_of_its_name(tmp_path: Path, name: str):
     text = f"run: {{steps: 3}}\nmodel: {{path: m}}\nalgorithm:\n  clip_low: 0.1\n  name: {name}\n"
     with pytest.raises(ConfigError, match=r"run\.yaml:5: algorithm\.name: .* is not an algorithm"):

@@ -29,6 +29,7 @@ from verst.errors import CheckpointError, ConfigError, CorruptWeights, Invariant
 from verst.runtime.extensions import Extensions
 from verst.runtime.preflight import preflight
 from verst.training.fsdp import FsdpBackend
+from verst.training.fsdp_critic import FsdpCritic
 from verst.training.state import RankState
 from verst.types import Sample
 
@@ -45,9 +46,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def own(backend: FsdpBackend) -> FsdpCritic:
+    assert isinstance(backend._critic, FsdpCritic)
+    return backend._critic
+
+
 def critic_of(backend: FsdpBackend) -> dict[str, torch.Tensor]:
-    assert backend._critic is not None
-    return {name: parameter.detach().clone() for name, parameter in backend._critic.parameters.items()}
+    return {name: parameter.detach().clone() for name, parameter in own(backend).parameters.items()}
 
 
 # ---- against a loop anyone would write
@@ -130,10 +135,9 @@ def test_twelve_updates_of_both_models_equal_a_plain_pytorch_loop(path: str) -> 
 def test_the_gradient_of_the_value_loss_is_that_of_plain_pytorch(path: str) -> None:
     config = make_config(path, algorithm={**PPO, "value_clip": 0.0})
     backend, plain = make_backend(config), PlainCritic(path)
-    assert backend._critic is not None
     returns = [np.full(int(s.loss_mask_T.sum()), i - 3.0, np.float32) for i, s in enumerate(BATCHES[0].samples)]
     with torch.no_grad():  # else only the head had a gradient
-        for head in (plain.score.weight, backend._critic.parameters["score.weight"]):
+        for head in (plain.score.weight, own(backend).parameters["score.weight"]):
             head.copy_(torch.linspace(-1, 1, 32)[None])
     backend._rest.keep("the head was set", always=True)
     scores = backend.load_batch(BATCHES[0])
@@ -142,7 +146,7 @@ def test_the_gradient_of_the_value_loss_is_that_of_plain_pytorch(path: str) -> N
     backend.forward_backward(0, [0.0] * 8, returns)
     errors = [plain(s) - torch.from_numpy(r) for s, r in zip(BATCHES[0].samples, returns, strict=True)]
     (torch.cat(errors).square() / 2).mean().backward()
-    found = backend._critic.parameters
+    found = own(backend).parameters
     for name, parameter in plain.named_parameters():
         assert parameter.grad is not None
         assert found[name].grad is not None
@@ -184,8 +188,7 @@ def test_the_state_of_a_run_without_a_critic_is_refused(path: str) -> None:
 
 def test_memory_that_is_given_up_includes_the_critics(path: str) -> None:
     backend = make_backend(make_config(path, algorithm=PPO))
-    assert backend._critic is not None
-    storages = [t.untyped_storage() for t in (*backend._critic.parameters.values(), *backend._critic.optimizer.tensors().values())]
+    storages = [t.untyped_storage() for t in (*own(backend).parameters.values(), *own(backend).optimizer.tensors().values())]
     before = critic_of(backend)
     backend.release_memory(weights=False)
     assert sum(storage.nbytes() for storage in storages) == 0
@@ -197,10 +200,9 @@ def test_a_critic_that_changed_by_itself_is_found(path: str) -> None:
     config = make_config(path, algorithm=PPO)
     backend = make_backend(config)
     train(backend, config, BATCHES[:1])
-    assert backend._critic is not None
     with torch.no_grad():
-        backend._critic.parameters["score.weight"][0, 3] += 1e-3
-    with pytest.raises(CorruptWeights, match=r"critic/score\.weight"):
+        own(backend).parameters["score.weight"][0, 3] += 1e-3
+    with pytest.raises(CorruptWeights, match=r"critic/weights/score\.weight"):
         backend.load_batch(BATCHES[1])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class Backend(ABC, Generic[Optimizer]):
         self._broken: list[str] = []  # samples of this update
         self._rest = AtRest(rank, self._held)
         self._pace: Pace | None = None  # of a rank among others
-        self._critic: Critic | None = None
+        self._critic: Critic[Any] | None = None
         self._training_memory, self._weights_memory = Offload(device), Offload(device)
 
     @property
@@ -82,7 +82,8 @@ class Backend(ABC, Generic[Optimizer]):
         self._step = self._plan(batch)
         scores = self._score_step(self._step)
         if self._critic is not None:
-            scores.values = self._step.values = self._critic.score(self._step, self._config.train.minibatches)
+            self._step.values = self._critic.score(self._step)
+            scores.values = self._step.values if self._reports else {}
         return scores
 
     def forward_backward(self, update: int, advantages: Estimates, returns: Sequence[NDArray[np.float32]] = ()) -> Tally:
@@ -92,8 +93,8 @@ class Backend(ABC, Generic[Optimizer]):
         if self._critic is None:
             return self._policy_gradient(step, update, advantages)
         step.require_fitting("returns", returns)
-        tally = self._policy_gradient(step, update, advantages)
-        return tally.merge(self._critic.accumulate(step, update, returns))
+        tally, told = self._policy_gradient(step, update, advantages), self._critic.accumulate(step, update, returns)
+        return tally.merge(told) if self._reports else tally
 
     def _policy_gradient(self, step: LoadedStep, update: int, advantages: Estimates) -> Tally:
         self._optimizer.zero_grad()
@@ -155,11 +156,13 @@ class Backend(ABC, Generic[Optimizer]):
             self._optimizer.zero_grad()
             self._settle()
             kept = [*self._optimizer.tensors().values(), *_tensors_of(self._reference_modules())]
+            dropped = self._optimizer.gradient_buffers()
             if self._critic is not None:
                 self._critic.optimizer.zero_grad()
+                dropped += self._critic.optimizer.gradient_buffers()
                 kept += (*self._critic.optimizer.tensors().values(), *_tensors_of(self._critic.modules))
             policy = _tensors_of(self._policy_modules())
-            self._training_memory.release(kept, self._optimizer.gradient_buffers(), but=policy)
+            self._training_memory.release(kept, dropped, but=policy)
         if weights and not self._weights_memory.is_away:
             self._weights_memory.release(_tensors_of(self._policy_modules()))
 
@@ -178,6 +181,11 @@ class Backend(ABC, Generic[Optimizer]):
         if self._step is None:
             raise InvariantViolation("no batch is loaded: load_batch comes before forward_backward and optimizer_step")
         return self._step
+
+    @property
+    def _reports(self) -> bool:
+        """Whether this rank tells of what it computes, where others compute the same."""
+        return True
 
     # ---- what a backend fills in
 

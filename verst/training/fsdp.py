@@ -26,8 +26,8 @@ from verst.protocols import BackendState
 from verst.routing.kinds import routed_experts
 from verst.routing.tap import RoutingTap
 from verst.training.base import Backend
-from verst.training.critic import Critic
 from verst.training.distributed import device_of, place, release, require_group, whole
+from verst.training.fsdp_critic import FsdpCritic
 from verst.training.loss import policy_loss
 from verst.training.microbatch import Microbatch, split
 from verst.training.model import Policy, load_model
@@ -35,7 +35,7 @@ from verst.training.optimizer import MasterAdamW
 from verst.training.pace import Pace
 from verst.training.rest import Held, unique
 from verst.training.routes import PolicyRoutes
-from verst.training.state import CRITIC, RankState, capture, restore
+from verst.training.state import RankState, capture, restore
 from verst.training.step import LoadedStep, PerSample, StepScores, kl_estimator, plan_batch
 from verst.types import Batch, Estimates, RoutedExperts, RoutesWanted
 
@@ -163,12 +163,8 @@ class FsdpBackend(Backend[MasterAdamW]):
         """Shards are of one rank each: no rank has a copy of another's."""
         weights = {f"weights/{name}": tensor for name, tensor in (*self._parameters.items(), *self._saved_buffers().items())}
         reference = {f"reference/{name}": tensor for name, tensor in self._reference_parameters.items()}
-        return Held(unique(weights, self._optimizer.tensors(), reference, self._held_by_critic()))
-
-    def _held_by_critic(self) -> dict[str, torch.Tensor]:
-        if self._critic is None:
-            return {}
-        return {f"{CRITIC}{name}": tensor for name, tensor in (*self._critic.parameters.items(), *self._critic.optimizer.tensors().items())}
+        critic = {} if self._critic is None else self._critic.held()
+        return Held(unique(weights, self._optimizer.tensors(), reference, critic))
 
     def _settle(self) -> None:
         """Nothing runs between two calls."""
@@ -188,11 +184,11 @@ class FsdpBackend(Backend[MasterAdamW]):
         place(policy, self._device, self._world, kept_dtype=torch.float32 if trainable else self._dtype)
         return policy
 
-    def _load_critic(self) -> Critic | None:
+    def _load_critic(self) -> FsdpCritic | None:
         options = self._config.algorithm
         if not isinstance(options, PpoConfig):
             return None
-        return Critic(self._config, options, world=self._world, device=self._device, num_updates=self.num_updates)
+        return FsdpCritic(self._config, options, world=self._world, device=self._device, num_updates=self.num_updates)
 
     @property
     def _is_exact(self) -> bool:

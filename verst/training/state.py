@@ -11,12 +11,10 @@ import torch
 
 from verst.errors import CheckpointError
 from verst.protocols import BackendState
+from verst.training.critic import CRITIC
 from verst.training.distributed import own_rows
 from verst.training.model import named
 from verst.training.optimizer import MasterAdamW
-
-CRITIC = "critic/"
-"""Before the names of the critic's tensors."""
 
 
 @dataclass(slots=True)

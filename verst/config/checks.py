@@ -204,10 +204,6 @@ def _critic_problems(config: Config) -> list[str]:
     algorithm, found = config.algorithm, []
     if not isinstance(algorithm, PpoConfig):
         return found
-    if config.train.backend != "fsdp":
-        found.append(
-            f"train.backend is {config.train.backend}, which trains no critic: set train.backend=fsdp, or an algorithm without one"
-        )
     if algorithm.critic_warmup_steps >= config.run.steps:
         found.append(
             f"algorithm.critic_warmup_steps ({algorithm.critic_warmup_steps}) is not below run.steps ({config.run.steps}): the policy "

@@ -40,7 +40,7 @@ from verst.config.schema import Config
 from verst.runtime.loop import Loop
 from verst.runtime.parts import Parts
 from verst.runtime.recovery import Cursor, Restored
-from verst.types import Group
+from verst.types import Estimates, Group
 
 BATCH, MEMBERS = 16, 8
 SCHEDULES = {"sync": (1, 1), "one_step_off": (2, 1), "async": (3, BATCH), "async_wide": (6, 3 * BATCH)}
@@ -81,9 +81,9 @@ class Trainer(FakeTrainers):
 
     train_s = 0.0
 
-    async def forward_backward(self, update: int, advantages: Sequence[float]) -> Any:
+    async def forward_backward(self, update: int, advantages: Estimates, returns: Sequence[Any] = ()) -> Any:
         await asyncio.sleep(self.train_s)
-        return await super().forward_backward(update, advantages)
+        return await super().forward_backward(update, advantages, returns)
 
 
 def configured(work: Work, batches: int, window: int) -> Config:

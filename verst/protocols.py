@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from verst.types import (
     Completion,
+    Estimates,
     GenerateRequest,
     Generation,
     Group,
@@ -239,8 +240,11 @@ class TrainBackend(Protocol):
         """
         ...
 
-    def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
-        """Accumulates gradients of one update over its microbatches. `advantages` has one entry for each sample of the batch."""
+    def forward_backward(self, update: int, advantages: Estimates, returns: Sequence[NDArray[np.float32]] = ()) -> Tally:
+        """Accumulates gradients of one update over its microbatches. `advantages` has one entry for each sample of the batch.
+
+        `returns` [N] for each sample are what the critic, if there is one, is to predict at its loss tokens.
+        """
         ...
 
     def optimizer_step(self, update: int) -> Tally:
@@ -316,4 +320,9 @@ class BatchScores(Protocol):
     @property
     def reference_kl(self) -> Mapping[int, float]:
         """Sample index → Σ over its loss tokens of the KL estimate; empty without a reference."""
+        ...
+
+    @property
+    def values(self) -> Mapping[int, NDArray[np.float32]]:
+        """Sample index → [N], the critic's values before its loss tokens; empty without a critic."""
         ...

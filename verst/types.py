@@ -5,7 +5,7 @@ Array suffixes: `_T` tokens, `_G` group members. Policy versions count committed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 
 NO_VERSION = -1
 """The version of a token that no policy produced: prompt tokens, environment replies, demonstrations."""
+
+
+Estimates = Sequence[float] | Sequence[NDArray[np.float32]]
+"""The advantages of a batch's samples, in order: one number for all loss tokens of a sample, or [N], one for each of them."""
 
 
 class Status(StrEnum):

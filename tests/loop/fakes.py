@@ -27,7 +27,7 @@ from verst.runtime.replica import Replica
 from verst.runtime.trainer_worker import Published, Scores
 from verst.runtime.trainers import Trainers, TrainersLost
 from verst.runtime.transfer import Brought
-from verst.types import FinishReason, Group, Manifest, Message, Prompt, RoutedExperts, Status, Trajectory, Turn
+from verst.types import Estimates, FinishReason, Group, Manifest, Message, Prompt, RoutedExperts, Status, Trajectory, Turn
 
 T = TypeVar("T")
 
@@ -125,7 +125,7 @@ class FakeTrainers:
         self._batch = batch
         return Scores(Tally(), {})
 
-    async def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
+    async def forward_backward(self, update: int, advantages: Estimates, returns: Sequence[Any] = ()) -> Tally:
         self._moment(f"forward {self._batch.step}")
         assert len(advantages) == len(self._batch.samples)
         tally = Tally()

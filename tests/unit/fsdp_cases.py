@@ -142,15 +142,19 @@ def train(
     batches: Iterable[Batch],
     advantages: list[float] | None = None,
     all_ranks: Callable[[Mapping[int, float]], Mapping[int, float]] = dict,
+    all_values: Callable[[Mapping[int, Any]], Mapping[int, Any]] = dict,
 ) -> list[Tally]:
-    """Runs whole steps as the loop does, and returns this rank's tallies. `all_ranks` adds the reference KL of the others to its own."""
+    """Runs whole steps as the loop does, and returns this rank's tallies.
+
+    `all_ranks` adds the reference KL of the others to its own, `all_values` the values of their critic.
+    """
     tallies = []
     for batch in batches:
         scores = backend.load_batch(batch)
-        own = advantages or advantages_of(config, batch, all_ranks(scores.reference_kl))
+        signal = batching.signal(batch, config, all_ranks(scores.reference_kl), all_values(scores.values))
         tally = Tally().merge(scores.tally)
         for update in range(backend.num_updates):
-            tally.merge(backend.forward_backward(update, own))
+            tally.merge(backend.forward_backward(update, advantages or signal.advantages, signal.returns))
             tally.merge(backend.optimizer_step(update))
         tallies.append(tally)
     return tallies

@@ -94,6 +94,7 @@ ADVANTAGES: dict[str, Any] = {
     "reinforce_plus_plus": np.array([3, 1, 0, -1, -1, -2]) / np.sqrt(16 / 5),
     # Less the group's means: 1 −1 1 0 0 −1, mean 0, squares 4 in all, divisor 5.
     "reinforce_plus_plus_baseline": np.array([1, -1, 1, 0, 0, -1]) / np.sqrt(4 / 5),
+    "ppo": [4, 2, 1, 0, 0, -1],  # what the last token has earned: the critic's values make it advantages
     **dict.fromkeys(["best_of_n", "sft"], [1] * 6),
 }
 
@@ -157,7 +158,7 @@ def test_which_groups_have_nothing_to_teach(name: str):
         assert dropped([0.0, -1.0]) == "its best reward (0.0) is not above 0.0"
         assert dropped([0.5, 0.0], reward_above=0.5) == "its best reward (0.5) is not above 0.5"
         assert dropped([1.0, 1.0]) is None  # right answers are to be imitated, also if all are
-    elif name in ("sft", "reinforce_plus_plus"):
+    elif name in ("sft", "reinforce_plus_plus", "ppo"):
         assert dropped([1.0, 1.0]) is None
     else:
         assert dropped([1.0, 1.0], dynamic_sampling=True) == "all its rewards are equal (1.0)"
@@ -269,7 +270,7 @@ def test_rloo_is_reinforce_over_whole_sequences():
     assert set(output.metrics) == {"ratio"}
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"])
 @given(st.lists(st.floats(-0.6, 0.6), min_size=6, max_size=6), st.lists(st.sampled_from([-2.0, -0.5, 1.0, 3.0]), min_size=3, max_size=3))
 @settings(max_examples=20, deadline=None)
 def test_the_clipped_surrogate_by_finite_differences(name, log_ratios, advantages):

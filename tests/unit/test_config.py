@@ -27,7 +27,9 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_every_option_has_earned_its_place():
     # Not a limit of taste: each option is documented, honoured and tested. Raise the number together with the reason, in the changelog.
-    # of the newest seven: which filters and hooks, how long each may take, and whether a run goes on without a hook; what is evaluated
+    # of the newest seven, ppo's: a critic has a discount, a λ, a bound, a model to begin from, a rate and a warm-up that no other option
+    # implies; whether advantages are normalised is the reward's scale to say
+    # of the seven before: which filters and hooks, how long each may take, and whether a run goes on without a hook; what is evaluated
     # beside the held-out share, and by which figure a checkpoint is the best, are a run's owner's to say
     # of the two before: whose advantages and whose loss are an experiment's to say
     assert len({name for preset in PRESETS for name in option_names(preset)}) == 101
@@ -61,8 +63,8 @@ def test_the_callers_mapping_is_left_alone():
             r"algorithm\.clip_hi; did you mean algorithm\.clip_high\?",
         ),
         (
-            "run: {steps: 3}\nmodel: {path: m}\nalgorithm: {name: ppo}\n",
-            r"algorithm\.name: 'ppo' is not an algorithm; there are: grpo, dr_grpo, .*, sft",
+            "run: {steps: 3}\nmodel: {path: m}\nalgorithm: {name: a2c}\n",
+            r"algorithm\.name: 'a2c' is not an algorithm; there are: grpo, dr_grpo, .*, sft",
         ),
         ("run: {steps: 3}\nmodel: {path: m}\nalgorithm: {clip_low: 0.1}\n", r"algorithm\.name is required: one of grpo, dr_grpo, .*, sft"),
         ("run: {steps: 3}\nmodel: {path: m}\nrollout: {group_size: 1}\n", r"rollout\.group_size is 1, but grpo's baseline"),
@@ -152,7 +154,7 @@ def test_a_wrong_number_is_told_with_its_line(tmp_path: Path):
     ]
 
 
-@pytest.mark.parametrize("name", ["ppo", "null"])
+@pytest.mark.parametrize("name", ["a2c", "null"])
 def test_an_unknown_algorithm_is_told_with_the_line_of_its_name(tmp_path: Path, name: str):
     text = f"run: {{steps: 3}}\nmodel: {{path: m}}\nalgorithm:\n  clip_low: 0.1\n  name: {name}\n"
     with pytest.raises(ConfigError, match=r"run\.yaml:5: algorithm\.name: .* is not an algorithm"):
@@ -221,6 +223,7 @@ def test_options_apply_again_with_what_they_belong_to():
         ("rloo", {"aggregate": "constant", "kl_in": "reward", "kl_estimator": "k1"}),
         ("reinforce_plus_plus", {"clip_low": 0.2, "kl_in": "reward", "kl_estimator": "k1"}),
         ("reinforce_plus_plus_baseline", {"clip_low": 0.2, "kl_in": "loss", "kl_estimator": "k2", "dynamic_sampling": False}),
+        ("ppo", {"clip_low": 0.2, "kl_in": "reward", "kl_estimator": "k1", "gamma": 1.0, "gae_lambda": 0.95, "value_clip": 0.2}),
         ("best_of_n", {"aggregate": "token_mean", "reward_above": 0.0}),
         ("sft", {"aggregate": "token_mean"}),
     ],
@@ -240,6 +243,9 @@ def test_a_name_sets_the_defaults_of_its_paper_and_check_shows_them(name: str, d
         ("rloo", "normalize_std: true"),
         ("reinforce_plus_plus", "dynamic_sampling: true"),
         ("reinforce_plus_plus_baseline", "normalize_std: true"),
+        ("ppo", "normalize_std: true"),
+        ("ppo", "advantages: 'own:advantages'"),
+        ("grpo", "gae_lambda: 0.9"),
         ("best_of_n", "kl_coefficient: 0.1"),
         ("sft", "reward_above: 1"),
         ("grpo", "reward_above: 1"),

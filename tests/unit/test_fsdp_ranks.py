@@ -57,6 +57,8 @@ def configs(path: str, tied: str, moe: str) -> dict[str, Config]:
         "updates": make_config(path, train={"minibatches": 2, "epochs": 2, "schedule": "cosine"}, algorithm=kl),
         "tied": make_config(tied, train={"gradient_checkpointing": True}, algorithm=kl | {"kl_in": "reward"}),
         "uneven": make_config(path, train={"microbatch_tokens": 16}),
+        "critic": make_config(tied, train={"minibatches": 2, "gradient_checkpointing": True}, algorithm={"name": "ppo"}),
+        "critic_uneven": make_config(path, train={"microbatch_tokens": 16}, algorithm={"name": "ppo"}),
         "sequences": make_config(path, train={"minibatches": 2}, algorithm={"name": "gspo", "clip_low": 0.02, "clip_high": 0.02}),
         "routed": make_config(moe, train={"minibatches": 2, "gradient_checkpointing": True}, algorithm=kl),
         "routed_uneven": make_config(moe, train={"microbatch_tokens": 16}),
@@ -65,10 +67,16 @@ def configs(path: str, tied: str, moe: str) -> dict[str, Config]:
 
 
 def batches_of(name: str) -> list[Batch]:
-    return {"uneven": UNEVEN, "routed": ROUTED[:2], "routed_uneven": ROUTED[2:]}.get(name, BATCHES)
+    return {"uneven": UNEVEN, "critic_uneven": UNEVEN, "routed": ROUTED[:2], "routed_uneven": ROUTED[2:]}.get(name, BATCHES)
 
 
 # ---- what each of the two ranks does; results go to files, and the tests below judge them
+
+
+def of_both(own: Mapping[int, Any]) -> dict[int, Any]:
+    found: list[dict[int, Any] | None] = [None, None]
+    torch.distributed.all_gather_object(found, dict(own))
+    return {k: v for part in found if part for k, v in part.items()}
 
 
 def run_scenario(name: str, config: Config, rank: int) -> dict[str, Any]:
@@ -78,11 +86,9 @@ def run_scenario(name: str, config: Config, rank: int) -> dict[str, Any]:
     def exchanged(own: Mapping[int, float]) -> dict[int, float]:
         """Advantages need every rank's KL; for this test each rank computes all of them from the shared KL of both."""
         kl.append(own)
-        found: list[dict[int, float] | None] = [None, None]
-        torch.distributed.all_gather_object(found, dict(own))
-        return {k: v for part in found if part for k, v in part.items()}
+        return of_both(own)
 
-    tallies = train(backend, config, batches_of(name), all_ranks=exchanged)
+    tallies = train(backend, config, batches_of(name), all_ranks=exchanged, all_values=of_both)
     probe = backend.logprobs(BATCHES[0].samples[0].tokens_T)
     return {"tallies": tallies, "kl": kl, "weights": weights_of(backend), "state": backend.state(), "probe": probe}
 
@@ -197,7 +203,7 @@ def single_rank(config: Config, batches: list[Batch]) -> tuple[FsdpBackend, list
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "updates", "tied", "uneven", "sequences", "routed", "routed_uneven"])
+@pytest.mark.parametrize("name", ["plain", "updates", "tied", "uneven", "critic", "critic_uneven", "sequences", "routed", "routed_uneven"])
 def test_two_ranks_equal_one(results: Results, name: str) -> None:
     config = results.config(name)
     start = weights_of(make_backend(config))
@@ -254,7 +260,7 @@ def joined_state(shards: list[RankState]) -> RankState:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "tied"])
+@pytest.mark.parametrize("name", ["plain", "tied", "critic"])
 def test_shards_joined_along_dim_0_are_the_state_of_one_rank(results: Results, name: str) -> None:
     """`tied` has 65 vocabulary rows, so that its shards differ in size."""
     joined = joined_state([rank[name]["state"] for rank in results.ranks])
@@ -263,7 +269,7 @@ def test_shards_joined_along_dim_0_are_the_state_of_one_rank(results: Results, n
     backend, _ = single_rank(config, BATCHES)
     alone = backend.state()
     assert largest_difference(joined.tensors, alone.tensors) < TOLERANCE
-    assert joined.values["update"] == alone.values["update"] == 3
+    assert joined.values["update"] == alone.values["update"] == 3 * backend.num_updates
     backend.load_state(joined)
     assert same_bits(backend.state().tensors, joined.tensors)
     assert same_bits(weights_of(backend), results.ranks[0][name]["weights"])

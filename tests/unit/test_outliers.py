@@ -145,7 +145,7 @@ class Waiting:
     def __init__(self) -> None:
         self.entered, self.released = threading.Event(), threading.Event()
 
-    def forward_backward(self, update: int, advantages: Any) -> Tally:
+    def forward_backward(self, update: int, advantages: Any, returns: Any = ()) -> Tally:
         self.entered.set()
         self.released.wait(10)
         return Tally()

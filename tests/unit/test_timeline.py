@@ -507,9 +507,9 @@ class TimedParts(FakeParts):
         self.pull_s = pull_s
         train = self.trainers.forward_backward
 
-        async def slowly(update: int, advantages: Sequence[float]) -> Any:
+        async def slowly(*told: Any) -> Any:
             await asyncio.sleep(train_s)
-            return await train(update, advantages)
+            return await train(*told)
 
         self.trainers.forward_backward = slowly
 

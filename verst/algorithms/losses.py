@@ -32,7 +32,7 @@ class LossInputs:
     reference_logprobs: torch.Tensor | None
     """[N] of the reference model; None unless `Algorithm.needs_reference`."""
     advantages: torch.Tensor
-    """[N] each token has its sample's."""
+    """[N] each token has its sample's, or with a critic its own."""
     samples: torch.Tensor
     """[N] int64, index in the batch of each token's sample. A microbatch has all loss tokens of its samples."""
 
@@ -46,7 +46,7 @@ class LossOutput:
 
 
 def grpo_loss(inputs: LossInputs, options: ClippedConfig) -> LossOutput:
-    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), bounds apart (DAPO, arXiv 2503.14476, eq. 8): GRPO, Dr. GRPO, DAPO, REINFORCE++.
+    """PPO's clipped surrogate (arXiv 1707.06347, eq. 7), bounds apart (DAPO, arXiv 2503.14476, eq. 8), of all but GSPO, CISPO and RLOO.
 
     With ratio r = exp(logprob − old logprob): −min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A). Metrics: `ratio`; `clipped_low` and
     `clipped_high`, 1 where that bound has switched the token's gradient off. A ratio beyond float32 (log-ratio above 88) gives a

@@ -20,6 +20,7 @@ from verst.algorithms.advantages import (
     penalised_rewards,
     shortened_rewards,
 )
+from verst.algorithms.critic import Signal, Values, estimated
 from verst.algorithms.losses import (
     LossInputs,
     LossOutput,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 Advantages = Callable[[ArrayLike, NDArray[np.integer], Any], NDArray[np.float64]]
 Loss = Callable[[LossInputs, Any], LossOutput]
+TokenAdvantages = Callable[[ArrayLike, Sequence[Values], Any], Signal]
 WithoutSignal = Callable[[Sequence[float], Any], str | None]
 
 
@@ -64,7 +66,11 @@ class Algorithm:
     shape_rewards: Callable[[ArrayLike, Mapping[int, float], ArrayLike, Any], NDArray[np.float64]]
     """(rewards [N], KL sum by sample index, loss tokens over the most there can be [N], options) → the rewards [N] of the advantages."""
     advantages: Advantages
-    """(rewards [N], group number of each sample [N], options) → advantages [N]."""
+    """(rewards [N], group number of each sample [N], options) → advantages [N]; with a critic, what the last token of each has earned."""
+    token_advantages: TokenAdvantages | None
+    """(what the last token of each sample has earned [N], the critic's values of each sample's loss tokens, options) → both learn from.
+
+    None: there is no critic, and all tokens of a sample share its advantage."""
     needs_reference: Callable[[Any], bool]
     """(options) → whether a frozen copy of the initial model must be kept and scored."""
     needs_old_logprobs: Callable[[Any, int], bool]
@@ -135,6 +141,11 @@ def _of_group_and_batch(rewards_N: ArrayLike, groups_N: NDArray[np.integer], opt
     return batch_normalised(group_advantages(rewards_N, groups_N, normalize_std=False))
 
 
+def _earned_in_the_end(rewards_N: ArrayLike, groups_N: NDArray[np.integer], options: Any) -> NDArray[np.float64]:
+    del groups_N, options
+    return np.asarray(rewards_N, dtype=np.float64)
+
+
 def _all_alike(rewards_N: ArrayLike, groups_N: NDArray[np.integer], options: Any) -> NDArray[np.float64]:
     del groups_N, options
     return np.ones(np.shape(rewards_N), dtype=np.float64)
@@ -159,7 +170,9 @@ def _never(*options: Any) -> bool:
     return False
 
 
-def _policy_gradient(name: str, loss: Loss, advantages: Advantages, *, compares: bool = True) -> Algorithm:
+def _policy_gradient(
+    name: str, loss: Loss, advantages: Advantages, *, compares: bool = True, token_advantages: TokenAdvantages | None = None
+) -> Algorithm:
     """Raises the probability of samples by their advantage. `compares`: with the others of the group."""
     return Algorithm(
         name=name,
@@ -170,6 +183,7 @@ def _policy_gradient(name: str, loss: Loss, advantages: Advantages, *, compares:
         loss=loss,
         shape_rewards=_shaped_rewards,
         advantages=advantages,
+        token_advantages=token_advantages,
         needs_reference=_with_kl,
         needs_old_logprobs=_for_the_ratio,
     )
@@ -191,6 +205,7 @@ def _imitation(
         loss=likelihood_loss,
         shape_rewards=_given_rewards,
         advantages=_all_alike,
+        token_advantages=None,
         needs_reference=_never,
         needs_old_logprobs=_never,
     )
@@ -207,6 +222,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         _policy_gradient("rloo", reinforce_loss, _of_the_others),
         _policy_gradient("reinforce_plus_plus", grpo_loss, _of_the_batch, compares=False),
         _policy_gradient("reinforce_plus_plus_baseline", grpo_loss, _of_group_and_batch),
+        _policy_gradient("ppo", grpo_loss, _earned_in_the_end, compares=False, token_advantages=estimated),
         _imitation("best_of_n", "policy", _nothing_good, best),
         _imitation("sft", "demonstrations", _every_group, _all),
     )

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field
 
-from verst.config.values import Positive, Real, Section, Text
+from verst.config.values import Positive, Real, Section, Text, Whole
 
 _NAMED = ConfigDict(json_schema_extra={"required": ["name"]})
 """The name decides which options there are, so a section without it is refused. pydantic's JSON schema does not say so."""
@@ -75,10 +75,15 @@ class PolicyGradientConfig(Section):
         description="Importance weights of trainer over behaviour probabilities: {kind, level, lower, upper} each; see docs/fidelity.md.",
     )
     overlong_share: OverlongShare = 0.0
+    loss: Text | None = Field(default=None, description="`module:function(inputs)` in place of the algorithm's own loss.")
+
+
+class SampleAdvantageConfig(PolicyGradientConfig):
+    """Whose advantages are of samples, and can be a user's own."""
+
     advantages: Text | None = Field(
         default=None, description="`module:function(rewards_N, groups_N, samples)` in place of the algorithm's own advantages."
     )
-    loss: Text | None = Field(default=None, description="`module:function(inputs)` in place of the algorithm's own loss.")
 
 
 class ClippedConfig(PolicyGradientConfig):
@@ -88,7 +93,7 @@ class ClippedConfig(PolicyGradientConfig):
     clip_high: ClipHigh = 0.2
 
 
-class ComparingConfig(PolicyGradientConfig):
+class ComparingConfig(SampleAdvantageConfig):
     """Whose baseline is of the group: one of equal rewards has no gradient."""
 
     dynamic_sampling: DynamicSampling = False
@@ -149,7 +154,7 @@ class RlooConfig(ComparingConfig):
     kl_estimator: KlEstimator = "k1"
 
 
-class ReinforcePlusPlusConfig(ClippedConfig):
+class ReinforcePlusPlusConfig(SampleAdvantageConfig, ClippedConfig):
     """REINFORCE++, arXiv 2501.03262: advantages are rewards normalised over the whole batch."""
 
     name: Literal["reinforce_plus_plus"] = "reinforce_plus_plus"
@@ -162,6 +167,33 @@ class ReinforcePlusPlusBaselineConfig(ComparingConfig, ClippedConfig):
 
     name: Literal["reinforce_plus_plus_baseline"] = "reinforce_plus_plus_baseline"
     kl_estimator: KlEstimator = "k2"
+
+
+class PpoConfig(ClippedConfig):
+    """Proximal Policy Optimization, arXiv 1707.06347, with a learned critic and generalized advantage estimation, arXiv 1506.02438."""
+
+    name: Literal["ppo"] = "ppo"
+    kl_in: KlIn = "reward"
+    kl_estimator: KlEstimator = "k1"
+    gamma: Positive = Field(default=1.0, le=1, description="Discount of a reward for each generated token that it is ahead.")
+    gae_lambda: Real = Field(
+        default=0.95,
+        le=1,
+        description="Advantages trust the critic's next value (0: more bias) or the reward that came in the end (1: more variance).",
+    )
+    normalize_advantages: bool = Field(
+        default=True, description="Advantages less the mean of all tokens of the batch, over their standard deviation."
+    )
+    value_clip: Real = Field(
+        default=0.2, description="A value's loss has no gradient further than this from the value before the step. 0: it always has."
+    )
+    critic_path: Text | None = Field(
+        default=None,
+        description="Directory of the model that the critic begins from, such as a reward model, whose head is taken too. "
+        "Default: model.path, with a head of zeros.",
+    )
+    critic_lr: Positive | None = Field(default=None, description="Peak learning rate of the critic. Default: train.lr.")
+    critic_warmup_steps: Whole = Field(default=0, description="First steps, which train the critic alone.")
 
 
 class BestOfNConfig(Section):
@@ -192,6 +224,7 @@ AlgorithmConfig = Annotated[
     | RlooConfig
     | ReinforcePlusPlusConfig
     | ReinforcePlusPlusBaselineConfig
+    | PpoConfig
     | BestOfNConfig
     | SftConfig,
     Field(discriminator="name"),

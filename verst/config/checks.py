@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from verst.config.algorithms import ComparingConfig, CorrectionConfig, PolicyGradientConfig, SftConfig
+from verst.config.algorithms import ComparingConfig, CorrectionConfig, PolicyGradientConfig, PpoConfig, SftConfig
 from verst.config.evaluated import best_metrics, evaluated
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def problems(config: Config) -> list[str]:
         *_evaluation_problems(config),
         *_group_problems(config),
         *_correction_problems(config),
+        *_critic_problems(config),
         *_size_problems(config),
         *_engine_problems(config),
     ]
@@ -197,6 +198,18 @@ def _off_policy_problems(config: Config, algorithm: PolicyGradientConfig) -> lis
         f"rollout.capacity_groups ({config.capacity_groups}) lets tokens be {config.worst_staleness} versions old, but the loss would take "
         "all for the newest version's: set algorithm.old_logprobs=behaviour, or algorithm.corrections (docs/fidelity.md)"
     ]
+
+
+def _critic_problems(config: Config) -> list[str]:
+    algorithm, found = config.algorithm, []
+    if not isinstance(algorithm, PpoConfig):
+        return found
+    if algorithm.critic_warmup_steps >= config.run.steps:
+        found.append(
+            f"algorithm.critic_warmup_steps ({algorithm.critic_warmup_steps}) is not below run.steps ({config.run.steps}): the policy "
+            "would never be trained"
+        )
+    return found
 
 
 def _correction_problems(config: Config) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verst.config.algorithms import PolicyGradientConfig, SftConfig
+from verst.config.algorithms import PolicyGradientConfig, PpoConfig, SftConfig
 from verst.config.hub import model_directory
 from verst.config.schema import Config
 from verst.errors import ModelError
@@ -64,7 +64,7 @@ def read_model(path: str | Path) -> ModelFacts:
     where = root / "config.json"
     heads = _count(text, "num_attention_heads", where)
     return ModelFacts(
-        parameters=sum(_count_parameters(file) for file in files),
+        parameters=sum(map(_count_parameters, files)),
         layers=_count(text, "num_hidden_layers", where),
         kv_heads=_count(text, "num_key_value_heads", where, otherwise=heads),
         head_dim=_count(text, "head_dim", where, otherwise=0) or _count(text, "hidden_size", where) // heads,
@@ -168,18 +168,31 @@ def _memory_plan(config: Config, facts: ModelFacts) -> list[str]:
     """Bytes by purpose. Activations depend on the model's code and are not estimated."""
     element = _BYTES[config.model.dtype]
     reference = isinstance(config.algorithm, PolicyGradientConfig) and config.algorithm.kl_coefficient > 0
+    critic = _critic_parameters(config, facts)
     # fp32 master weights, two AdamW moments and gradients; a bfloat16 model keeps its own copy of the weights beside the master's
-    trainer = facts.parameters * (4 + 4 + 4 + 4 + (2 if element == 2 else 0) + (element if reference else 0)) / config.train.ranks
+    trained = 4 + 4 + 4 + 4 + (2 if element == 2 else 0)
+    trainer = (facts.parameters * (trained + (element if reference else 0)) + critic * trained) / config.train.ranks
+    beside = f"{', reference' if reference else ''}{', critic' if critic else ''}"
     weights = facts.parameters * element
     cache = config.rollout.max_running * config.max_trajectory_tokens * facts.kv_elements_per_token * element
     return [
         f"model: {facts.parameters:,} parameters, {config.model.dtype}, vocabulary {facts.vocabulary:,}",
-        f"memory of a trainer rank: {_size(trainer)} (weights, optimizer, gradients{', reference' if reference else ''}) and activations",
+        f"memory of a trainer rank: {_size(trainer)} (weights, optimizer, gradients{beside}) and activations",
         f"memory of each replica: {_size(weights)} weights + {_size(cache)} KV cache "
         f"({config.rollout.max_running} sequences x {config.max_trajectory_tokens:,} tokens)",
         *_shared_plan(config, trainer, weights, weights + cache),
         f"published weights: {_size(weights)} in shared memory, twice while a version replaces another",
     ]
+
+
+def _critic_parameters(config: Config, facts: ModelFacts) -> int:
+    """0 without one. Its head is a few numbers, in place of the policy's large one, which may be tied: this is a bound."""
+    algorithm = config.algorithm
+    if not isinstance(algorithm, PpoConfig):
+        return 0
+    if algorithm.critic_path is None:
+        return facts.parameters
+    return sum(map(_count_parameters, Path(algorithm.critic_path).expanduser().glob("*.safetensors")))
 
 
 def _shared_plan(config: Config, trainer: float, weights: int, replica: int) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from verst.algorithms.critic import Signal, Values, explained_variance
 from verst.algorithms.own import call_advantages, own_advantages
 from verst.algorithms.selection import all_equal
 from verst.algorithms.table import algorithm_for
@@ -19,7 +20,7 @@ from verst.observe.metrics import Tally
 from verst.rewards.metrics import PREFIX
 from verst.rollout.transcript import Transcript
 from verst.routing.records import require_routes
-from verst.types import NO_VERSION, Batch, Group, Prompt, RoutedExperts, Routes, RoutesWanted, Sample, Status, Trajectory
+from verst.types import NO_VERSION, Batch, Estimates, Group, Prompt, RoutedExperts, Routes, RoutesWanted, Sample, Status, Trajectory
 
 
 def unusable(group: Group, min_members: int) -> str | None:
@@ -104,6 +105,22 @@ def routes_for(batch: Batch, wanted: RoutesWanted, train: TrainConfig) -> dict[i
     return {i: Routes(routes.experts_TLK[:, layers], routes.digest) for i, routes in found.items() if routes is not None}
 
 
+def signal(batch: Batch, config: Config, reference_kl: Mapping[int, float], values: Mapping[int, Values]) -> Signal:
+    """What the tokens of a batch are trained with. `reference_kl`: see `advantages`.
+
+    `values`: the critic's, of the loss tokens of each sample that has any, by sample index; empty without a critic.
+    Raises `InvariantViolation` if there is not one for each token.
+    """
+    of_samples, estimate = advantages(batch, config, reference_kl), algorithm_for(config.algorithm).token_advantages
+    if estimate is None:
+        return Signal(of_samples)
+    known = [values.get(i, np.zeros(0, np.float32)) for i in range(len(batch.samples))]
+    for sample, values_N in zip(batch.samples, known, strict=True):
+        if len(values_N) != sample.loss_mask_T.sum():
+            raise InvariantViolation(f"sample {sample.id}: {len(values_N)} values of the critic for {sample.loss_mask_T.sum()} loss tokens")
+    return estimate(of_samples, known, config.algorithm)
+
+
 def advantages(batch: Batch, config: Config, reference_kl: Mapping[int, float]) -> list[float]:
     """One advantage for each sample. `reference_kl`: Σ over its loss tokens of the KL estimate, by sample index; empty without one."""
     options = config.algorithm
@@ -116,7 +133,7 @@ def advantages(batch: Batch, config: Config, reference_kl: Mapping[int, float]) 
     return algorithm.advantages(rewards_N, groups_N, options).tolist()
 
 
-def describe(groups: Sequence[Group], advantages_: Sequence[float], version: int) -> dict[str, float]:
+def describe(groups: Sequence[Group], advantages_: Estimates, version: int) -> dict[str, float]:
     """What a batch was like: rewards, lengths, failures by reason, staleness.
 
     `staleness` is the version at consumption minus the oldest version in the sample; `version` is the one at consumption.
@@ -129,8 +146,21 @@ def describe(groups: Sequence[Group], advantages_: Sequence[float], version: int
             tally.mean("reward", sum(rewards), len(rewards))
             tally.mean("reward/std", float(np.std(rewards)))
             tally.mean("reward/groups_without_signal", float(all_equal(rewards)))
-    tally.mean("advantage/abs", float(np.abs(advantages_).sum()), len(advantages_))
+    each = np.concatenate([np.zeros(0), *map(np.atleast_1d, advantages_)])
+    tally.mean("advantage/abs", float(np.abs(each).sum()), len(each))
     return tally.report()
+
+
+def describe_values(values: Mapping[int, Values], returns: Sequence[Values]) -> Tally:
+    """What the critic knew of a batch before it learned from it: nothing is told without one."""
+    tally = Tally()
+    if returns:
+        predicted = [values.get(i, np.zeros(0, np.float32)) for i in range(len(returns))]
+        tally.mean("critic/value", sum(float(own.sum(dtype=np.float64)) for own in predicted), sum(map(len, predicted)))
+        share = explained_variance(predicted, returns)
+        if share is not None:
+            tally.mean("critic/explained_variance", share)
+    return tally
 
 
 def _describe_trajectories(group: Group, version: int, tally: Tally) -> None:

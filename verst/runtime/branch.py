@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verst.algorithms.table import ALGORITHMS
 from verst.config.plan import read_config
 from verst.config.schema import Config
 from verst.errors import CheckpointError, ConfigError, ModelError
@@ -64,7 +65,7 @@ def open_branch(reference: str, config: Config) -> Branch:
     """The checkpoint that `RUN` or `RUN@STEP` names, for a new run of this configuration.
 
     Raises:
-        ConfigError: there is no such run, or it was trained by another backend.
+        ConfigError: there is no such run, or it was trained by another backend, or one of the two has a critic and the other none.
         CheckpointError: there is no checkpoint of that step; the message says of which there are.
         ModelError: the new run's model is another one.
     """
@@ -75,6 +76,13 @@ def open_branch(reference: str, config: Config) -> Branch:
             f"--from {reference}: that run was trained by {parent.train.backend}, this one has train.backend {config.train.backend}, which "
             f"does not read its checkpoints: set train.backend={parent.train.backend}, or begin from its weights alone: "
             f"verst export {path} --out DIR, then model.path=DIR"
+        )
+    with_critic = [name for name in (parent.algorithm.name, config.algorithm.name) if ALGORITHMS[name].token_advantages is not None]
+    if len(with_critic) == 1:
+        raise ConfigError(
+            f"--from {reference}: that run was trained by {parent.algorithm.name}, this one has algorithm.name {config.algorithm.name}, "
+            f"and only {with_critic[0]} has a critic, whose state is in its checkpoints: begin from that run's weights alone: verst export "
+            f"{path} --out DIR, then model.path=DIR"
         )
     _require_same_model(reference, parent.model.path, config.model.path)
     checkpoint = checkpoint_of(run, step)

@@ -47,7 +47,7 @@ from verst.runtime.standing import Standing
 from verst.runtime.trainer_worker import Published
 from verst.runtime.trainers import TrainersLost
 from verst.runtime.training_step import journaled_groups, train_batch
-from verst.types import Batch, Group, Prompt
+from verst.types import Batch, Estimates, Group, Prompt
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ T = TypeVar("T")
 class Trained:
     """What the updates of a step came to, before they are committed."""
 
-    advantages: list[float]
+    advantages: Estimates
     tally: Tally
     published: Published
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from verst import extend
 from verst.algorithms.table import algorithm_for, records_routes
+from verst.config.algorithms import PpoConfig
 from verst.config.checks import is_given, warnings
 from verst.config.evaluated import evaluated
 from verst.config.hub import with_local_model
@@ -53,6 +54,7 @@ def preflight(config: Config, extensions: Extensions) -> Findings:
         VerstError: what is missing, malformed or does not fit.
     """
     _check_model(config)
+    _check_critic(config)
     check_stack(config)
     check_trackers(config.tracking)
     _check_algorithm(config.algorithm)
@@ -87,6 +89,26 @@ def _check_model(config: Config) -> None:
             f"train.routes: {config.model.path} has experts ({key} in its config.json), but it is not known how that family says which "
             "layers route and how many experts a token gets, so routes could not be replayed: set train.routes=ignore"
         )
+
+
+def _check_critic(config: Config) -> None:
+    """Whether the directory that the critic begins from is there, and its model reads the policy's tokens."""
+    path = config.algorithm.critic_path if isinstance(config.algorithm, PpoConfig) else None
+    if path is None:
+        return
+    root = Path(path).expanduser()
+    if not (root / "config.json").is_file() or not list(root.glob("*.safetensors")):
+        raise ModelError(f"algorithm.critic_path: {root} has no config.json and *.safetensors; give a Hugging Face model directory")
+    own, policy = (_vocabulary(read_config(directory)) for directory in (root, config.model.path))
+    if own < policy:
+        raise ModelError(
+            f"algorithm.critic_path: {root} knows {own} tokens, {config.model.path} {policy}: the critic reads the policy's tokens, so "
+            "give a model of the same tokenizer"
+        )
+
+
+def _vocabulary(about: Mapping[str, Any]) -> int:
+    return about.get("text_config", about).get("vocab_size", 0)
 
 
 def check_stack(config: Config) -> None:

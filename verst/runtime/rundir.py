@@ -30,6 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from verst.config.algorithms import AlgorithmConfig, PpoConfig
 from verst.config.hub import pinned
 from verst.config.load import dump_config, load_config
 from verst.config.schema import Config, EvalSetConfig
@@ -323,12 +324,19 @@ def _anchored_set(chosen: EvalSetConfig) -> EvalSetConfig:
     return chosen.model_copy(update={"path": _absolute(chosen.path), "dataset": _dataset(chosen.dataset)})
 
 
+def _anchored_algorithm(algorithm: AlgorithmConfig) -> AlgorithmConfig:
+    if not isinstance(algorithm, PpoConfig):
+        return algorithm
+    return algorithm.model_copy(update={"critic_path": _absolute(algorithm.critic_path)})
+
+
 def _anchored(config: Config) -> Config:
     """The configuration with absolute paths, so that the run can be resumed from any directory, and with the commits of hub ids."""
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": _absolute(config.run.dir)}),
             "model": config.model.model_copy(update={"path": pinned(config.model.path)}),
+            "algorithm": _anchored_algorithm(config.algorithm),
             "data": config.data.model_copy(update={"path": _absolute(config.data.path), "dataset": _dataset(config.data.dataset)}),
             "eval": config.eval.model_copy(update={"sets": {name: _anchored_set(one) for name, one in config.eval.sets.items()}}),
             "weights": config.weights.model_copy(update={"location": _absolute(config.weights.location)}),

@@ -57,7 +57,7 @@ async def ranks_under_ray(config: Config, run: RunDirectory, echo: Echo) -> Asyn
 
 
 @asynccontextmanager
-async def _started(spawned: Callable[[int], Worker], config: Config, put: Callable[[bytes], Any]) -> AsyncIterator[Trainers]:
+async def _started(spawned: Callable[[int], Worker], config: Config, put: Callable[[Any], Any]) -> AsyncIterator[Trainers]:
     trainers = Trainers(spawned, config, put)
     try:
         await trainers.start()

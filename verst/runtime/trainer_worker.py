@@ -7,7 +7,7 @@ import functools
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -19,7 +19,7 @@ from verst.config.schema import Config
 from verst.errors import VerstError
 from verst.observe.metrics import Tally
 from verst.runtime.imports import large_imports
-from verst.types import Manifest, RoutedExperts, RoutesWanted
+from verst.types import Estimates, Manifest, RoutedExperts, RoutesWanted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +58,7 @@ class Scores:
 
     tally: Tally
     reference_kl: dict[int, float]
+    values: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
 
 def _collective(method: Callable[Concatenate[TrainerWorker, P], T]) -> Callable[Concatenate[TrainerWorker, P], T]:
@@ -146,15 +147,15 @@ class TrainerWorker:
             known = decode_routes(routes)
             batch = replace(batch, samples=tuple(replace(s, routes=known.get(i)) for i, s in enumerate(batch.samples)))
         scores = self.backend.load_batch(batch)
-        return Scores(scores.tally, dict(scores.reference_kl))
+        return Scores(scores.tally, dict(scores.reference_kl), dict(scores.values))
 
     async def progress(self) -> Progress:
         """How far the call is that this rank does now. Answered while it is done."""
         return self.backend.progress()
 
     @_collective
-    def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
-        return self.backend.forward_backward(update, advantages)
+    def forward_backward(self, update: int, advantages: Estimates, returns: Sequence[NDArray[np.float32]] = ()) -> Tally:
+        return self.backend.forward_backward(update, advantages, returns)
 
     @_collective
     def optimizer_step(self, update: int) -> Tally:

@@ -25,7 +25,7 @@ from verst.runtime.batching import routes_for
 from verst.runtime.overdue import Overdue
 from verst.runtime.trainer_worker import Published, Scores, TrainerFacts
 from verst.runtime.wait import GRACE_S, NoAnswer, gather_named, within
-from verst.types import Batch, Manifest, RoutedExperts, RoutesWanted
+from verst.types import Batch, Estimates, Manifest, RoutedExperts, RoutesWanted
 
 if TYPE_CHECKING:
     from verst.training.checkpoints import FileRecord
@@ -64,10 +64,10 @@ class Trainers:
         self,
         spawn: Callable[[int], Worker],
         config: Config,
-        put: Callable[[bytes], Any],
+        put: Callable[[Any], Any],
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """`spawn` starts the process of a rank; `put` makes bytes cheap to hand to several of them; `tell` takes lines for a person."""
+        """`spawn` starts the process of a rank; `put` makes an object cheap to hand to all of them; `tell` takes lines for a person."""
         self._spawn = spawn
         self._tell = tell
         self._overdue = Overdue(tell)
@@ -170,7 +170,8 @@ class Trainers:
         encoded = self._put(encode_batch(batch))
         routes = self._routes(batch)
         scores = await self._each("load_batch", [(encoded, routes.get(wanted)) for wanted in self._wanted])
-        return Scores(merged(s.tally for s in scores), {i: kl for s in scores for i, kl in s.reference_kl.items()})
+        kl = {i: kl for s in scores for i, kl in s.reference_kl.items()}
+        return Scores(merged(s.tally for s in scores), kl, {i: values for s in scores for i, values in s.values.items()})
 
     def _routes(self, batch: Batch) -> dict[RoutesWanted | None, Any]:
         """For each different want: the routes of the samples and layers in it, encoded and in the object store."""
@@ -181,9 +182,10 @@ class Trainers:
             found[wanted] = self._put(encode_routes(routes_for(batch, wanted, self._train)))
         return found
 
-    async def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
+    async def forward_backward(self, update: int, advantages: Estimates, returns: Sequence[NDArray[np.float32]] = ()) -> Tally:
         """The last one of a step tells which rank was the slowest, and how much."""
-        tallies = await self._all("forward_backward", update, advantages)
+        told = (self._put(advantages), self._put(returns)) if returns else (advantages, returns)  # of every token, or of every sample
+        tallies = await self._all("forward_backward", update, *told)
         if update == 0:
             self._paces = [Tally() for _ in tallies]
         reports = [pace.merge(tally).report() for pace, tally in zip(self._paces, tallies, strict=True)]

@@ -17,7 +17,7 @@ from verst.observe.metrics import Tally
 from verst.runtime import batching
 from verst.runtime.filtering import without
 from verst.runtime.trainers import Trainers
-from verst.types import Batch, Group, RoutedExperts
+from verst.types import Batch, Estimates, Group, RoutedExperts
 
 Phases = Callable[[str], AbstractContextManager[object]]
 """Surrounds each phase of a step, by its name: `load`, `forward_backward`, `optimizer`."""
@@ -25,9 +25,9 @@ Phases = Callable[[str], AbstractContextManager[object]]
 
 @dataclass(frozen=True, slots=True)
 class TrainedStep:
-    """What a step's updates were made with, and what all ranks tell of them. `advantages`: one for each sample of the batch."""
+    """What a step's updates were made with, and what all ranks tell of them."""
 
-    advantages: list[float]
+    advantages: Estimates
     tally: Tally
 
 
@@ -53,18 +53,18 @@ async def train_batch(
     """
     with phases("load"):
         scores = await trainers.load_batch(batch)
-    advantages = batching.advantages(batch, config, scores.reference_kl)
-    tally = Tally().merge(scores.tally)
+    signal = batching.signal(batch, config, scores.reference_kl, scores.values)
+    tally = Tally().merge(scores.tally).merge(batching.describe_values(scores.values, signal.returns))
     for update in range(trainers.num_updates):
         with phases("forward_backward"):
-            tally.merge(await trainers.forward_backward(update, advantages))
+            tally.merge(await trainers.forward_backward(update, signal.advantages, signal.returns))
         if measured is not None:
             measured(tally.report())
         if before_update is not None:
             await before_update()
         with phases("optimizer"):
             tally.merge(await trainers.optimizer_step(update))
-    return TrainedStep(advantages, tally)
+    return TrainedStep(signal.advantages, tally)
 
 
 async def weights_digest(trainers: Trainers, version: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,12 +17,13 @@ from verst.config.schema import Config
 from verst.errors import InvariantViolation
 from verst.observe.metrics import Tally
 from verst.observe.outliers import Progress
+from verst.training.critic import Critic
 from verst.training.distributed import local_part
 from verst.training.optimizer import ScheduledOptimizer
 from verst.training.pace import Pace
 from verst.training.rest import AtRest, Held
 from verst.training.step import LoadedStep, StepScores, require_known_tokens
-from verst.types import Batch, RoutedExperts, RoutesWanted
+from verst.types import Batch, Estimates, RoutedExperts, RoutesWanted
 from verst.weights.offload import Offload
 
 Optimizer = TypeVar("Optimizer", bound=ScheduledOptimizer)
@@ -46,6 +47,7 @@ class Backend(ABC, Generic[Optimizer]):
         self._broken: list[str] = []  # samples of this update
         self._rest = AtRest(rank, self._held)
         self._pace: Pace | None = None  # of a rank among others
+        self._critic: Critic[Any] | None = None
         self._training_memory, self._weights_memory = Offload(device), Offload(device)
 
     @property
@@ -78,13 +80,23 @@ class Backend(ABC, Generic[Optimizer]):
         require_known_tokens(batch, self._vocabulary, self._config.model.path)
         self._optimizer.zero_grad()
         self._step = self._plan(batch)
-        return self._score_step(self._step)
+        scores = self._score_step(self._step)
+        if self._critic is not None:
+            self._step.values = self._critic.score(self._step)
+            scores.values = self._step.values if self._reports else {}
+        return scores
 
-    def forward_backward(self, update: int, advantages: Sequence[float]) -> Tally:
-        """Accumulates one update's gradients. `advantages` has one entry for each sample of the whole batch."""
+    def forward_backward(self, update: int, advantages: Estimates, returns: Sequence[NDArray[np.float32]] = ()) -> Tally:
+        """Accumulates one update's gradients. `advantages` and `returns` have one entry for each sample of the whole batch."""
         step = self._loaded("forward_backward")
-        if len(advantages) != len(step.batch.samples):
-            raise InvariantViolation(f"step {step.batch.step}: {len(advantages)} advantages for {len(step.batch.samples)} samples")
+        step.require_fitting("advantages", advantages)
+        if self._critic is None:
+            return self._policy_gradient(step, update, advantages)
+        step.require_fitting("returns", returns)
+        tally, told = self._policy_gradient(step, update, advantages), self._critic.accumulate(step, update, returns)
+        return tally.merge(told) if self._reports else tally
+
+    def _policy_gradient(self, step: LoadedStep, update: int, advantages: Estimates) -> Tally:
         self._optimizer.zero_grad()
         self._loss_is_finite, self._broken = True, []
         if self._pace is None:
@@ -101,15 +113,21 @@ class Backend(ABC, Generic[Optimizer]):
     def optimizer_step(self, update: int) -> Tally:
         """Clips and steps, or skips: the same decision on every rank. Raises `TrainingDiverged` after too many skips in a row."""
         step = self._loaded("optimizer_step")
-        if step.is_empty(update):
+        name = f"update {update + 1} of {self.num_updates} of step {step.batch.step}"
+        if step.is_empty(update) or self._critic_alone(step):
             tally = self._optimizer.pass_over()
         else:
-            name = f"update {update + 1} of {self.num_updates} of step {step.batch.step}"
             tally = self._optimizer.step(name, loss_is_finite=self._loss_is_finite, broken=self._broken)
+        if self._critic is not None:
+            tally.merge(self._critic.optimizer.pass_over() if step.is_empty(update) else self._critic.optimizer_step(name))
         if update == self.num_updates - 1:
             self._settle()
             self._rest.keep(f"the last update of step {step.batch.step}")
         return tally
+
+    def _critic_alone(self, step: LoadedStep) -> bool:
+        """Whether the step is one of those that begin a run by training the critic."""
+        return self._critic is not None and step.batch.step <= self._critic.warmup_steps
 
     # ---- weights
 
@@ -129,7 +147,7 @@ class Backend(ABC, Generic[Optimizer]):
     # ---- memory
 
     def release_memory(self, *, weights: bool) -> None:
-        """Gives up the device memory of optimizer, gradients and reference and, with `weights`, of parameters and buffers.
+        """Gives up the device memory of optimizer, gradients, reference and critic and, with `weights`, of parameters and buffers.
 
         Repeating it changes nothing. Gradients are gone, so `load_batch` comes first afterwards.
         """
@@ -137,9 +155,14 @@ class Backend(ABC, Generic[Optimizer]):
             self._step = None
             self._optimizer.zero_grad()
             self._settle()
-            kept = (*self._optimizer.tensors().values(), *_tensors_of(self._reference_modules()))
+            kept = [*self._optimizer.tensors().values(), *_tensors_of(self._reference_modules())]
+            dropped = self._optimizer.gradient_buffers()
+            if self._critic is not None:
+                self._critic.optimizer.zero_grad()
+                dropped += self._critic.optimizer.gradient_buffers()
+                kept += (*self._critic.optimizer.tensors().values(), *_tensors_of(self._critic.modules))
             policy = _tensors_of(self._policy_modules())
-            self._training_memory.release(kept, self._optimizer.gradient_buffers(), but=policy)
+            self._training_memory.release(kept, dropped, but=policy)
         if weights and not self._weights_memory.is_away:
             self._weights_memory.release(_tensors_of(self._policy_modules()))
 
@@ -158,6 +181,11 @@ class Backend(ABC, Generic[Optimizer]):
         if self._step is None:
             raise InvariantViolation("no batch is loaded: load_batch comes before forward_backward and optimizer_step")
         return self._step
+
+    @property
+    def _reports(self) -> bool:
+        """Whether this rank tells of what it computes, where others compute the same."""
+        return True
 
     # ---- what a backend fills in
 
@@ -182,7 +210,7 @@ class Backend(ABC, Generic[Optimizer]):
     def _score_step(self, step: LoadedStep) -> StepScores: ...
 
     @abstractmethod
-    def _accumulate(self, step: LoadedStep, update: int, advantages: Sequence[float]) -> Tally:
+    def _accumulate(self, step: LoadedStep, update: int, advantages: Estimates) -> Tally:
         """Forward and backward of one update's microbatches; what this rank tells of them."""
 
     @abstractmethod

@@ -17,7 +17,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from verst.errors import CollectiveFailed, DeadlineExceeded, DeviceFailed, InvariantViolation, first_line
-from verst.training.model import Policy
+from verst.training.model import Layered
+from verst.weights.offload import own_memory
 
 Value = TypeVar("Value")
 
@@ -136,29 +137,38 @@ def all_ranks(value: Value) -> list[Value]:
     return values
 
 
-def shard(policy: Policy, device: torch.device, world: int, *, master_dtype: torch.dtype) -> None:
+def shard(model: Layered, device: torch.device, world: int, *, master_dtype: torch.dtype) -> None:
     """Splits every parameter over the ranks along dim 0 (FSDP2), one unit for each layer and one for the rest.
 
     Shards are kept and reduced in `master_dtype`; the forward pass gathers and computes in the dtype the model was loaded in.
     """
-    forward_dtype = next(policy.parameters()).dtype
-    for parameter in policy.parameters():
+    forward_dtype = next(model.parameters()).dtype
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(master_dtype)
     precision = MixedPrecisionPolicy(param_dtype=forward_dtype, reduce_dtype=torch.float32)
     mesh = init_device_mesh(device.type, (world,))
-    for unit in (*policy.layers, policy):
+    for unit in (*model.layers, model):
         fully_shard(unit, mesh=mesh, mp_policy=precision)
-    for unit in policy.modules():
+    for unit in model.modules():
         if isinstance(unit, FSDPModule):
             # A token's weight is global already, so gradients are summed; FSDP2 would average them.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
 
 
-def release(policy: Policy) -> None:
+def place(model: Layered, device: torch.device, world: int, *, kept_dtype: torch.dtype) -> None:
+    """Brings a loaded model to its device: with several ranks sharded, each shard a copy in `kept_dtype`."""
+    if world > 1:
+        shard(model, device, world, master_dtype=kept_dtype)
+        model.to(device)
+    else:
+        own_memory(model.to(device))
+
+
+def release(model: Layered) -> None:
     """After a forward pass without a backward: the root's gathered parameters would otherwise survive, stale, past the next update."""
-    if isinstance(policy, FSDPModule):
-        policy.reshard()
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ the shards are the masters and FSDP2 rounds them as it gathers. Either way gradi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from verst.algorithms.kl import kl_per_sample
+from verst.config.algorithms import PpoConfig
 from verst.config.schema import Config
 from verst.exact.rows import filled
 from verst.observe.metrics import Tally
@@ -25,7 +26,8 @@ from verst.protocols import BackendState
 from verst.routing.kinds import routed_experts
 from verst.routing.tap import RoutingTap
 from verst.training.base import Backend
-from verst.training.distributed import device_of, release, require_group, shard, whole
+from verst.training.distributed import device_of, place, release, require_group, whole
+from verst.training.fsdp_critic import FsdpCritic
 from verst.training.loss import policy_loss
 from verst.training.microbatch import Microbatch, split
 from verst.training.model import Policy, load_model
@@ -35,8 +37,7 @@ from verst.training.rest import Held, unique
 from verst.training.routes import PolicyRoutes
 from verst.training.state import RankState, capture, restore
 from verst.training.step import LoadedStep, PerSample, StepScores, kl_estimator, plan_batch
-from verst.types import Batch, RoutedExperts, RoutesWanted
-from verst.weights.offload import own_memory
+from verst.types import Batch, Estimates, RoutedExperts, RoutesWanted
 
 
 class FsdpBackend(Backend[MasterAdamW]):
@@ -63,6 +64,7 @@ class FsdpBackend(Backend[MasterAdamW]):
         self._reference_parameters = {} if self._reference is None else dict(self._reference.model.named_parameters())
         trainable = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self._optimizer = MasterAdamW(trainable, config.train, self.num_updates, config.run.steps)
+        self._critic = self._load_critic()
         self._rest.keep("its start", always=True)
 
     @property
@@ -105,7 +107,7 @@ class FsdpBackend(Backend[MasterAdamW]):
                     reference_kl |= kl_per_sample(policy, reference, microbatch.sample_of_token(), kl_estimator(self._config))
         return StepScores(tally, reference_kl)
 
-    def _accumulate(self, step: LoadedStep, update: int, advantages: Sequence[float]) -> Tally:
+    def _accumulate(self, step: LoadedStep, update: int, advantages: Estimates) -> Tally:
         weights = step.weights(update)
         tally = Tally()
         first = update == 0 and not step.old  # the weights are still those the step began with
@@ -142,12 +144,12 @@ class FsdpBackend(Backend[MasterAdamW]):
         """A private CPU copy of this rank's shards of masters and moments, of the counters and of torch's random state."""
         self._require("state")
         self._rest.require_own("its state was copied")
-        return capture(self._optimizer)
+        return capture(self._optimizer, None if self._critic is None else self._critic.optimizer)
 
     def load_state(self, state: BackendState) -> None:
         """Restores `state()` bit for bit, from this rank's shards or from full tensors. Raises `CheckpointError` on another model's."""
         self._require("load_state")
-        restore(self._optimizer, state, self._rank, self._world)
+        restore(self._optimizer, None if self._critic is None else self._critic.optimizer, state, self._rank, self._world)
         self._step = None
         self._rest.keep("the state was restored", always=True)
 
@@ -161,7 +163,8 @@ class FsdpBackend(Backend[MasterAdamW]):
         """Shards are of one rank each: no rank has a copy of another's."""
         weights = {f"weights/{name}": tensor for name, tensor in (*self._parameters.items(), *self._saved_buffers().items())}
         reference = {f"reference/{name}": tensor for name, tensor in self._reference_parameters.items()}
-        return Held(unique(weights, self._optimizer.tensors(), reference))
+        critic = {} if self._critic is None else self._critic.held()
+        return Held(unique(weights, self._optimizer.tensors(), reference, critic))
 
     def _settle(self) -> None:
         """Nothing runs between two calls."""
@@ -178,11 +181,14 @@ class FsdpBackend(Backend[MasterAdamW]):
         policy.prepare_layers(recompute=trainable and train.gradient_checkpointing, compile_each=train.compile)
         if not trainable:
             policy.requires_grad_(False)
-        if self._world > 1:  # each shard is a copy
-            shard(policy, self._device, self._world, master_dtype=torch.float32 if trainable else self._dtype)
-            return policy.to(self._device)
-        own_memory(policy.to(self._device))
+        place(policy, self._device, self._world, kept_dtype=torch.float32 if trainable else self._dtype)
         return policy
+
+    def _load_critic(self) -> FsdpCritic | None:
+        options = self._config.algorithm
+        if not isinstance(options, PpoConfig):
+            return None
+        return FsdpCritic(self._config, options, world=self._world, device=self._device, num_updates=self.num_updates)
 
     @property
     def _is_exact(self) -> bool:
@@ -217,7 +223,7 @@ class FsdpBackend(Backend[MasterAdamW]):
         microbatch: Microbatch,
         outputs: tuple[torch.Tensor, torch.Tensor],
         weights: PerSample,
-        advantages: Sequence[float],
+        advantages: Estimates,
         tally: Tally,
     ) -> None:
         loss, is_finite, broken = policy_loss(self._algorithm, step, microbatch, outputs, weights, advantages, tally)

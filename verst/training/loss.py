@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from verst.observe.metrics import Tally
 from verst.training.broken import broken_samples
 from verst.training.microbatch import Microbatch
 from verst.training.step import LoadedStep, PerSample
+from verst.types import Estimates
 
 
 def policy_loss(
@@ -21,7 +21,7 @@ def policy_loss(
     microbatch: Microbatch,
     outputs: tuple[torch.Tensor, torch.Tensor],
     weights: PerSample,
-    advantages: Sequence[float],
+    advantages: Estimates,
     tally: Tally,
 ) -> tuple[torch.Tensor, bool, list[str]]:
     """The loss to go back from, whether it is finite, and which samples are not, if it or a mean beside it is not.

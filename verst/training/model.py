@@ -87,33 +87,25 @@ def compiled(forward: Callable[..., Any], backend: str = "inductor") -> Callable
     return torch.compile(forward, dynamic=DYNAMIC, backend=backend)
 
 
-class Policy(nn.Module):
-    """Log-probabilities of chosen tokens. Only their hidden states meet the vocabulary matrix.
+class Layered(nn.Module):
+    """A decoder and the linear head behind it, which run apart from the transformers model that they are parts of.
 
-    `model` keeps the transformers module whole, so parameters keep their Hugging Face names. Parameters that take no part in
-    predicting text (the vision tower of a multimodal model) are frozen. Raises `ModelError` for a model whose layers or head it cannot
-    follow.
+    `model` keeps that model whole, so parameters keep their Hugging Face names; those outside of the two parts are frozen. `where` begins
+    the message of the `ModelError` for a model that cannot be followed.
     """
 
-    def __init__(self, model: PreTrainedModel, path: str) -> None:
+    def __init__(self, model: PreTrainedModel, decoder: nn.Module, head: Any, where: str) -> None:
         super().__init__()
         self.model = model
         self._family = type(model).__name__
-        self._path = path
-        decoder, projection = model.get_decoder(), model.get_output_embeddings()
-        if decoder is model or not isinstance(projection, nn.Linear):
-            raise ModelError(f"model.path {path}: {self._family} is no decoder followed by one linear head; use another model")
+        self._where = where
+        if decoder is model or not isinstance(head, nn.Linear):
+            raise ModelError(f"{where}: {self._family} is no decoder followed by one linear head; use another model")
         # Not registered a second time: they are submodules of `model` already.
-        self._parts: tuple[nn.Module, nn.Linear] = (decoder, projection)
-        self.vocabulary = projection.out_features
-        self.multiple = 1
-        """Of which the number of tokens in a forward pass has to be a multiple."""
-        self._exact = False
-        self.head = _head_of(model.config.get_text_config())
-        self._check_head()
+        self._parts: tuple[nn.Module, nn.Linear] = (decoder, head)
         model.requires_grad_(False)
         decoder.requires_grad_(True)
-        projection.requires_grad_(True)
+        head.requires_grad_(True)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -121,7 +113,36 @@ class Policy(nn.Module):
         for child in self._parts[0].children():
             if isinstance(child, nn.ModuleList):
                 return list(child)
-        raise ModelError(f"model.path {self._path}: {self._family} keeps its layers in no list; use another model")
+        raise ModelError(f"{self._where}: {self._family} keeps its layers in no list; use another model")
+
+    def prepare_layers(self, *, recompute: bool, compile_each: bool) -> None:
+        """Gradient checkpointing and `torch.compile` of each layer. They go inside the hooks that sharding adds to a layer's call."""
+        for layer in self.layers:
+            forward: Any = layer.forward
+            if compile_each:
+                forward = compiled(forward)
+            if recompute:
+                # Not transformers' own switch: that one needs training mode, and training mode means dropout.
+                forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+            layer.forward = forward
+
+
+class Policy(Layered):
+    """Log-probabilities of chosen tokens. Only their hidden states meet the vocabulary matrix.
+
+    Parameters that take no part in predicting text (the vision tower of a multimodal model) are frozen. Raises `ModelError` for a model
+    whose layers or head it cannot follow.
+    """
+
+    def __init__(self, model: PreTrainedModel, path: str) -> None:
+        super().__init__(model, model.get_decoder(), model.get_output_embeddings(), f"model.path {path}")
+        projection = self._parts[1]
+        self.vocabulary = projection.out_features
+        self.multiple = 1
+        """Of which the number of tokens in a forward pass has to be a multiple."""
+        self._exact = False
+        self.head = _head_of(model.config.get_text_config())
+        self._check_head()
 
     def make_exact(self, device: torch.device) -> None:
         """From now on, on such a device, a token has the bits of the `hf` engine in deterministic mode, whatever its neighbours."""
@@ -155,17 +176,6 @@ class Policy(nn.Module):
             exact=self._exact,
         )
 
-    def prepare_layers(self, *, recompute: bool, compile_each: bool) -> None:
-        """Gradient checkpointing and `torch.compile` of each layer. They go inside the hooks that sharding adds to a layer's call."""
-        for layer in self.layers:
-            forward: Any = layer.forward
-            if compile_each:
-                forward = compiled(forward)
-            if recompute:
-                # Not transformers' own switch: that one needs training mode, and training mode means dropout.
-                forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
-            layer.forward = forward
-
     @torch.no_grad()
     def _check_head(self) -> None:
         """Feeds random hidden states through the model's own head and through `Head`: families differ in more than attributes tell."""
@@ -187,7 +197,7 @@ class Policy(nn.Module):
         ours = self.head.logits(projection(noise_H).float())
         if not torch.allclose(theirs, ours, rtol=0.02, atol=0.02 * float(ours.abs().max())):
             raise ModelError(
-                f"model.path {self._path}: the head of {self._family} does more than a linear layer, a scale and a softcap; "
+                f"{self._where}: the head of {self._family} does more than a linear layer, a scale and a softcap; "
                 "its log-probabilities would be wrong, so it cannot be trained by this backend"
             )
 

@@ -38,8 +38,11 @@ def learning_rate(update: int, *, peak: float, schedule: Literal["constant", "li
 class ScheduledOptimizer(ABC):
     """The schedule, and the decision of all ranks together to apply an update or to skip it."""
 
-    def __init__(self, train: TrainConfig, updates_per_step: int, steps: int) -> None:
+    def __init__(self, train: TrainConfig, updates_per_step: int, steps: int, *, metrics: str = "update", rate: str = "train.lr") -> None:
+        """`metrics` begins the names of its metrics; `rate` is the option that has its learning rate, for a person."""
         self._train = train
+        self._metrics = metrics
+        self._rate_option = rate
         self._total = steps * updates_per_step
         self._warmup = train.warmup_steps * updates_per_step
         self.update = 0  # updates decided so far, skipped ones included: the place in the schedule
@@ -78,13 +81,13 @@ class ScheduledOptimizer(ABC):
         norm, bad_losses = self._measure(0.0 if loss_is_finite else 1.0)
         healthy = math.isfinite(norm) and not bad_losses
         tally = Tally()
-        tally.mean("update/skipped", 0.0 if healthy else 1.0)
+        tally.mean(f"{self._metrics}/skipped", 0.0 if healthy else 1.0)
         if healthy:
             rate = self._rate()
             self._apply(rate, norm)
             self.stepped += 1
-            tally.mean("update/grad_norm", norm)
-            tally.mean("update/lr", rate)
+            tally.mean(f"{self._metrics}/grad_norm", norm)
+            tally.mean(f"{self._metrics}/lr", rate)
         cause = "" if healthy else attributed(Findings(broken, first_broken(self._named_gradients())))
         self.zero_grad()
         self.update += 1
@@ -95,16 +98,16 @@ class ScheduledOptimizer(ABC):
             raise TrainingDiverged(
                 f"{self.skipped_in_row} updates in a row were not finite (last gradient norm {norm}, bad loss on {int(bad_losses)} ranks): "
                 f"{cause}. The weights are those before them. Resuming trains the same journaled batches again and ends here too: look at "
-                "them, then start a new run (another run.name) with a lower train.lr, or without what they show"
+                "them, then start a new run (another run.name) with a lower {self._rate_option}, or without what they show"
             )
         return tally
 
     def pass_over(self) -> Tally:
-        """An update that has no token to learn from: the schedule moves on, weights and moments stay."""
+        """An update that is not to be made, as one that has no token to learn from: the schedule moves on, weights and moments stay."""
         self.zero_grad()
         self.update += 1
         tally = Tally()
-        tally.mean("update/skipped", 1.0)
+        tally.mean(f"{self._metrics}/skipped", 1.0)
         return tally
 
     def counters(self) -> dict[str, int]:
@@ -126,8 +129,9 @@ class MasterAdamW(ScheduledOptimizer):
     microbatches would be rounded as they are summed. The model's parameters are then the masters, rounded.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], train: TrainConfig, updates_per_step: int, steps: int) -> None:
-        super().__init__(train, updates_per_step, steps)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], train: TrainConfig, updates_per_step: int, steps: int, **names: str) -> None:
+        """`names`: see `ScheduledOptimizer`."""
+        super().__init__(train, updates_per_step, steps, **names)
         self.parameters = dict(parameters)
         self.masters = {name: _master(parameter) for name, parameter in parameters.items()}
         self._copied = [n for n, p in parameters.items() if local_part(p).dtype != torch.float32]

@@ -11,6 +11,7 @@ import torch
 
 from verst.errors import CheckpointError
 from verst.protocols import BackendState
+from verst.training.critic import CRITIC
 from verst.training.distributed import own_rows
 from verst.training.model import named
 from verst.training.optimizer import MasterAdamW
@@ -25,18 +26,24 @@ class RankState:
     full_shapes: Mapping[str, tuple[int, ...]]
 
 
-def capture(optimizer: MasterAdamW) -> RankState:
-    """Copies this rank's state to the CPU. Random numbers are the process's own: torch's on the CPU and, if used, on the GPU."""
-    tensors = {name: part.detach().to("cpu", copy=True) for name, part in optimizer.tensors().items()}
-    return RankState(tensors, {**optimizer.counters(), "rng": random_state()}, _full_shapes(optimizer))
+def capture(optimizer: MasterAdamW, critic: MasterAdamW | None = None) -> RankState:
+    """Copies this rank's state to the CPU. Random numbers are the process's own: torch's on the CPU and, if used, on the GPU.
+
+    Of a critic, if there is one, `critic/` is before the same names.
+    """
+    tensors = {name: part.detach().to("cpu", copy=True) for name, part in _tensors(optimizer, critic).items()}
+    values: dict[str, Any] = {**optimizer.counters(), "rng": random_state()}
+    if critic is not None:
+        values["critic"] = critic.counters()
+    return RankState(tensors, values, _full_shapes(optimizer, critic))
 
 
-def restore(optimizer: MasterAdamW, state: BackendState, rank: int, world: int) -> None:
+def restore(optimizer: MasterAdamW, critic: MasterAdamW | None, state: BackendState, rank: int, world: int) -> None:
     """Takes a state in, whole tensors or this rank's shards, bit for bit.
 
     Raises `CheckpointError`, before anything is changed, if names or shapes are not those of this model.
     """
-    parts, full_shapes = optimizer.tensors(), _full_shapes(optimizer)
+    parts, full_shapes = _tensors(optimizer, critic), _full_shapes(optimizer, critic)
     require_names(set(parts), set(state.tensors))
     _require_shapes(full_shapes, state.full_shapes)
     fitting = {}
@@ -54,13 +61,22 @@ def restore(optimizer: MasterAdamW, state: BackendState, rank: int, world: int) 
         for name, part in parts.items():
             part.copy_(fitting[name])
     optimizer.restored(state.values)
+    if critic is not None:  # whose place in the schedule is the policy's
+        critic.restored({**state.values["critic"], "update": state.values["update"]})
     set_random_state(state.values["rng"])
 
 
-def _full_shapes(optimizer: MasterAdamW) -> dict[str, tuple[int, ...]]:
+def _tensors(optimizer: MasterAdamW, critic: MasterAdamW | None) -> dict[str, torch.Tensor]:
+    of_critic = {} if critic is None else {f"{CRITIC}{name}": tensor for name, tensor in critic.tensors().items()}
+    return optimizer.tensors() | of_critic
+
+
+def _full_shapes(optimizer: MasterAdamW, critic: MasterAdamW | None) -> dict[str, tuple[int, ...]]:
     return {
-        f"{kind}/{name}": tuple(parameter.shape)
-        for name, parameter in optimizer.parameters.items()
+        f"{whose}{kind}/{name}": tuple(parameter.shape)
+        for whose, one in (("", optimizer), (CRITIC, critic))
+        if one is not None
+        for name, parameter in one.parameters.items()
         for kind in ("model", "exp_avg", "exp_avg_sq")
     }
 

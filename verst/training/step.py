@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,10 @@ from verst.algorithms.losses import LossInputs
 from verst.config.algorithms import PolicyGradientConfig
 from verst.config.schema import Config
 from verst.data.packing import StepPlan, plan_samples
-from verst.errors import ModelError
+from verst.errors import InvariantViolation, ModelError
 from verst.observe.metrics import Tally
 from verst.training.microbatch import Microbatch, collate, flat
-from verst.types import Batch
+from verst.types import Batch, Estimates
 
 PerSample = dict[int, NDArray[np.float32]]
 """Values of the loss tokens of each sample, by its index in the batch."""
@@ -31,11 +31,15 @@ class StepScores:
 
     tally: Tally
     reference_kl: Mapping[int, float]
+    values: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
 
 
 @dataclass
 class LoadedStep:
-    """One batch on one rank. `old` and `reference` hold log-probabilities of this rank's samples, where they were computed."""
+    """One batch on one rank. `old` and `reference` hold log-probabilities of this rank's samples, where they were computed.
+
+    `values` are the critic's before the step's first update, if there is one.
+    """
 
     config: Config
     batch: Batch
@@ -45,6 +49,7 @@ class LoadedStep:
     multiple: int = 1  # of which the tokens of a microbatch are one
     old: PerSample = field(default_factory=dict)
     reference: PerSample = field(default_factory=dict)
+    values: PerSample = field(default_factory=dict)
 
     @property
     def version(self) -> int:
@@ -69,19 +74,30 @@ class LoadedStep:
         samples = self.batch.samples
         return flat({i: samples[i].behaviour_logprobs_T[samples[i].loss_mask_T] for i in microbatch.indices}, microbatch)
 
-    def inputs(self, microbatch: Microbatch, logprobs_N: torch.Tensor, advantages: Sequence[float]) -> LossInputs:
+    def require_fitting(self, what: str, estimates: Estimates) -> None:
+        """Raises `InvariantViolation` unless there is one for each sample, or for each loss token of a sample."""
+        samples = self.batch.samples
+        if len(estimates) != len(samples):
+            raise InvariantViolation(f"step {self.batch.step}: {len(estimates)} {what} for {len(samples)} samples")
+        for sample, own in zip(samples, estimates, strict=True):
+            if np.ndim(own) and np.size(own) != sample.loss_mask_T.sum():
+                raise InvariantViolation(f"sample {sample.id}: {np.size(own)} {what} for {sample.loss_mask_T.sum()} loss tokens")
+
+    def inputs(self, microbatch: Microbatch, logprobs_N: torch.Tensor, advantages: Estimates) -> LossInputs:
         """Everything a loss may look at, on the device."""
 
         def tensor(values_N: NDArray[np.float32]) -> torch.Tensor:
             return torch.from_numpy(values_N).to(logprobs_N.device)
 
         samples_N = microbatch.sample_of_token()
+        counts = zip(microbatch.indices, microbatch.counts, strict=True)
+        own = [np.broadcast_to(np.asarray(advantages[i], np.float32), count) for i, count in counts]
         return LossInputs(
             logprobs=logprobs_N,
             old_logprobs=tensor(flat(self.old, microbatch)) if self.old else logprobs_N.detach(),
             behaviour_logprobs=tensor(self.behaviour(microbatch)),
             reference_logprobs=tensor(flat(self.reference, microbatch)) if self.reference else None,
-            advantages=tensor(np.asarray(advantages, dtype=np.float32)[samples_N]),
+            advantages=tensor(np.concatenate(own)),
             samples=torch.from_numpy(samples_N).to(logprobs_N.device),
         )
 

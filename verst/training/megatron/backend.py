@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from transformers import AutoConfig
 
 from verst.algorithms.kl import kl_per_sample
+from verst.config.algorithms import PpoConfig
 from verst.config.schema import Config
 from verst.errors import ConfigError
 from verst.observe.metrics import Tally
@@ -34,7 +35,7 @@ from verst.training.loss import policy_loss
 from verst.training.megatron import arguments as megatron_arguments
 from verst.training.megatron import compat
 from verst.training.megatron.layout import join
-from verst.training.megatron.packed import Packed, pack, pack_probe
+from verst.training.megatron.packed import Packed, in_rounds, pack, pack_probe
 from verst.training.megatron.table.families import family_of
 from verst.training.microbatch import split
 from verst.training.model import require_files
@@ -42,12 +43,13 @@ from verst.training.pace import Pace
 from verst.training.rest import Held, unique
 from verst.training.state import RankState
 from verst.training.step import LoadedStep, PerSample, StepScores, kl_estimator, plan_batch
-from verst.types import Batch, RoutedExperts, RoutesWanted
+from verst.types import Batch, Estimates, RoutedExperts, RoutesWanted
 
 _KEEPS_ADDRESSES: Mapping[str, Any] = {"cuda_graph_impl": "none", "nccl_ub": False}
 """Megatron's arguments under which recorded graphs or NCCL hold addresses of parameters and gradients, and their values without that."""
 
 if TYPE_CHECKING:
+    from verst.training.megatron.critic import MegatronCritic
     from verst.training.megatron.routes import Routers
 
 OnOutput = Callable[[Packed, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -91,6 +93,10 @@ class MegatronBackend(Backend[Any]):
     # ---- one step
 
     @property
+    def _reports(self) -> bool:
+        return self._place.reports
+
+    @property
     def _vocabulary(self) -> int:
         return self._hf_config.vocab_size
 
@@ -113,7 +119,7 @@ class MegatronBackend(Backend[Any]):
         scores.tally.merge(routes)
         return scores
 
-    def _accumulate(self, step: LoadedStep, update: int, advantages: Sequence[float]) -> Tally:
+    def _accumulate(self, step: LoadedStep, update: int, advantages: Estimates) -> Tally:
         tally, told = Tally(), Tally()
         take = partial(self._loss, step, update, step.weights(update), advantages, tally)
         microbatches = self._with_routes(step, self._microbatches(step, update))
@@ -139,17 +145,20 @@ class MegatronBackend(Backend[Any]):
 
         self._require("state")
         self._rest.require_own("its state was copied")
-        return capture(self._optimizer, self._layout, self._tensors)
+        return capture(self._optimizer, self._layout, self._tensors, self._critic_state())
 
     def load_state(self, state: BackendState) -> None:
         """Restores `state()` bit for bit; one that was read from a checkpoint also on another layout. Raises `CheckpointError`."""
         from verst.training.megatron.state import restore
 
         self._require("load_state")
-        restore(self._optimizer, state, self._layout, self._tensors)
+        restore(self._optimizer, state, self._layout, self._tensors, self._critic_state())
         self._step = None
         self._settle()
         self._rest.keep("the state was restored", always=True)
+
+    def _critic_state(self) -> tuple[Any, Any] | None:
+        return None if self._values is None else (self._values.optimizer, self._values.tensors)
 
     def release_memory(self, *, weights: bool) -> None:
         """See `Backend.release_memory`. Raises `ConfigError` for options of Megatron that remember where memory lies."""
@@ -191,6 +200,16 @@ class MegatronBackend(Backend[Any]):
                 self._reference_tensors.load()
                 for chunk in self._reference:
                     chunk.requires_grad_(False)
+            self._critic = self._values = self._built_critic()
+
+    def _built_critic(self) -> MegatronCritic | None:
+        from verst.training.megatron.critic import MegatronCritic
+
+        options = self._config.algorithm
+        if not isinstance(options, PpoConfig):
+            return None
+        place = {"layout": self._layout, "data_rank": self._place.data, "device": self._device}
+        return MegatronCritic(self._config, options, self._args, self._hf_config, self._family, **place, num_updates=self.num_updates)
 
     def _loaded_chunks(self, config: Any) -> list[Any]:
         from verst.training.megatron.model import build_chunks
@@ -210,12 +229,15 @@ class MegatronBackend(Backend[Any]):
 
         weights = names_of(self._tensors, "weights")
         reference = {} if self._reference_tensors is None else names_of(self._reference_tensors, "reference")
-        held = unique(weights, updated(self._optimizer, self._tensors), reference)
-        return Held(held, copies_of(self._tensors, "weights"))
+        held, copies = [weights, updated(self._optimizer, self._tensors), reference], copies_of(self._tensors, "weights")
+        if self._values is not None:
+            held.append(self._values.held())
+            copies |= self._values.copies()
+        return Held(unique(*held), copies)
 
     def _settle(self) -> None:
         """Ends the gathering of parameters that overlaps with the next forward, before they are read otherwise."""
-        for chunk in self._chunks:
+        for chunk in (*self._chunks, *(() if self._values is None else self._values.chunks)):
             if chunk.ddp_config.overlap_param_gather:
                 with compat.quiet():
                     chunk.disable_forward_pre_hook()
@@ -247,18 +269,22 @@ class MegatronBackend(Backend[Any]):
 
         `measured`: the policy's routes are compared with those recorded, if there are any.
         """
+        from verst.training.megatron.model import forward
         from verst.training.megatron.parallel import schedule
 
         if not microbatches:
             return
-        if self._layout.virtual > 1:  # virtual stages take microbatches in rounds of as many as there are stages
-            missing = -len(microbatches) % self._layout.pipeline
-            microbatches = [*microbatches, *[pack([], (), self._layout, self._device)] * missing]
+        microbatches = in_rounds(microbatches, self._layout, self._device)
         around = None
         if self._routers is not None:
             self._routers.begin()
             around = partial(self._routers.during, measured=measured)
-        schedule(chunks, microbatches, take, temperature, self._hf_config.vocab_size, score_only=score_only, around=around)
+        forward_scores = partial(forward, temperature=temperature, vocabulary=self._hf_config.vocab_size)
+
+        def take_scores(packed: Packed, scores: torch.Tensor) -> torch.Tensor:
+            return take(packed, scores[0], scores[1].detach())
+
+        schedule(chunks, microbatches, forward_scores, take_scores, score_only=score_only, around=around)
 
     @torch.no_grad()
     def _score(self, chunks: Sequence[Any], microbatches: Sequence[Packed], temperature: float | None = None) -> PerSample:
@@ -293,7 +319,7 @@ class MegatronBackend(Backend[Any]):
         step: LoadedStep,
         update: int,
         weights: PerSample,
-        advantages: Sequence[float],
+        advantages: Estimates,
         tally: Tally,
         packed: Packed,
         logprobs_N: torch.Tensor,

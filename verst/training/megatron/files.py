@@ -14,8 +14,9 @@ from verst.errors import ModelError
 class WeightFiles:
     """Names and shapes of all tensors at once, contents on demand. Raises `ModelError` if there are no safetensors files."""
 
-    def __init__(self, path: str) -> None:
-        self.where = f"model.path {path}"
+    def __init__(self, path: str, where: str | None = None) -> None:
+        """`where` begins messages."""
+        self.where = where or f"model.path {path}"
         found = sorted(Path(path).expanduser().glob("*.safetensors"))
         if not found:
             raise ModelError(f"{self.where}: no *.safetensors; train.backend megatron reads no other weights")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import get_model_config
+from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -20,15 +21,17 @@ from verst.training.megatron.specs import block_spec, compile_layers, packed_seq
 from verst.training.megatron.table.rows import padded
 
 
-def build_chunks(config: Any, hf_config: Any, virtual: int, device: torch.device, *, compiled: bool) -> list[GPTModel]:
-    """The model chunks of this rank's pipeline stage, on the device, with weights not yet read."""
-    chunks = [_chunk(config, hf_config, stage if virtual > 1 else None, device) for stage in range(virtual)]
+def build_chunks(
+    config: Any, hf_config: Any, virtual: int, device: torch.device, *, compiled: bool, values: bool = False
+) -> list[GPTModel]:
+    """The model chunks of this rank's pipeline stage, on the device, with weights not yet read. `values`: of a critic."""
+    chunks = [_chunk(config, hf_config, stage if virtual > 1 else None, device, values) for stage in range(virtual)]
     for chunk in chunks if compiled else []:
         compile_layers(chunk)
     return chunks
 
 
-def _chunk(config: Any, hf_config: Any, stage: int | None, device: torch.device) -> GPTModel:
+def _chunk(config: Any, hf_config: Any, stage: int | None, device: torch.device, values: bool) -> GPTModel:
     ends = {"ignore_virtual": stage is None, "vp_stage": stage}
     model = GPTModel(
         config,
@@ -43,6 +46,9 @@ def _chunk(config: Any, hf_config: Any, stage: int | None, device: torch.device)
         post_process=parallel_state.is_pipeline_last_stage(**ends),
         vp_stage=stage,
     )
+    if values and model.post_process:
+        head: Any = nn.Linear(config.hidden_size, 1, bias=False, dtype=config.params_dtype)
+        model.output_layer = head
     _set_rope(model, hf_config)
     rotate_once(model, config)
     return model.to(device)
@@ -67,15 +73,40 @@ def forward(model: Any, packed: Packed, temperature: float, vocabulary: int) -> 
     """One chunk's forward: hidden states for the next stage; from the last chunk [2, N], log-probabilities and entropies (no gradient)."""
     ranks, rank = groups.context().size(), groups.context().rank()
     local = packed.local_places(rank, ranks)
+    return _run(model, packed, local, _score, (packed, local, temperature, vocabulary))
+
+
+def forward_values(model: Any, packed: Packed) -> torch.Tensor:
+    """One chunk's forward of a critic: hidden states for the next stage; from the last chunk [N] values, float32."""
+    local = packed.local_places(groups.context().rank(), groups.context().size())
+    return _run(model, packed, local, _value, (packed, local))
+
+
+def _run(model: Any, packed: Packed, local: torch.Tensor, processor: Any, context: Any) -> torch.Tensor:
     tokens = packed.tokens_BT[:, local]
     return model(
         tokens,
         torch.zeros_like(tokens),  # rotary positions follow from the sequences' lengths
         None,
         packed_seq_params=packed_sequences(packed.lengths, local, get_model_config(model)),
-        output_processor=_score,
-        output_processor_context=(packed, local, temperature, vocabulary),
+        output_processor=processor,
+        output_processor_context=context,
     )
+
+
+def _value(hidden_states: torch.Tensor, output_layer: Any, context: Any, config: Any, **_: Any) -> torch.Tensor:
+    packed, local = context
+    for hook in output_layer._forward_pre_hooks.values():  # as in `_score`
+        hook(output_layer, ())
+    if config.sequence_parallel:  # each rank computes all values alike, so each has the whole gradient: on the way back it takes its part
+        hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+    hidden_states, weight = hidden_states.flatten(0, 1), output_layer.weight.float()
+    if groups.context().size() == 1:
+        return nn.functional.linear(hidden_states.index_select(0, packed.positions_N).float(), weight)[:, 0]
+    own, rows = _own_positions(packed, local)
+    values = nn.functional.linear(hidden_states.index_select(0, rows).float(), weight)[:, 0]
+    whole: Any = _FromAllRanks.apply(values, own, len(packed.targets_N), groups.context())
+    return whole
 
 
 def _score(
@@ -127,8 +158,8 @@ class _FromAllRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: torch.Tensor, own: torch.Tensor, count: int, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.save_for_backward(own)
-        whole = scores.new_zeros(2, count)
-        whole[:, own] = scores
+        whole = scores.new_zeros(*scores.shape[:-1], count)
+        whole[..., own] = scores
         dist.all_reduce(whole, group=group)
         return whole
 
@@ -136,4 +167,4 @@ class _FromAllRanks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (own,) = ctx.saved_tensors
-        return grad[:, own], None, None, None
+        return grad[..., own], None, None, None

@@ -21,8 +21,11 @@ from verst.training.optimizer import ScheduledOptimizer
 class MegatronAdamW(ScheduledOptimizer):
     """AdamW as Megatron runs it: plain, or distributed over data-parallel ranks. `chunks` are wrapped in Megatron's data parallelism."""
 
-    def __init__(self, args: argparse.Namespace, chunks: Sequence[Any], train: TrainConfig, updates_per_step: int, steps: int) -> None:
-        super().__init__(train, updates_per_step, steps)
+    def __init__(
+        self, args: argparse.Namespace, chunks: Sequence[Any], train: TrainConfig, updates_per_step: int, steps: int, **names: str
+    ) -> None:
+        """`names`: see `ScheduledOptimizer`."""
+        super().__init__(train, updates_per_step, steps, **names)
         options = {f.name: getattr(args, f.name) for f in dataclasses.fields(OptimizerConfig) if hasattr(args, f.name)}
         self._chunks = chunks
         self._whole: Any = get_megatron_optimizer(OptimizerConfig(**options), list(chunks), use_gloo_process_groups=False)

@@ -68,6 +68,12 @@ def pack(samples: Sequence[Sample], indices: tuple[int, ...], layout: Layout, de
     return _packed(indices, [row.tokens_T[:-1] for row in rows], [places - 1 for places in at], targets, counts, layout, device)
 
 
+def in_rounds(microbatches: Sequence[Packed], layout: Layout, device: torch.device) -> list[Packed]:
+    """With what virtual stages need: they take microbatches in rounds of as many as there are stages."""
+    missing = -len(microbatches) % layout.pipeline if layout.virtual > 1 else 0
+    return [*microbatches, *[pack([], (), layout, device)] * missing]
+
+
 def pack_probe(tokens_T: np.ndarray, layout: Layout, device: torch.device) -> Packed:
     """One sequence, every token but the first of which is a target."""
     tokens = tokens_T.astype(np.int64)

@@ -14,7 +14,6 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.training import get_megatron_ddp_config
 
 from verst.training.megatron import compat
-from verst.training.megatron.model import forward
 from verst.training.megatron.packed import Packed
 
 
@@ -42,14 +41,13 @@ def wrap(chunks: Sequence[Any], config: Any, args: argparse.Namespace) -> list[A
 def schedule(
     chunks: Sequence[Any],
     microbatches: Sequence[Packed],
-    take: Callable[[Packed, torch.Tensor, torch.Tensor], torch.Tensor],
-    temperature: float,
-    vocabulary: int,
+    forward: Callable[[Any, Packed], torch.Tensor],
+    take: Callable[[Packed, torch.Tensor], torch.Tensor],
     *,
     score_only: bool,
     around: Callable[[Any, Packed], AbstractContextManager[None]] | None,
 ) -> None:
-    """Runs Megatron's schedule for this layout. `take` gets each microbatch's scores on the last stage and returns its loss.
+    """Runs Megatron's schedule for this layout. `take` gets what `forward` of the last stage gave, and returns the microbatch's loss.
 
     `around`, if any, is entered around each chunk's forward pass of each microbatch.
     """
@@ -57,12 +55,12 @@ def schedule(
     def forward_step(microbatch: Iterator[Packed], model: Any) -> tuple[torch.Tensor, Any]:
         packed = next(microbatch)
 
-        def loss(scores: torch.Tensor, non_loss_data: bool = False) -> Any:
-            value = take(packed, scores[0], scores[1].detach())
+        def loss(output: torch.Tensor, non_loss_data: bool = False) -> Any:
+            value = take(packed, output)
             return value if non_loss_data else (value, torch.tensor(0, dtype=torch.int), {})
 
         with around(model, packed) if around else nullcontext():
-            return forward(model, packed, temperature, vocabulary), loss
+            return forward(model, packed), loss
 
     several = len(chunks) > 1
     with compat.quiet():

@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 
 from verst.errors import CheckpointError
+from verst.training.critic import CRITIC
 from verst.training.megatron.tensors import Key, ModelTensors
 
 
@@ -46,13 +47,16 @@ class Piece:
 class SavedShards:
     """The files of all ranks of one checkpoint, read tensor by tensor. Close it, or use it in a `with` block."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], *, critic: bool = False) -> None:
+        """`critic`: those of the critic, in place of the policy's."""
+        self._prefix = CRITIC if critic else ""
         self._opened = contextlib.ExitStack()
         self._where = str(files[0].parent)
         self._by_key: dict[Key, list[tuple[Any, str, Piece]]] = {}
         for path in files:
             file = self._opened.enter_context(safe_open(path, framework="pt"))
-            for name, described in json.loads(file.metadata()["values"])["pieces"].items():
+            values = json.loads(file.metadata()["values"])
+            for name, described in (values["critic"] if critic else values)["pieces"].items():
                 piece = Piece.of(described)
                 self._by_key.setdefault(piece.key, []).append((file, name, piece))
 
@@ -90,9 +94,10 @@ class SavedShards:
         whole = torch.empty(math.prod(shape))
         done = 0
         for file, name, piece in sorted(shards, key=lambda shard: shard[2].begin):
-            end = piece.begin + math.prod(file.get_slice(f"{kind}/{name}").get_shape())
+            saved = f"{self._prefix}{kind}/{name}"
+            end = piece.begin + math.prod(file.get_slice(saved).get_shape())
             if piece.begin <= done < end:
-                whole[done:end] = file.get_tensor(f"{kind}/{name}").flatten()[done - piece.begin :]
+                whole[done:end] = file.get_tensor(saved).flatten()[done - piece.begin :]
                 done = end
         if not shards or done != len(whole):
             about = f"{shards[0][2].key[0]} of layer {shards[0][2].key[1]}" if shards else "a tensor"

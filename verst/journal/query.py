@@ -57,6 +57,7 @@ class Found:
             "messages": [{"role": m.role, "content": m.content} for m in t.messages],
             "turns": [{"generated_tokens": turn.end - turn.generated, "finish": str(turn.finish), "text": turn.text} for turn in t.turns],
             "info": dict(t.info),
+            "fields": {name: plain(value) for name, value in t.fields.items()},
         }
 
 

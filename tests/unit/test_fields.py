@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.unit.field_cases import expected, fields_batch, fields_config, run_steps, seeing_loss, with_fields
 from tests.unit.fsdp_cases import make_backend, make_batch
-from tests.unit.fsdp_cases import path as path  # noqa: PLC0414 - a fixture
+from tests.unit.fsdp_cases import path as path
 from tests.unit.test_codec import assert_same, group_of, trajectory
 from tests.unit.test_roll import END, MORE, PROMPT, ids, roller
 from verst.algorithms.losses import LossInputs
@@ -50,7 +50,7 @@ CPU = torch.device("cpu")
         ({"x": PerToken(1.0)}, r"of shape \[\], not a list"),
         ({"x": PerSample(float("inf"))}, "field 'x' is PerSample with inf: give a finite number"),
         ({"x": PerSample(1e39)}, "field 'x' is PerSample with 1e\\+39: give a finite number of float32"),
-        ({"x": PerSample("much")}, "field 'x' is PerSample with 'much'"),
+        ({"x": PerSample("much")}, "field 'x' is PerSample with 'much'"),  # type: ignore[arg-type]
         ({"x": Opaque({"a": {1, 2}})}, "field 'x' is Opaque with a value that is not JSON: Object of type set"),
         ({"x": Opaque([float("nan")])}, "field 'x' is Opaque with a value that is not JSON"),
         ({"x": Opaque("y" * 70_000)}, "field 'x' is Opaque with 70002 bytes of JSON: at most 65536 can travel"),
@@ -107,8 +107,16 @@ async def test_an_environment_gives_tokens_turn_by_turn_or_all_at_the_end():
 @pytest.mark.parametrize(
     ("first", "last", "reason"),
     [
-        ({"x": PerToken([1])}, {}, "FakeEnvironment.reply: field 'x' is PerToken with 1 values, not 3: one for each token generated so far"),
-        ({"x": PerToken([1, 2, 3])}, {"x": PerToken(range(5))}, "with 5 values, not 2: one for each token generated since it was last given"),
+        (
+            {"x": PerToken([1])},
+            {},
+            "FakeEnvironment.reply: field 'x' is PerToken with 1 values, not 3: one for each token generated so far",
+        ),
+        (
+            {"x": PerToken([1, 2, 3])},
+            {"x": PerToken(range(5))},
+            "with 5 values, not 2: one for each token generated since it was last given",
+        ),
         ({"x": PerToken([1, 2, 3])}, {}, "environment FakeEnvironment: field 'x' is PerToken with 3 values, not 5"),
         ({"x": PerSample(1)}, {"x": PerToken(range(5))}, "field 'x' is PerToken, and was PerSample before: give it one kind"),
         ({"x": PerSample(float("nan"))}, {}, "FakeEnvironment.reply: field 'x' is PerSample with nan"),
@@ -169,7 +177,7 @@ async def test_a_reward_gives_fields_beside_its_number(function: str, tmp_path: 
 
 
 def test_groups_and_batches_keep_fields_to_the_bit():
-    fields = {"a": PerToken(np.float32([0.1, 2, -0.0])), "b": Opaque(None), "c": PerToken([3, 4, 5]), "d": PerSample(0.1)}
+    fields = {"a": PerToken([0.1, 2, -0.0]), "b": Opaque(None), "c": PerToken([3, 4, 5]), "d": PerSample(0.1)}
     group = group_of(trajectory("0/0", 6, fields=fields), trajectory("0/1", 4), trajectory("0/2", 4, fields={"c": PerToken([7, 8])}))
     assert_same(decode_group(encode_group(group)), group)
     batch = fields_batch(1)

@@ -72,7 +72,7 @@ def check_loss(
     for sample in range(samples):
         own_N = of_N == sample
         given = {name: values if isinstance(values, list) else values[own_N] for name, values in whole.fields.items()}
-        alone = LossInputs(*(values[own_N].detach() for values in _tensors(whole)), given)
+        alone = LossInputs(**{name: values[own_N].detach() for name, values in _tensors(whole).items()}, fields=given)
         alone.logprobs.requires_grad_()
         found = call_loss(function, alone).per_token
         assert torch.allclose(found, output.per_token[of_N == sample], atol=1e-6), (
@@ -81,8 +81,8 @@ def check_loss(
     return float(output.per_token.detach().sum())
 
 
-def _tensors(inputs: LossInputs) -> list[Any]:
-    return [getattr(inputs, name) for name in inputs.__dataclass_fields__ if name != "fields"]
+def _tensors(inputs: LossInputs) -> dict[str, Any]:
+    return {name: getattr(inputs, name) for name in inputs.__dataclass_fields__ if name != "fields"}
 
 
 def _given(made: Sequence[Mapping[str, Field]], tokens: int) -> dict[str, Any]:

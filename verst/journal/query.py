@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verst.errors import DataError
+from verst.fields import plain
 from verst.journal.log import JournalReader
 from verst.types import NO_VERSION, Group, Status, Trajectory
 

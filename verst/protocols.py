@@ -63,7 +63,10 @@ class Reward(Protocol):
     """Scores a whole trajectory. May be `async`. Its parameters: the trajectory and the prompt's fields."""
 
     def __call__(self, trajectory: Trajectory, fields: Mapping[str, Any], /) -> Any:
-        """A finite number. An exception, NaN or None marks the trajectory failed; it never becomes a silent 0."""
+        """A finite number, or a `verst.fields.Score` with fields beside it.
+
+        An exception, NaN or None marks the trajectory failed; it never becomes a silent 0.
+        """
         ...
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from verst.fields import Field
+
 NO_VERSION = -1
 """The version of a token that no policy produced: prompt tokens, environment replies, demonstrations."""
 
@@ -156,7 +158,11 @@ class Reply:
 
     messages: tuple[Message, ...] = ()  # appended to the conversation when not done
     done: bool = True
-    info: Mapping[str, Any] = field(default_factory=dict)  # JSON values, handed to the reward as `trajectory.info`
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values, handed to the reward as `trajectory.info`; and fields (`verst.fields`), which become `trajectory.fields`.
+
+    A `PerToken` has one value for each token generated since its field was last given.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +196,8 @@ class Trajectory:
     reward: float | None = None  # None until scored, and for failed trajectories
     info: Mapping[str, Any] = field(default_factory=dict)
     routes: Routes | None = None  # None: of a dense model, or not recorded
+    fields: Mapping[str, Field] = field(default_factory=dict)
+    """Of the environment and, once scored, of the reward. A `PerToken` has one value for each token of the loss mask."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.tokens_T), len(self.loss_mask_T), len(self.logprobs_T), len(self.versions_T)}
@@ -252,6 +260,7 @@ class Sample:
     versions_T: NDArray[np.int32]
     reward: float
     routes: Routes | None = None  # they travel on their own: each trainer rank gets those that it replays
+    fields: Mapping[str, Field] = field(default_factory=dict)  # of the trajectory
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,11 +201,11 @@ def test_a_wrong_dtype_is_refused_not_converted():
 
 def test_other_bytes_are_refused():
     batch = encode_batch(Batch(1, (), ()))
-    with pytest.raises(JournalError, match=r"schema 'batch/1' where 'group/1' is needed"):
+    with pytest.raises(JournalError, match=r"schema 'batch/2' where 'group/2' is needed"):
         decode_group(batch)
-    with pytest.raises(JournalError, match="not a 'batch/1' Arrow stream"):
+    with pytest.raises(JournalError, match="not a 'batch/2' Arrow stream"):
         decode_batch(b"nonsense")
-    with pytest.raises(JournalError, match="not a 'batch/1' Arrow stream"):
+    with pytest.raises(JournalError, match="not a 'batch/2' Arrow stream"):
         decode_batch(batch[: len(batch) // 2])
-    with pytest.raises(JournalError, match="not a 'group/1' Arrow stream"):
+    with pytest.raises(JournalError, match="not a 'group/2' Arrow stream"):
         decode_group(b"")

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # design: a module imports only from lower layers; packages of one layer know each other through protocols and types
 LAYERS = {
-    **dict.fromkeys(["types", "errors"], 0),
+    **{"errors": 0, "fields": 0.1, "types": 0.2},
     **dict.fromkeys(["extend", "protocols", "observe"], 0.5),
     "isolated": 0.7,
     "config": 1,
@@ -31,7 +31,7 @@ OUTSIDE = {"testing", "fault_injection", "__init__"}  # fakes and faults for eve
 # where a system may be imported at all, and where torch may not be imported at module level
 ONLY_IN = {"ray": ("runtime/",), "sglang": ("rollout/sglang",), "megatron": ("training/megatron/",)}
 NO_TORCH = (
-    *("types.py", "errors.py", "extend.py", "protocols.py", "doctor/"),
+    *("types.py", "errors.py", "fields.py", "extend.py", "protocols.py", "doctor/"),
     *("observe/", "config/", "data/", "rewards/", "isolated/", "filters/", "hooks.py", "algorithms/", "journal/", "runtime/", "cli/"),
 )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from verst.fields import Field, Opaque, plain
 from verst.types import Sample
 
 if TYPE_CHECKING:
@@ -36,8 +38,12 @@ def check_advantages(function: Any, *, groups: int = 3, members: int = 4, seed: 
     return first
 
 
-def check_loss(function: Any, *, samples: int = 3, tokens: int = 5, seed: int = 0) -> float:
+def check_loss(
+    function: Any, *, samples: int = 3, tokens: int = 5, seed: int = 0, fields: Mapping[str, Callable[[int], Field]] | None = None
+) -> float:
     """The contract of `algorithm.loss`, run on yours, with random log-probabilities. Returns the sum of its loss.
+
+    `fields`: by name, what makes the field of a sample of so many tokens, for a loss that reads some.
 
     Raises `ExtensionError` if it raises or returns no loss for each token that can be differentiated, and `AssertionError` if loss or
     gradient is not finite, or the loss of a sample depends on the others in its microbatch.
@@ -56,14 +62,17 @@ def check_loss(function: Any, *, samples: int = 3, tokens: int = 5, seed: int = 
     of_N = torch.arange(samples).repeat_interleave(tokens)
     old_N = -3 * torch.rand(count, generator=generator) - 0.5
     advantages_N = torch.linspace(-1, 1, samples)[of_N]
-    whole = LossInputs(near(old_N).requires_grad_(), old_N, near(old_N), near(old_N), advantages_N, of_N)
+    made = [{name: make(tokens) for name, make in (fields or {}).items()} for _ in range(samples)]
+    whole = LossInputs(near(old_N).requires_grad_(), old_N, near(old_N), near(old_N), advantages_N, of_N, _given(made, tokens))
     output = call_loss(function, whole)
     output.per_token.sum().backward()
     assert torch.isfinite(output.per_token).all(), f"a loss that is not finite: {output.per_token.tolist()}"
     assert whole.logprobs.grad is not None
     assert torch.isfinite(whole.logprobs.grad).all(), f"a gradient that is not finite: {whole.logprobs.grad.tolist()}"
     for sample in range(samples):
-        alone = LossInputs(*(values[of_N == sample].detach() for values in _tensors(whole)))
+        own_N = of_N == sample
+        given = {name: values if isinstance(values, list) else values[own_N] for name, values in whole.fields.items()}
+        alone = LossInputs(**{name: values[own_N].detach() for name, values in _tensors(whole).items()}, fields=given)
         alone.logprobs.requires_grad_()
         found = call_loss(function, alone).per_token
         assert torch.allclose(found, output.per_token[of_N == sample], atol=1e-6), (
@@ -72,8 +81,22 @@ def check_loss(function: Any, *, samples: int = 3, tokens: int = 5, seed: int = 
     return float(output.per_token.detach().sum())
 
 
-def _tensors(inputs: LossInputs) -> list[Any]:
-    return [getattr(inputs, name) for name in inputs.__dataclass_fields__]
+def _tensors(inputs: LossInputs) -> dict[str, Any]:
+    return {name: getattr(inputs, name) for name in inputs.__dataclass_fields__ if name != "fields"}
+
+
+def _given(made: Sequence[Mapping[str, Field]], tokens: int) -> dict[str, Any]:
+    """As `verst.training.fields.loss_fields` has it."""
+    import torch
+
+    given: dict[str, Any] = {}
+    for name in made[0]:
+        values = [fields[name] for fields in made]
+        if isinstance(values[0], Opaque):
+            given[name] = [plain(value) for value in values]
+        else:
+            given[name] = torch.from_numpy(np.concatenate([np.full(tokens, plain(value), np.float32) for value in values]))
+    return given
 
 
 def _sample(index: int, group: int, reward: float, rng: np.random.Generator) -> Sample:

@@ -5,8 +5,9 @@ Only tensor methods are used, so this module needs no torch to be imported.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from verst.algorithms.corrections import correct, ratios
 from verst.algorithms.kl import kl_per_token
@@ -35,6 +36,12 @@ class LossInputs:
     """[N] each token has its sample's, or with a critic its own."""
     samples: torch.Tensor
     """[N] int64, index in the batch of each token's sample. A microbatch has all loss tokens of its samples."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """By name, what environment and reward have given (`verst.fields`), of each field that any sample of the batch has.
+
+    `PerToken` and `PerSample`: [N] float32, NaN for tokens of a sample without it. `Opaque`: a list of the batch's samples, to be indexed
+    with `samples`; None for one without it.
+    """
 
 
 @dataclass(frozen=True, slots=True)

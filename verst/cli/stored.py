@@ -250,6 +250,7 @@ def _message_lines(messages: Any) -> list[str]:
 
 
 def _show_trajectory(journal: JournalReader, options: argparse.Namespace, tokenizers: Sequence[str]) -> int:
+    from verst.fields import plain
     from verst.journal.query import find_trajectory, token_rows
 
     found = find_trajectory(journal, options.trajectory)
@@ -266,6 +267,8 @@ def _show_trajectory(journal: JournalReader, options: argparse.Namespace, tokeni
         echo(line)
     for name, value in t.info.items():
         echo(f"info {name}: {value}")
+    for name, value in t.fields.items():
+        echo(f"field {name}: {plain(value)}")
     return 0
 
 

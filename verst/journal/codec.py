@@ -18,11 +18,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from verst.errors import DataError, EnvironmentFailure, InvariantViolation, JournalError, VerstError
+from verst.fields import Field, Opaque, packed, unpacked
 from verst.types import Batch, FinishReason, Group, Message, Prompt, Routes, Sample, Status, Trajectory, Turn
 
-GROUP_SCHEMA = "group/1"
-BATCH_SCHEMA = "batch/1"
+GROUP_SCHEMA = "group/2"
+BATCH_SCHEMA = "batch/2"
 ROUTES_SCHEMA = "routes/1"
+_READABLE = {GROUP_SCHEMA: ("group/1",)}
+"""Older forms that are read as well: groups without fields."""
 
 _SCHEMA_KEY = b"verst.schema"
 _META_KEY = b"verst.meta"
@@ -47,12 +50,14 @@ _GROUP_FIELDS = [
     *(_list_field(name, dtype) for name, dtype in _GROUP_COLUMNS.items()),
     pa.field("reward", pa.float64()),
     pa.field("experts", pa.large_binary(), nullable=False),
+    _list_field("per_token", np.float32),
 ]
 _BATCH_FIELDS = [
     pa.field("id", pa.large_utf8(), nullable=False),
     pa.field("group", pa.int64(), nullable=False),
     *(_list_field(name, dtype) for name, dtype in _BATCH_COLUMNS.items()),
     pa.field("reward", pa.float64(), nullable=False),
+    _list_field("per_token", np.float32),
 ]
 _ROUTES_FIELDS = [
     pa.field("sample", pa.int64(), nullable=False),
@@ -70,6 +75,7 @@ def encode_group(group: Group) -> bytes:
     _check_json(group.prompt.fields, f"fields of prompt {group.prompt.id}", DataError)
     for row in rows:
         _check_json(row.info, f"info of trajectory {row.id}", EnvironmentFailure)
+    about, per_token = _pack_fields(rows)
     meta = {
         "seq": group.seq,
         "admitted_version": group.admitted_version,
@@ -83,12 +89,14 @@ def encode_group(group: Group) -> bytes:
         },
         "details": [_pack_detail(row) for row in rows],
         "routes": [_pack_routes(row.routes) for row in rows],
+        "fields": about,
     }
     columns = [
         pa.array([row.id for row in rows], pa.large_utf8()),
         *_token_columns(rows, _GROUP_COLUMNS),
         pa.array([row.reward for row in rows], pa.float64()),
         _expert_column([row.routes for row in rows]),
+        per_token,
     ]
     return _write(GROUP_SCHEMA, _GROUP_FIELDS, columns, meta)
 
@@ -99,11 +107,13 @@ def decode_group(buffer: bytes | memoryview) -> Group:
     ids, rewards = (table.column(name).to_pylist() for name in ("id", "reward"))
     arrays = _token_views(table, _GROUP_COLUMNS)
     routes = _route_views(table, meta["routes"])
+    fields = _field_views(table, meta)
     trajectories = tuple(
         Trajectory(
             id=ids[i],
             reward=rewards[i],
             routes=routes[i],
+            fields=fields[i],
             **{name: views[i] for name, views in arrays.items()},
             **_unpack_detail(meta["details"][i]),
         )
@@ -126,13 +136,15 @@ def encode_batch(batch: Batch) -> bytes:
     Raises `InvariantViolation` if a token array has another dtype than `Sample` declares.
     """
     rows = batch.samples
+    about, per_token = _pack_fields(rows)
     columns = [
         pa.array([row.id for row in rows], pa.large_utf8()),
         pa.array([row.group for row in rows], pa.int64()),
         *_token_columns(rows, _BATCH_COLUMNS),
         pa.array([row.reward for row in rows], pa.float64()),
+        per_token,
     ]
-    return _write(BATCH_SCHEMA, _BATCH_FIELDS, columns, {"step": batch.step, "groups": batch.groups})
+    return _write(BATCH_SCHEMA, _BATCH_FIELDS, columns, {"step": batch.step, "groups": batch.groups, "fields": about})
 
 
 def decode_batch(buffer: bytes | memoryview) -> Batch:
@@ -140,8 +152,9 @@ def decode_batch(buffer: bytes | memoryview) -> Batch:
     table, meta = _read(buffer, BATCH_SCHEMA)
     ids, groups, rewards = (table.column(name).to_pylist() for name in ("id", "group", "reward"))
     arrays: dict[str, Any] = _token_views(table, _BATCH_COLUMNS)
+    fields = _field_views(table, meta)
     samples = tuple(
-        Sample(id=ids[i], group=groups[i], reward=rewards[i], **{name: views[i] for name, views in arrays.items()})
+        Sample(id=ids[i], group=groups[i], reward=rewards[i], fields=fields[i], **{name: views[i] for name, views in arrays.items()})
         for i in range(table.num_rows)
     )
     return Batch(step=meta["step"], groups=tuple(meta["groups"]), samples=samples)
@@ -179,6 +192,26 @@ def _route_views(table: pa.RecordBatch, packed: Sequence[list[Any] | None]) -> l
             experts: Any = np.ndarray(shape, dtype, value.as_buffer()) if math.prod(shape) else np.zeros(shape, dtype)
             views.append(Routes(experts, digest))
     return views
+
+
+def _pack_fields(rows: Sequence[Trajectory] | Sequence[Sample]) -> tuple[list[dict[str, Any]], pa.Array]:
+    """Of each row what is JSON of its fields, and the column of all their `PerToken` end to end."""
+    for row in rows:
+        for name, value in row.fields.items():
+            if isinstance(value, Opaque):
+                _check_json(value.value, f"field {name!r} of {row.id}", InvariantViolation)
+    found = [packed(row.fields) for row in rows]
+    offsets = pa.array(np.cumsum([0, *(len(numbers) for _, numbers in found)], dtype=np.int64))
+    numbers = np.concatenate([np.zeros(0, np.float32), *(numbers for _, numbers in found)])
+    return [about for about, _ in found], pa.LargeListArray.from_arrays(offsets, pa.array(numbers))
+
+
+def _field_views(table: pa.RecordBatch, meta: Mapping[str, Any]) -> list[dict[str, Field]]:
+    """Fields of each row, the `PerToken` as views into the record batch; none in groups of before there were fields."""
+    if "fields" not in meta:
+        return [{} for _ in range(table.num_rows)]
+    numbers = _token_views(table, {"per_token": np.float32})["per_token"]
+    return [unpacked(about, values) for about, values in zip(meta["fields"], numbers, strict=True)]
 
 
 def _pack_messages(messages: Sequence[Message]) -> list[list[str]]:
@@ -255,7 +288,7 @@ def _read(buffer: bytes | memoryview, schema: str) -> tuple[pa.RecordBatch, dict
         raise JournalError(f"a record of {source.size} bytes is not a {schema!r} Arrow stream: {error}") from error
     metadata = table.schema.metadata or {}
     found = metadata.get(_SCHEMA_KEY, b"none").decode()
-    if found != schema:
+    if found not in (schema, *_READABLE.get(schema, ())):
         raise JournalError(f"a record has schema {found!r} where {schema!r} is needed: it was written by another version of Verst")
     return table, _from_json(metadata[_META_KEY])
 

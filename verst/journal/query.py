@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verst.errors import DataError
+from verst.fields import plain
 from verst.journal.log import JournalReader
 from verst.types import NO_VERSION, Group, Status, Trajectory
 
@@ -57,6 +58,7 @@ class Found:
             "messages": [{"role": m.role, "content": m.content} for m in t.messages],
             "turns": [{"generated_tokens": turn.end - turn.generated, "finish": str(turn.finish), "text": turn.text} for turn in t.turns],
             "info": dict(t.info),
+            "fields": {name: plain(value) for name, value in t.fields.items()},
         }
 
 

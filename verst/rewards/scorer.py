@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from verst.errors import RewardFailure, VerstError
+from verst.fields import from_json
 from verst.rewards.process import Death, RewardProcess
 from verst.rewards.spec import RewardSpec
 from verst.rewards.together import AT_ONCE, SharedProcess
@@ -188,7 +189,8 @@ class Scorer:
         if "error" in reply:
             self._fail(trajectory, reply["reason"], reply["error"], scored)
         else:
-            scored[trajectory.id] = replace(trajectory, reward=reply["reward"])
+            fields = {**trajectory.fields, **from_json(reply["fields"])}
+            scored[trajectory.id] = replace(trajectory, reward=reply["reward"], fields=fields)
 
     def _fail(self, trajectory: Trajectory, reason: str, words: str, scored: dict[str, Trajectory]) -> None:
         self._counts[f"failed/{reason}"] += 1

@@ -23,6 +23,7 @@ import numpy as np
 
 from verst.errors import DeadlineExceeded, RewardFailure
 from verst.extend import is_async, origin
+from verst.fields import Score, checked, to_json
 from verst.isolated.served import Channel, attempt
 from verst.rewards.metrics import recording
 from verst.types import Trajectory
@@ -66,11 +67,11 @@ class Worker:
                 reward, error = attempt(partial(self._score, trajectory, fields))
             self._report(number, index, recorded, reward, error)
 
-    def _score(self, trajectory: Trajectory, fields: Mapping[str, Any]) -> float:
+    def _score(self, trajectory: Trajectory, fields: Mapping[str, Any]) -> Score:
         value = self._reward(trajectory, fields)
         if inspect.isawaitable(value):  # in this context: the runner has one of its own, in which nothing would be recorded
             value = self._runner.run(_wait_for(value), context=contextvars.copy_context())
-        return _number(value)
+        return _scored(value, trajectory)
 
     async def _score_together(self) -> None:
         """Async rewards mostly wait (for a judge, a sandbox), so all that have come wait at the same time."""
@@ -98,11 +99,11 @@ class Worker:
         error = RewardFailure("cancelled itself") if scoring.cancelled() else scoring.exception()
         self._report(number, index, recorded, scoring.result() if error is None else None, error)
 
-    async def _score_async(self, trajectory: Trajectory, fields: Mapping[str, Any]) -> float:
+    async def _score_async(self, trajectory: Trajectory, fields: Mapping[str, Any]) -> Score:
         limit = asyncio.timeout(self._deadline_s)
         try:
             async with limit:
-                return _number(await self._reward(trajectory, fields))
+                return _scored(await self._reward(trajectory, fields), trajectory)
         except TimeoutError as error:
             if limit.expired():
                 raise DeadlineExceeded(f"exceeded {self._deadline_s:g} s: make it faster, or raise reward.deadline_s") from error
@@ -111,16 +112,27 @@ class Worker:
             sys.stdout.flush()
             os._exit(leaving.code if isinstance(leaving.code, int) else bool(leaving.code))
 
-    def _report(self, number: int, index: int, recorded: Mapping[str, float], reward: float | None, error: BaseException | None) -> None:
+    def _report(self, number: int, index: int, recorded: Mapping[str, float], score: Score | None, error: BaseException | None) -> None:
         reply: dict[str, Any] = {"number": number, "index": index, "recorded": dict(recorded)}  # a thread of the reward may still record
         if error is None:
-            self._send(**reply, reward=reward)
+            assert score is not None
+            self._send(**reply, reward=score.reward, fields=to_json(score.fields))
         else:
             self._send(**reply, error=_described(error), reason=_reason(error))
 
 
 async def _wait_for(value: Awaitable[Any]) -> Any:
     return await value
+
+
+def _scored(value: Any, trajectory: Trajectory) -> Score:
+    if not isinstance(value, Score):
+        return Score(_number(value))
+    fields = checked(value.fields, "its Score", RewardFailure, tokens=int(trajectory.loss_mask_T.sum()))
+    for name in fields:
+        if name in trajectory.fields:
+            raise RewardFailure(f"its Score: field {name!r} is the environment's already: give it another name")
+    return Score(_number(value.reward), fields)
 
 
 def _number(value: Any) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from verst.errors import EngineFailure, EnvironmentFailure, RoutesRefused
 from verst.extend import origin
+from verst.fields import apart, checked
 from verst.protocols import Environment
 from verst.routing.records import expert_dtype, narrowed
 from verst.types import Completion, GenerateRequest, Generation, Message, Prompt, Reply, RoutedExperts
@@ -104,10 +106,11 @@ def checked_reply(reply: Any, name: str) -> Reply:
     if not isinstance(reply.info, Mapping):
         raise EnvironmentFailure(f"{where}: info is {_described(reply.info)}, not a mapping")
     try:
-        json.dumps(dict(reply.info), allow_nan=False)
+        plain, fields = apart(reply.info)
+        json.dumps(plain, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise EnvironmentFailure(f"{where}: info must hold JSON values: {error}") from error
-    return reply
+    return replace(reply, info={**plain, **checked(fields, where, EnvironmentFailure)})
 
 
 def checked_generation(generation: Generation, request: GenerateRequest) -> Generation:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from verst.data.chat import ChatRenderer
 from verst.errors import DataError, DeadlineExceeded, EnvironmentFailure, RoutesRefused, VerstError
+from verst.fields import apart
 from verst.observe.waits import Waits
 from verst.protocols import Engine, Environment
 from verst.rollout.boundary import GuardedEnvironment, checked_experts, checked_generation
@@ -156,6 +157,7 @@ class GroupRoller:
         try:
             async with limit:
                 status = await self._converse(name, seed, prompt, environment, transcript, race)
+            transcript.fields.require_whole(transcript.generated, f"environment {environment.name}")
         except Cut:
             cut = True
         except (EnvironmentFailure, RoutesRefused) as error:
@@ -212,7 +214,9 @@ class GroupRoller:
             # A truncated completion is shown to the environment too: the reward may need what it has to say.
             self.waits.begin(name, f"environment {environment.name} to reply")
             reply = await race.unless_over(environment.reply(Completion(text, generated, finish)))
-            transcript.info.update(reply.info)
+            plain, fields = apart(reply.info)
+            transcript.info.update(plain)
+            transcript.fields.take(fields, transcript.generated, f"{environment.name}.reply")
             if finish is FinishReason.LENGTH:
                 return Status.TRUNCATED
             if reply.done:

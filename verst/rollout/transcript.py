@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from verst.rollout.fields import GivenFields
 from verst.routing.records import routes_of
 from verst.types import NO_VERSION, FinishReason, Generation, Message, Status, Trajectory, Turn
 
@@ -18,6 +19,7 @@ class Transcript:
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self.info: dict[str, Any] = {}
+        self.fields = GivenFields()
         self.turns: list[Turn] = []
         self.length = 0
         self.routed = 0
@@ -77,6 +79,7 @@ class Transcript:
             status=status,
             seed=seed,
             info=self.info,
+            fields=self.fields.now(),
             routes=routes_of(self.tokens(), np.concatenate(self._experts)) if self._experts else None,
         )
 

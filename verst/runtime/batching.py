@@ -16,6 +16,7 @@ from verst.config.algorithms import AlgorithmConfig
 from verst.config.schema import Config, TrainConfig
 from verst.data.packing import plan_samples, samples_of_rank
 from verst.errors import InvariantViolation, RoutesRefused
+from verst.fields import kinds_of
 from verst.observe.metrics import Tally
 from verst.rewards.metrics import PREFIX
 from verst.rollout.transcript import Transcript
@@ -64,7 +65,10 @@ def _routed(trajectory: Trajectory, kind: RoutedExperts) -> Trajectory:
 
 
 def assemble(step: int, groups: Sequence[Group], options: AlgorithmConfig) -> Batch:
-    """One batch of the samples that the algorithm trains, in the order of admission. The others, and what failed, stay in the journal."""
+    """One batch of the samples that the algorithm trains, in the order of admission. The others, and what failed, stay in the journal.
+
+    Raises `ExtensionError` if fields of different samples do not fit each other.
+    """
     algorithm = algorithm_for(options)
     samples = tuple(
         Sample(
@@ -76,12 +80,14 @@ def assemble(step: int, groups: Sequence[Group], options: AlgorithmConfig) -> Ba
             versions_T=t.versions_T,
             reward=rewards[i],
             routes=t.routes,
+            fields=t.fields,
         )
         for g in groups
         for rewards in [_rewards(g)]
         for i in algorithm.trained(rewards)
         for t in [g.trainable[i]]
     )
+    kinds_of(samples)  # what does not fit is told here, once, and not by a rank
     return Batch(step, tuple(g.seq for g in groups), samples)
 
 

@@ -32,10 +32,14 @@ def broken_samples(samples: Sequence[Sample], microbatch: Microbatch, inputs: Lo
     ok = {what: torch.isfinite(values).cpu().numpy() for what, values in given.items() if values is not None}
     finite_N = np.logical_and.reduce([torch.isfinite(per_token_N.detach()).cpu().numpy(), *ok.values()])
     of_token = microbatch.sample_of_token()
+    fields = {f"field {name!r}": values for name, values in inputs.fields.items() if isinstance(values, torch.Tensor)}
     lines = []
     for index in dict.fromkeys(of_token[~finite_N].tolist()):
         own = of_token == index
         causes = [what for what, finite in ok.items() if not finite[own].all()]
+        if not causes:  # NaN where it was not given is no fault in itself
+            broken_N = torch.from_numpy(~finite_N & own)
+            causes = [what for what, values in fields.items() if not torch.isfinite(values.cpu()[broken_N]).all()]
         cause = f"{' and '.join(causes)} is not finite" if causes else "the loss overflows"
         lines.append(f"sample {samples[index].id}, {int((~finite_N & own).sum())} of {int(own.sum())} tokens: {cause}")
     return lines or ["the sum over tokens overflows, each is finite"]

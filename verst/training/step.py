@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from verst.config.algorithms import PolicyGradientConfig
 from verst.config.schema import Config
 from verst.data.packing import StepPlan, plan_samples
 from verst.errors import InvariantViolation, ModelError
+from verst.fields import Field, kinds_of
 from verst.observe.metrics import Tally
+from verst.training.fields import loss_fields
 from verst.training.microbatch import Microbatch, collate, flat
 from verst.types import Batch, Estimates
 
@@ -50,6 +53,11 @@ class LoadedStep:
     old: PerSample = field(default_factory=dict)
     reference: PerSample = field(default_factory=dict)
     values: PerSample = field(default_factory=dict)
+
+    @cached_property
+    def kinds(self) -> Mapping[str, type[Field]]:
+        """Of the fields of the whole batch, which every rank sees."""
+        return kinds_of(self.batch.samples)
 
     @property
     def version(self) -> int:
@@ -99,6 +107,7 @@ class LoadedStep:
             reference_logprobs=tensor(flat(self.reference, microbatch)) if self.reference else None,
             advantages=tensor(np.concatenate(own)),
             samples=torch.from_numpy(samples_N).to(logprobs_N.device),
+            fields=loss_fields(self.batch.samples, self.kinds, microbatch, logprobs_N.device),
         )
 
     def tally_fidelity(self, tally: Tally, microbatch: Microbatch, trainer_N: NDArray[np.float32]) -> None:

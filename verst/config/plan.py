@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verst.config.algorithms import PolicyGradientConfig, SftConfig
+from verst.config.algorithms import DpoConfig, PolicyGradientConfig, SftConfig
 from verst.config.hub import model_directory
 from verst.config.schema import Config
 from verst.errors import ModelError
@@ -149,7 +149,8 @@ def plan_lines(config: Config) -> list[str]:
 
 def _token_plan(config: Config) -> list[str]:
     rollout, train = config.rollout, config.train
-    trajectories = train.groups_per_step * (1 if isinstance(config.algorithm, SftConfig) else rollout.group_size)
+    of_data = {SftConfig: 1, DpoConfig: 2}  # trajectories of each prompt
+    trajectories = train.groups_per_step * of_data.get(type(config.algorithm), rollout.group_size)
     longest = config.max_trajectory_tokens
     most = trajectories * longest
     updates = train.minibatches * train.epochs

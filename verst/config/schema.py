@@ -65,8 +65,8 @@ class PromptSource(Section):
     columns: dict[Text, Text] = Field(
         default_factory=dict,
         description="Columns that have other names: {prompt: question, demonstration: solution, answer: final}. A prompt is text or a list "
-        "of {role, content}, a demonstration the answer to imitate (sft), all else fields that rewards and environments see. Without a "
-        "prompt, messages is a whole conversation, cut before its first answer.",
+        "of {role, content}, a demonstration the answer to imitate (sft), chosen and rejected the better and the worse one (dpo), all else "
+        "fields that rewards and environments see. Without a prompt, messages is a whole conversation, cut before its first answer.",
     )
     system: str | None = Field(default=None, description="System message put before every prompt.")
 
@@ -110,7 +110,7 @@ class RolloutConfig(Section):
         "admission; more spares the trainer waiting for long answers, and favours short ones by that much. Needs a larger capacity_groups.",
     )
     max_new_tokens: Count = Field(
-        default=256, description="Limit of one generation; for sft, of a demonstration whose prompt is at its limit."
+        default=256, description="Limit of one generation; for sft and dpo, of an answer whose prompt is at its limit."
     )
     max_turns: Count = Field(default=1, description="Limit of a trajectory's turns.")
     temperature: Temperature = Field(

@@ -45,7 +45,7 @@ def test_every_algorithm_has_an_example():
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
 async def test_one_step_of_each_example(tmp_path: Path, quickstart: Path, example: Path):
-    scored = {} if example.stem == "dpo" else {"reward": spread}
+    scored: dict[str, Any] = {} if example.stem == "dpo" else {"reward": spread}
     run = await local_run(tmp_path, quickstart, values_of(example, tmp_path), **scored).go()
     (row,) = [row for row in run.rows if row.get("loss/total") is not None]
     assert np.isfinite(row["loss/total"])

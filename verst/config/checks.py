@@ -146,6 +146,12 @@ def _data_problems(config: Config) -> list[str]:
         found.append("data.columns has messages, whole conversations, so it takes neither prompt nor demonstration: keep one way")
     if "demonstration" in columns and not isinstance(config.algorithm, SftConfig):
         found.append(f"data.columns has a demonstration, but {config.algorithm.name} imitates nothing: give the column a field's name")
+    curriculum = data.curriculum
+    if curriculum is not None and curriculum.end <= curriculum.start:
+        found.append(
+            f"data.curriculum goes from {curriculum.start:g} to {curriculum.end:g}: a larger number is a harder prompt, so end must be "
+            "above start. Where it is the other way round, give the rows a field with the sign changed"
+        )
     return found + _pair_problems(config)
 
 

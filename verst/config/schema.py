@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from verst.config import checks
 from verst.config.algorithms import AlgorithmConfig, GrpoConfig
-from verst.config.values import Count, Options, Positive, Real, Seconds, Section, Temperature, Text, Whole
+from verst.config.values import Count, Number, Options, Positive, Real, Seconds, Section, Temperature, Text, Whole
 
 
 def _not_partial(name: str) -> str:
@@ -71,6 +71,15 @@ class PromptSource(Section):
     system: str | None = Field(default=None, description="System message put before every prompt.")
 
 
+class CurriculumConfig(Section):
+    """Easy prompts first: a row that is too difficult yet is passed over, and comes again in the next epoch; see `docs/data.md`."""
+
+    field: Text = Field(description="The field that says how difficult a prompt is: a number, larger for harder ones.")
+    start: Number = Field(description="The most difficult that the first prompt may be.")
+    end: Number = Field(description="The most difficult from `prompts` on. Rows beyond it are never used.")
+    prompts: Count = Field(description="Over how many prompts the limit goes from `start` to `end`, in equal parts.")
+
+
 class DataConfig(PromptSource):
     """Where prompts come from. Exactly one of `path`, `dataset` and `task`, unless prompts are given from Python."""
 
@@ -79,6 +88,9 @@ class DataConfig(PromptSource):
     )
     holdout: Real = Field(
         default=0.0, lt=1, description="Share of prompts (by hash of their text) kept for evaluation and never trained on."
+    )
+    curriculum: CurriculumConfig | None = Field(
+        default=None, description="Easy prompts first: {field, start, end, prompts}. Default: difficulty plays no part."
     )
     max_prompt_tokens: Count = Field(default=1024, description="A longer prompt is an error that names the row.")
 

@@ -133,6 +133,10 @@ def _require_answers(config: Config, prompt: Prompt) -> None:
 
 
 def _check_order(config: Config, source: Source) -> None:
+    if config.data.curriculum is not None and not source.rereadable:
+        raise ConfigError(
+            "data.curriculum passes over rows until they are easy enough, and a one-shot iterator gives them once. Give a list"
+        )
     if source.num_blocks is None and config.data.shuffle and is_given(config, "data.shuffle"):
         raise ConfigError(
             "data.shuffle does not apply: an iterator is read one row after another, in its own order. Give a list, or remove the option"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from verst.config import scheduled
 from verst.config.algorithms import (
     ComparingConfig,
     CorrectionConfig,
@@ -94,6 +95,7 @@ def problems(config: Config) -> list[str]:
         *_correction_problems(config),
         *_size_problems(config),
         *_engine_problems(config),
+        *scheduled.problems(config),
     ]
 
 

@@ -33,6 +33,15 @@ def _each_once(names: list[str]) -> list[str]:
     return names
 
 
+class ChangeConfig(Section):
+    """Options that have another value from a step on."""
+
+    step: Annotated[Count, Field(ge=2)] = Field(description="The first step that is made with them.")
+    options: Annotated[Options, Field(min_length=1)] = Field(
+        description="Their new values by dotted name: {train.lr: 1e-6, algorithm.clip_high: 0.3}."
+    )
+
+
 class RunConfig(Section):
     name: Annotated[str, AfterValidator(_not_partial)] = Field(
         default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200, description="Name of the run's directory."
@@ -40,6 +49,9 @@ class RunConfig(Section):
     dir: Text = Field(default="runs", description="Where run directories are made.")
     seed: Whole = Field(default=0, description="Seeds the order of the data and the sampling of tokens.")
     steps: Count = Field(description="Steps to train; a step consumes one batch and makes one or more optimizer updates.")
+    changes: list[ChangeConfig] = Field(
+        default_factory=list, description="Options that have another value from a step on: {step, options} each; see docs/algorithms.md."
+    )
     deterministic: bool = Field(
         default=True,
         description="A sequence's bits depend only on weights, tokens and seed. Costs some speed; needed for bit-exact resume.",

@@ -62,7 +62,8 @@ class Prompt:
     id: str  # unique in the source: "file:row", "task:index"
     messages: tuple[Message, ...]
     fields: Mapping[str, Any] = field(default_factory=dict)  # JSON values; e.g. {"answer": "42"}
-    demonstration: tuple[Message, ...] = ()  # the assistant's turns to imitate, for supervised fine-tuning
+    demonstration: tuple[Message, ...] = ()  # the assistant's turns to imitate, or the better answer of a pair
+    rejected: tuple[Message, ...] = ()  # the worse answer of a pair
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,7 @@ class Pair:
     def scored(self, batch: Batch) -> Tally:
         """What the trainer finds when it loads the batch, with the routes that it asked for."""
         wanted = self.backend.routes_wanted
-        own = {} if wanted is None else routes_for(batch, wanted, self.config.train)
+        own = {} if wanted is None else routes_for(batch, wanted, self.config)
         delivered = replace(batch, samples=tuple(replace(sample, routes=own.get(i)) for i, sample in enumerate(batch.samples)))
         return Tally().merge(self.backend.load_batch(delivered).tally)
 

@@ -101,7 +101,7 @@ def local_run(directory: Path, model: Path, values: dict[str, Any], begin_from: 
         "rollout": {"group_size": 4, "max_new_tokens": 6, "max_running": 16},
         "train": {"groups_per_step": 4, "threads": 1, "lr": 1e-3},
     }
-    if values.get("algorithm", {}).get("name") == "sft":
+    if values.get("algorithm", {}).get("name") in ("sft", "dpo"):
         del base["rollout"]["group_size"]  # which does not apply
     given = Extensions(**extensions)
     config = load_config({k: base.get(k, {}) | values.get(k, {}) for k in base | values})

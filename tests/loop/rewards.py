@@ -21,3 +21,9 @@ def steady(trajectory: Any, fields: Any) -> float:
     """As `spread`, taking so long that groups are still scored when the first one of their step is."""
     time.sleep(0.01)
     return spread(trajectory, fields)
+
+
+def tied_in_odd_groups(trajectory: Any, fields: Any) -> float:
+    """By member 0, 1, 2 …, and in every other group all equal."""
+    group, member = map(int, trajectory.id.split("/"))
+    return 0.0 if group % 2 else float(member)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.loop.local import LocalRun, local_run, prompts_file
-from tests.loop.rewards import spread
+from tests.loop.local import LocalRun, local_run, prompts_file, stopped_after
+from tests.loop.rewards import spread, tied_in_odd_groups
 from verst.config.algorithms import PRESETS
 from verst.journal.log import JournalReader
 from verst.recipes.tiny import build_tiny_model
@@ -30,7 +31,8 @@ def values_of(example: Path, directory: Path, **changes: dict[str, Any]) -> dict
     values = yaml.safe_load(example.read_text())
     del values["model"], values["eval"], values["reward"]
     values["run"] = {"steps": 1}
-    values["data"] = {"path": prompts_file(directory)}
+    if "path" not in values["data"]:
+        values["data"] = {"path": prompts_file(directory)}
     values["train"] |= {"groups_per_step": 4, "minibatches": min(values["train"].get("minibatches", 1), 2)}
     return values | {section: values.get(section, {}) | change for section, change in changes.items()}
 
@@ -43,14 +45,17 @@ def test_every_algorithm_has_an_example():
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
 async def test_one_step_of_each_example(tmp_path: Path, quickstart: Path, example: Path):
-    run = await local_run(tmp_path, quickstart, values_of(example, tmp_path), reward=spread).go()
+    scored: dict[str, Any] = {} if example.stem == "dpo" else {"reward": spread}
+    run = await local_run(tmp_path, quickstart, values_of(example, tmp_path), **scored).go()
     (row,) = [row for row in run.rows if row.get("loss/total") is not None]
     assert np.isfinite(row["loss/total"])
     assert row["update/grad_norm"] > 0
     assert row["update/skipped"] == 0
-    imitates = example.stem == "best_of_n"
-    assert ("policy/ratio" in row) != imitates
-    assert ("policy/clipped_high" in row) == (not imitates and example.stem != "rloo")
+    compares = example.stem in ("dpo", "online_dpo")
+    assert ("policy/reward_margin" in row) == compares
+    weighs = not compares and example.stem != "best_of_n"
+    assert ("policy/ratio" in row) == weighs
+    assert ("policy/clipped_high" in row) == (weighs and example.stem != "rloo")
 
 
 def trained(run: LocalRun) -> list[tuple[list[float], list[float]]]:
@@ -83,3 +88,36 @@ async def test_a_step_with_advantages_and_a_loss_of_ones_own(tmp_path: Path, qui
     assert row["policy/bounded"] >= 0
     assert "policy/clipped_high" not in row
     assert row["update/grad_norm"] > 0
+
+
+async def test_online_dpo_trains_the_best_and_the_worst_and_no_tie(tmp_path: Path, quickstart: Path):
+    values = values_of(EXAMPLES[0].parent / "online_dpo.yaml", tmp_path, rollout={"group_size": 3})
+    run = await local_run(tmp_path, quickstart, values, reward=tied_in_odd_groups).go()
+    found = trained(run)
+    assert len(found) == 4
+    for rewards, pair in found:
+        assert rewards == [0.0, 1.0, 2.0]
+        assert pair == [0.0, 2.0]
+    (row,) = [row for row in run.rows if row.get("loss/total") is not None]
+    assert row["groups/replaced"] == 3  # those between the four
+    assert row["loss/total"] == pytest.approx(math.log(2), abs=1e-5)  # the policy is its own reference still
+
+
+async def test_pairs_of_a_file_are_trained_again_with_the_same_bits_after_a_crash(tmp_path: Path, quickstart: Path):
+    """Nothing is rolled or scored; the steps after the checkpoint come from the journal."""
+    values = values_of(EXAMPLES[0].parent / "dpo.yaml", tmp_path, run={"steps": 4}, checkpoint={"every_steps": 2})
+    values["train"] |= {"minibatches": 2, "microbatch_tokens": 140}
+    whole = await local_run(tmp_path / "whole", quickstart, values).go()
+    crashed = local_run(tmp_path / "crashed", quickstart, values)
+    await stopped_after(crashed, 3)
+    await crashed.go()
+    digests = [[JournalReader(run.run.journal, run.run.run_id).commit(step).digest for step in range(1, 5)] for run in (whole, crashed)]
+    assert digests[0] == digests[1]
+    assert len(set(digests[0])) == 4
+    margins = whole.metric("policy/reward_margin")
+    assert margins[0] < margins[-1]
+    assert "rollout/generated_tokens" not in whole.rows[-1] or whole.rows[-1]["rollout/generated_tokens"] == 0
+    journal = JournalReader(whole.run.journal, whole.run.run_id)
+    group = journal.group(journal.batch(1).groups[0])
+    assert [t.reward for t in group.trajectories] == [1.0, 0.0]
+    assert group.prompt.rejected[0].content == group.trajectories[1].completion

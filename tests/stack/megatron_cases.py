@@ -102,5 +102,5 @@ def with_routes(batch: Batch, kind: RoutedExperts) -> Batch:
 def delivered(batch: Batch, backend: MegatronBackend, config: Config) -> Batch:
     """What one rank is given of a batch: the routes of its own samples and layers."""
     wanted = backend.routes_wanted
-    own = {} if wanted is None else routes_for(batch, wanted, config.train)
+    own = {} if wanted is None else routes_for(batch, wanted, config)
     return replace(batch, samples=tuple(replace(s, routes=own.get(i)) for i, s in enumerate(batch.samples)))

@@ -82,7 +82,7 @@ def make_config(path: str, **sections: Mapping[str, Any]) -> Config:
     }
     for name, section in sections.items():
         base[name] = base.get(name, {}) | dict(section)
-    if base.get("algorithm", {}).get("name") == "sft":
+    if base.get("algorithm", {}).get("name") in ("sft", "dpo"):
         del base["rollout"]["group_size"], base["rollout"]["temperature"]  # which do not apply: nothing is sampled
     return Config.model_validate(base)
 

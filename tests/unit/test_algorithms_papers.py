@@ -27,7 +27,7 @@ SAMPLES = np.array([0, 0, 0, 1, 1, 2])
 """Three samples, of three, two and one loss tokens."""
 LENGTHS = np.array([3, 2, 1])
 LIMIT = 4
-POLICY_GRADIENTS = [name for name in PRESETS if name not in ("best_of_n", "sft")]
+POLICY_GRADIENTS = [name for name in PRESETS if name not in ("best_of_n", "sft", "dpo", "online_dpo")]
 
 
 def options_of(name: str, **asked: Any) -> Any:
@@ -96,6 +96,8 @@ ADVANTAGES: dict[str, Any] = {
     "reinforce_plus_plus_baseline": np.array([1, -1, 1, 0, 0, -1]) / np.sqrt(4 / 5),
     "ppo": [4, 2, 1, 0, 0, -1],  # what the last token has earned: the critic's values make it advantages
     **dict.fromkeys(["best_of_n", "sft"], [1] * 6),
+    "online_dpo": [1, -1, 1, 0, 0, -1],  # signs; batches have groups of two
+    "dpo": [1, -1, 1, 0, 0, -1],
 }
 
 
@@ -158,6 +160,9 @@ def test_which_groups_have_nothing_to_teach(name: str):
         assert dropped([0.0, -1.0]) == "its best reward (0.0) is not above 0.0"
         assert dropped([0.5, 0.0], reward_above=0.5) == "its best reward (0.5) is not above 0.5"
         assert dropped([1.0, 1.0]) is None  # right answers are to be imitated, also if all are
+    elif name in ("online_dpo", "dpo"):
+        assert dropped([1.0, 1.0]) == "all its rewards are equal (1.0), so no two make a pair"
+        assert dropped([1.0, 0.0]) is None
     elif name in ("sft", "reinforce_plus_plus", "ppo"):
         assert dropped([1.0, 1.0]) is None
     else:

@@ -31,8 +31,9 @@ def test_every_option_has_earned_its_place():
     # implies; whether advantages are normalised is the reward's scale to say
     # of the seven before: which filters and hooks, how long each may take, and whether a run goes on without a hook; what is evaluated
     # beside the held-out share, and by which figure a checkpoint is the best, are a run's owner's to say
+    # what changes at a step, beta of DPO, its one hyperparameter, and which prompts come first is an experiment's to say
     # of the two before: whose advantages and whose loss are an experiment's to say
-    assert len({name for preset in PRESETS for name in option_names(preset)}) == 101
+    assert len({name for preset in PRESETS for name in option_names(preset)}) == 111
 
 
 def test_resolved_config_reads_back_to_itself(tmp_path: Path):
@@ -169,10 +170,10 @@ HELD_OUT = ["data.holdout=0.1", "eval.every_steps=5"]
     ("overrides", "key", "reason"),
     [
         *(
-            (SFT, f"rollout.{option}", "samples nothing")
+            (SFT, f"rollout.{option}", "sample nothing")
             for option in ("group_size=4", "temperature=0.5", "top_p=0.9", "top_k=5", "min_p=0.1")
         ),
-        ([*SFT, *HELD_OUT], "rollout.temperature=0.5", "samples nothing"),
+        ([*SFT, *HELD_OUT], "rollout.temperature=0.5", "sample nothing"),
         (SFT, "rollout.environment=second_try", "only for evaluation"),
         (SFT, "rollout.environment_options={tries: 3}", "only for evaluation"),
         (SFT, "rollout.max_turns=2", "only for evaluation"),
@@ -226,6 +227,8 @@ def test_options_apply_again_with_what_they_belong_to():
         ("ppo", {"clip_low": 0.2, "kl_in": "reward", "kl_estimator": "k1", "gamma": 1.0, "gae_lambda": 0.95, "value_clip": 0.2}),
         ("best_of_n", {"aggregate": "token_mean", "reward_above": 0.0}),
         ("sft", {"aggregate": "token_mean"}),
+        ("dpo", {"beta": 0.1}),
+        ("online_dpo", {"beta": 0.1}),
     ],
 )
 def test_a_name_sets_the_defaults_of_its_paper_and_check_shows_them(name: str, defaults: dict[str, Any]):
@@ -248,6 +251,7 @@ def test_a_name_sets_the_defaults_of_its_paper_and_check_shows_them(name: str, d
         ("grpo", "gae_lambda: 0.9"),
         ("best_of_n", "kl_coefficient: 0.1"),
         ("sft", "reward_above: 1"),
+        ("dpo", "aggregate: token_mean"),
         ("grpo", "reward_above: 1"),
     ],
 )
@@ -266,7 +270,7 @@ def test_overrides_win_over_a_preset():
 COMPARING = [name for name, preset in PRESETS.items() if issubclass(preset, ComparingConfig)]
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"sft"}))
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"sft", "dpo", "online_dpo"}))
 def test_a_group_of_one_is_refused_where_the_baseline_is_the_groups(name: str):
     asked = [f"algorithm.name={name}", "rollout.group_size=1"]
     assert len(COMPARING) == 7
@@ -277,7 +281,7 @@ def test_a_group_of_one_is_refused_where_the_baseline_is_the_groups(name: str):
         load_config(MINIMAL, asked)
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"sft", "best_of_n"}))
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"sft", "dpo", "online_dpo", "best_of_n"}))
 def test_every_policy_gradient_needs_to_know_of_staleness(name: str):
     with pytest.raises(ConfigError, match=r"capacity_groups \(32\) lets tokens be 1 versions old.*set algorithm.old_logprobs=behaviour"):
         load_config(MINIMAL, ["rollout.capacity_groups=32", f"algorithm.name={name}"])

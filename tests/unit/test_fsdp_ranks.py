@@ -60,6 +60,7 @@ def configs(path: str, tied: str, moe: str) -> dict[str, Config]:
         "critic": make_config(tied, train={"minibatches": 2, "gradient_checkpointing": True}, algorithm={"name": "ppo"}),
         "critic_uneven": make_config(path, train={"microbatch_tokens": 16}, algorithm={"name": "ppo"}),
         "sequences": make_config(path, train={"minibatches": 2}, algorithm={"name": "gspo", "clip_low": 0.02, "clip_high": 0.02}),
+        "pairs": make_config(path, train={"minibatches": 2, "epochs": 2}, algorithm={"name": "online_dpo", "beta": 0.5}),
         "routed": make_config(moe, train={"minibatches": 2, "gradient_checkpointing": True}, algorithm=kl),
         "routed_uneven": make_config(moe, train={"microbatch_tokens": 16}),
         "bfloat16": make_config(path, model={"dtype": "bfloat16"}, train={"lr": 1e-3}),

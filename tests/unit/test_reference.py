@@ -57,9 +57,10 @@ def test_types_and_limits_are_in_plain_words():
 
 def test_an_option_that_some_algorithms_lack_says_which():
     rows = {line.split("`")[1]: line for line in PAGE.splitlines() if line.startswith("| `algorithm.")}
-    assert "Not of rloo, best_of_n, sft." in rows["algorithm.clip_low"]
+    assert "Not of rloo, best_of_n, online_dpo, dpo, sft." in rows["algorithm.clip_low"]
     assert "Only of best_of_n." in rows["algorithm.reward_above"]
-    assert "Not of" not in rows["algorithm.aggregate"]
+    assert "Only of online_dpo, dpo." in rows["algorithm.beta"]
+    assert "Not of online_dpo, dpo." in rows["algorithm.aggregate"]
     assert "Only of" not in rows["algorithm.aggregate"]
 
 

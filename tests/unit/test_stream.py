@@ -191,3 +191,68 @@ def test_a_file_of_blank_lines_has_no_row(tmp_path):
         PromptStream(JsonlSource(path), DATA, 0).next()
     with pytest.raises(DataError, match="rows yields no row"):
         PromptStream(open_source(DATA, iter([])), DATA, 0).next()
+
+
+# ---- curriculum
+
+CURRICULUM = {"field": "level", "start": 1, "end": 5, "prompts": 40}
+
+
+def graded(rows: int, **options):
+    data = config(curriculum=CURRICULUM | options)
+    return lambda seed=0: PromptStream(
+        SequenceSource([{"prompt": f"p{i}", "level": i % 5 + 1} for i in range(rows)], "prompt", 4), data, seed
+    )
+
+
+def test_a_curriculum_admits_what_is_easy_enough_and_in_the_end_all():
+    stream = graded(100)()
+    levels = [stream.next().fields["level"] for _ in range(200)]
+    assert set(levels[:10]) == {1}  # the limit is 1 + 4 · n / 40 after n prompts, so the eleventh may be of level 2
+    for taken, level in enumerate(levels):
+        assert level <= 1 + 4 * min(taken / 40, 1)
+    assert set(levels[40:]) == {1, 2, 3, 4, 5}
+    assert [levels[40:].count(level) / 160 for level in (1, 5)] == pytest.approx([0.2, 0.2], abs=0.05)
+
+
+@pytest.mark.parametrize("taken", [0, 7, 39, 63])
+def test_a_resumed_curriculum_goes_on_where_it_was(taken: int):
+    make = graded(30)
+    whole = texts(make(), 80)
+    stream = make()
+    assert texts(stream, taken) == whole[:taken]
+    resumed = make()
+    resumed.restore(json.loads(json.dumps(stream.state())))
+    assert texts(resumed, 80 - taken) == whole[taken:]
+
+
+def test_a_curriculum_is_a_part_of_what_a_place_in_the_data_is_valid_for():
+    with pytest.raises(DataError, match=r"curriculum was .*'end': 5.*is .*'end': 4"):
+        graded(30, end=4)().restore(graded(30)().state())
+    without = PromptStream(SequenceSource(["a"], "prompt"), DATA, 0)
+    state = without.state()
+    del state["given"]  # as before there were curricula
+    without.restore(state)
+    assert texts(without, 1) == ["a"]
+
+
+@pytest.mark.parametrize("level", [None, "hard", True])
+def test_a_difficulty_that_is_no_number_is_told_with_its_row(level):
+    stream = PromptStream(SequenceSource([{"prompt": "p", "level": level}], "prompt"), config(curriculum=CURRICULUM), 0)
+    with pytest.raises(DataError, match=r"rows\[0\]: data.curriculum needs a number in the field 'level'"):
+        stream.next()
+
+
+def test_prompts_that_are_all_too_difficult_are_told_at_once():
+    stream = PromptStream(SequenceSource([{"prompt": "p", "level": 3}] * 9, "prompt"), config(curriculum=CURRICULUM), 0)
+    with pytest.raises(
+        DataError, match=r"is as easy as data.curriculum has it after 0 prompts: level up to 1. Raise data.curriculum.start"
+    ):
+        stream.next()
+
+
+def test_held_out_prompts_know_no_curriculum():
+    source = SequenceSource([{"prompt": f"p{i}", "level": 9} for i in range(50)], "prompt")
+    data = config(curriculum=CURRICULUM, holdout=0.5)
+    assert PromptStream(source, data, 0, "eval").next().fields["level"] == 9
+    assert len(eval_prompts(source, data, 3)) == 3

@@ -507,9 +507,9 @@ class TimedParts(FakeParts):
         self.pull_s = pull_s
         train = self.trainers.forward_backward
 
-        async def slowly(*told: Any) -> Any:
+        async def slowly(update: int, advantages: Any, returns: Any = ()) -> Any:
             await asyncio.sleep(train_s)
-            return await train(*told)
+            return await train(update, advantages, returns)
 
         self.trainers.forward_backward = slowly
 

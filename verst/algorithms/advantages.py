@@ -45,6 +45,11 @@ def leave_one_out_advantages(rewards_N: ArrayLike, groups_N: Sequence[int] | NDA
     return advantages
 
 
+def preference_signs(rewards_N: ArrayLike, groups_N: Sequence[int] | NDArray[np.integer]) -> NDArray[np.float64]:
+    """1 for the better sample of each pair and -1 for the worse one; a group is a pair. Raises as `group_advantages` does."""
+    return np.sign(group_advantages(rewards_N, groups_N, normalize_std=False))
+
+
 def batch_normalised(values_N: ArrayLike, eps: float = 1e-6) -> NDArray[np.float64]:
     """Values less the mean of the whole batch, over its standard deviation plus `eps`; exactly 0 if all are equal.
 

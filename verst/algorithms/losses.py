@@ -16,7 +16,7 @@ from verst.errors import InvariantViolation
 if TYPE_CHECKING:
     import torch
 
-    from verst.config.algorithms import ClippedConfig, PolicyGradientConfig
+    from verst.config.algorithms import ClippedConfig, PolicyGradientConfig, PreferenceConfig
     from verst.config.values import Section
 
 
@@ -50,6 +50,8 @@ class LossOutput:
 
     per_token: torch.Tensor
     metrics: dict[str, torch.Tensor]
+    pair_metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    """[P] without gradient, one value for each pair of samples, to be averaged over them."""
 
 
 def grpo_loss(inputs: LossInputs, options: ClippedConfig) -> LossOutput:
@@ -94,6 +96,34 @@ def reinforce_loss(inputs: LossInputs, options: PolicyGradientConfig) -> LossOut
     """
     ratio = (inputs.logprobs - _old(inputs, options)).exp()
     return completed(inputs, options, -ratio * inputs.advantages, {"ratio": ratio.detach()})
+
+
+def dpo_loss(inputs: LossInputs, options: PreferenceConfig) -> LossOutput:
+    """Direct Preference Optimization, arXiv 2305.18290, eq. 7: −log σ(r(chosen) − r(rejected)), in nats, on each token of the pair.
+
+    r = beta · Σ (logprob − reference logprob) over the sample is its implicit reward (eq. 5, without the term that a pair has in common).
+    Samples 2k and 2k + 1 of the batch are a pair, of advantages 1 and −1; a microbatch has both or none. Sums are in float64. With
+    `sequence_mean` weights the tokens' losses sum to the mean over pairs. Metrics of pairs: `chosen_reward` and `rejected_reward`,
+    `reward_margin` (their difference), and `reward_accuracy`, the share of pairs in which it is above 0.
+
+    Raises `InvariantViolation` without reference log-probabilities, or if a pair is torn apart.
+    """
+    if inputs.reference_logprobs is None:
+        raise InvariantViolation(f"{options.name}: the backend gave no reference log-probabilities")
+    pairs, pair_N = (inputs.samples // 2).unique(return_inverse=True)
+    rewards_N = options.beta * (inputs.logprobs - inputs.reference_logprobs).double()
+    none_P = rewards_N.new_zeros(len(pairs))
+    chosen_N = inputs.advantages > 0
+    chosen_P = none_P.index_add(0, pair_N, rewards_N * chosen_N)
+    rejected_P = none_P.index_add(0, pair_N, rewards_N * ~chosen_N)
+    better_P, worse_P = (none_P.index_add(0, pair_N, side_N.double()) for side_N in (chosen_N, inputs.advantages < 0))
+    if not bool(((better_P > 0) & (worse_P > 0)).all()):
+        raise InvariantViolation(f"{options.name}: a microbatch has one sample of a pair without the other")
+    margin_P = chosen_P - rejected_P
+    loss_P = none_P.logaddexp(-margin_P)
+    metrics = {"chosen_reward": chosen_P, "rejected_reward": rejected_P, "reward_margin": margin_P, "reward_accuracy": margin_P > 0}
+    told = {name: values_P.detach().to(inputs.logprobs.dtype) for name, values_P in metrics.items()}
+    return LossOutput(loss_P[pair_N].to(inputs.logprobs.dtype), {}, told)
 
 
 def likelihood_loss(inputs: LossInputs, options: Section) -> LossOutput:

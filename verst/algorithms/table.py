@@ -18,6 +18,7 @@ from verst.algorithms.advantages import (
     group_advantages,
     leave_one_out_advantages,
     penalised_rewards,
+    preference_signs,
     shortened_rewards,
 )
 from verst.algorithms.critic import Signal, Values, estimated
@@ -25,12 +26,13 @@ from verst.algorithms.losses import (
     LossInputs,
     LossOutput,
     cispo_loss,
+    dpo_loss,
     grpo_loss,
     gspo_loss,
     likelihood_loss,
     reinforce_loss,
 )
-from verst.algorithms.selection import all_equal, best
+from verst.algorithms.selection import all_equal, best, best_and_worst
 
 if TYPE_CHECKING:
     from verst.config.algorithms import (
@@ -55,13 +57,15 @@ class Algorithm:
 
     name: str
     learns_from: Literal["policy", "demonstrations"]
-    """Whether its samples are rolled out by the policy or read from the data."""
+    """Whether its samples are rolled out by the policy, or answers that the data has."""
     min_members: int
     """Trajectories of a group that must be trainable: below that there is no baseline, and the group is dropped."""
     without_signal: WithoutSignal
     """(rewards of a group's trainable trajectories, options) → why it has no gradient, so that it is dropped and replaced; None: it has."""
     trained: Callable[[Sequence[float]], Sequence[int]]
     """(rewards of a group's trainable trajectories) → the indices, ascending, of those that are trained."""
+    whole_groups: bool
+    """Whether the loss of a sample depends on the others of its group, so that one microbatch must have all of them."""
     loss: Loss
     shape_rewards: Callable[[ArrayLike, Mapping[int, float], ArrayLike, Any], NDArray[np.float64]]
     """(rewards [N], KL sum by sample index, loss tokens over the most there can be [N], options) → the rewards [N] of the advantages."""
@@ -96,6 +100,11 @@ def _every_group(rewards: Sequence[float], options: Any) -> None:
 
 def _equal_rewards(rewards: Sequence[float], options: ComparingConfig) -> str | None:
     return f"all its rewards are equal ({rewards[0]})" if options.dynamic_sampling and all_equal(rewards) else None
+
+
+def _no_pair(rewards: Sequence[float], options: Any) -> str | None:
+    del options
+    return f"all its rewards are equal ({rewards[0]}), so no two make a pair" if all_equal(rewards) else None
 
 
 def _nothing_good(rewards: Sequence[float], options: BestOfNConfig) -> str | None:
@@ -146,6 +155,11 @@ def _earned_in_the_end(rewards_N: ArrayLike, groups_N: NDArray[np.integer], opti
     return np.asarray(rewards_N, dtype=np.float64)
 
 
+def _of_the_pair(rewards_N: ArrayLike, groups_N: NDArray[np.integer], options: Any) -> NDArray[np.float64]:
+    del options
+    return preference_signs(rewards_N, groups_N)
+
+
 def _all_alike(rewards_N: ArrayLike, groups_N: NDArray[np.integer], options: Any) -> NDArray[np.float64]:
     del groups_N, options
     return np.ones(np.shape(rewards_N), dtype=np.float64)
@@ -165,6 +179,11 @@ def _for_the_ratio(options: PolicyGradientConfig, num_updates: int) -> bool:
     return options.old_logprobs == "trainer" and (num_updates > 1 or kl_in_reward)
 
 
+def _always(*options: Any) -> bool:
+    del options
+    return True
+
+
 def _never(*options: Any) -> bool:
     del options
     return False
@@ -180,6 +199,7 @@ def _policy_gradient(
         min_members=2 if compares else 1,
         without_signal=_equal_rewards if compares else _every_group,
         trained=_all,
+        whole_groups=False,
         loss=loss,
         shape_rewards=_shaped_rewards,
         advantages=advantages,
@@ -202,11 +222,30 @@ def _imitation(
         min_members=1,
         without_signal=without_signal,
         trained=trained,
+        whole_groups=False,
         loss=likelihood_loss,
         shape_rewards=_given_rewards,
         advantages=_all_alike,
         token_advantages=None,
         needs_reference=_never,
+        needs_old_logprobs=_never,
+    )
+
+
+def _preference(name: str, learns_from: Literal["policy", "demonstrations"]) -> Algorithm:
+    """Raises the likelihood of the better of two answers over that of the worse one, as measured against the initial model."""
+    return Algorithm(
+        name=name,
+        learns_from=learns_from,
+        min_members=2,
+        without_signal=_no_pair,
+        trained=best_and_worst,
+        whole_groups=True,
+        loss=dpo_loss,
+        shape_rewards=_given_rewards,
+        advantages=_of_the_pair,
+        token_advantages=None,
+        needs_reference=_always,
         needs_old_logprobs=_never,
     )
 
@@ -223,6 +262,8 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         _policy_gradient("reinforce_plus_plus", grpo_loss, _of_the_batch, compares=False),
         _policy_gradient("reinforce_plus_plus_baseline", grpo_loss, _of_group_and_batch),
         _policy_gradient("ppo", grpo_loss, _earned_in_the_end, compares=False, token_advantages=estimated),
+        _preference("online_dpo", "policy"),
+        _preference("dpo", "demonstrations"),
         _imitation("best_of_n", "policy", _nothing_good, best),
         _imitation("sft", "demonstrations", _every_group, _all),
     )

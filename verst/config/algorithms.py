@@ -7,7 +7,7 @@ and `verst.algorithms.table` does it. Descriptions belong to the types, so that 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict, Field
 
@@ -207,12 +207,41 @@ class BestOfNConfig(Section):
     )
 
 
-class SftConfig(Section):
-    """Supervised fine-tuning on demonstrations."""
+class OfflineConfig(Section):
+    """What learns from the data alone: nothing is rolled out to be trained."""
 
     model_config = _NAMED
+    name: Any
+
+
+class SftConfig(OfflineConfig):
+    """Supervised fine-tuning on demonstrations."""
+
     name: Literal["sft"] = "sft"
     aggregate: Aggregate = "token_mean"
+
+
+class PreferenceConfig(Section):
+    """What learns which of two answers is the better one."""
+
+    model_config = _NAMED
+    aggregate: ClassVar[Literal["sequence_mean"]] = "sequence_mean"  # each token has its pair's loss, so this is the mean over pairs
+    name: Any
+    beta: Positive = Field(
+        default=0.1, description="Weight of the divergence from the initial model that the implicit reward is of: a large one holds closer."
+    )
+
+
+class DpoConfig(PreferenceConfig, OfflineConfig):
+    """Direct Preference Optimization on the pairs of a data set, arXiv 2305.18290."""
+
+    name: Literal["dpo"] = "dpo"
+
+
+class OnlineDpoConfig(PreferenceConfig):
+    """Direct Preference Optimization on the policy's own answers: the best and the worst of each group (arXiv 2402.04792)."""
+
+    name: Literal["online_dpo"] = "online_dpo"
 
 
 AlgorithmConfig = Annotated[
@@ -226,6 +255,8 @@ AlgorithmConfig = Annotated[
     | ReinforcePlusPlusBaselineConfig
     | PpoConfig
     | BestOfNConfig
+    | OnlineDpoConfig
+    | DpoConfig
     | SftConfig,
     Field(discriminator="name"),
 ]

@@ -8,12 +8,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from verst.config.algorithms import ComparingConfig, CorrectionConfig, PolicyGradientConfig, PpoConfig, SftConfig
+from verst.config import scheduled
+from verst.config.algorithms import (
+    ComparingConfig,
+    CorrectionConfig,
+    DpoConfig,
+    OfflineConfig,
+    PolicyGradientConfig,
+    PpoConfig,
+    PreferenceConfig,
+    SftConfig,
+)
 from verst.config.evaluated import best_metrics, evaluated
 
 if TYPE_CHECKING:
     from verst.config.schema import Config
 
+PAIR = frozenset({"chosen", "rejected"})
+"""Names in `data.columns` of the two answers of a pair."""
 _SAMPLING = ("rollout.group_size", "rollout.oversample", "rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.min_p")
 _FIDELITY = ("fidelity.limit", "fidelity.action")
 _FILTERS = ("top_p", "top_k", "min_p")
@@ -47,11 +59,11 @@ def inapplicable(config: Config) -> dict[str, str]:
         reasons["train.megatron"] = f"the backend is {config.train.backend}, not megatron"
     reasons |= _untracked(config)
     algorithm = config.algorithm
-    if isinstance(algorithm, SftConfig):
-        reasons |= _each((*_SAMPLING, *_FIDELITY), "sft imitates demonstrations, one for each prompt, and samples nothing to train on")
-        reasons["tracking.samples_every_steps"] = "sft samples nothing"
+    if isinstance(algorithm, OfflineConfig):
+        reasons |= _each((*_SAMPLING, *_FIDELITY), "sft and dpo learn from answers that the data has, and sample nothing to train on")
+        reasons["tracking.samples_every_steps"] = "sft and dpo sample nothing"
         if not evaluated(config):
-            why = "sft generates and scores only for evaluation, and there are neither eval.every_steps nor eval.sets"
+            why = "sft and dpo generate and score only for evaluation, and there are neither eval.every_steps nor eval.sets"
             reasons |= _each(_ROLLED_AND_SCORED, why)
     if isinstance(algorithm, PolicyGradientConfig) and not algorithm.kl_coefficient:
         reasons |= _each(("algorithm.kl_in", "algorithm.kl_estimator"), "algorithm.kl_coefficient is 0, so there is no KL term")
@@ -85,6 +97,7 @@ def problems(config: Config) -> list[str]:
         *_critic_problems(config),
         *_size_problems(config),
         *_engine_problems(config),
+        *scheduled.problems(config),
     ]
 
 
@@ -137,7 +150,27 @@ def _data_problems(config: Config) -> list[str]:
         found.append("data.columns has messages, whole conversations, so it takes neither prompt nor demonstration: keep one way")
     if "demonstration" in columns and not isinstance(config.algorithm, SftConfig):
         found.append(f"data.columns has a demonstration, but {config.algorithm.name} imitates nothing: give the column a field's name")
-    return found
+    curriculum = data.curriculum
+    if curriculum is not None and curriculum.end <= curriculum.start:
+        found.append(
+            f"data.curriculum goes from {curriculum.start:g} to {curriculum.end:g}: a larger number is a harder prompt, so end must be "
+            "above start. Where it is the other way round, give the rows a field with the sign changed"
+        )
+    return found + _pair_problems(config)
+
+
+def _pair_problems(config: Config) -> list[str]:
+    pair = config.data.columns.keys() & PAIR
+    if not pair:
+        return []  # told with the data, as of a demonstration that is missing
+    names = " and ".join(sorted(pair))
+    if not isinstance(config.algorithm, DpoConfig):
+        return [f"data.columns has {names}, but {config.algorithm.name} compares no pairs: give the columns fields' names"]
+    if pair != PAIR:
+        return [f"data.columns has {names} only: a pair is chosen and rejected"]
+    if config.data.columns.keys() & {"messages", "demonstration"}:
+        return ["data.columns has a pair of answers, so it takes neither messages nor demonstration: keep one way"]
+    return []
 
 
 def _evaluation_problems(config: Config) -> list[str]:
@@ -165,11 +198,13 @@ def _evaluation_problems(config: Config) -> list[str]:
 
 def _group_problems(config: Config) -> list[str]:
     rollout, algorithm, found = config.rollout, config.algorithm, []
+    if isinstance(algorithm, PreferenceConfig) and not isinstance(algorithm, OfflineConfig) and rollout.group_size < 2:
+        found.append(f"rollout.group_size is 1, but {algorithm.name} compares two answers of each group. Use 2 or more")
     if isinstance(algorithm, ComparingConfig) and rollout.group_size < 2:
         found.append(
             f"rollout.group_size is 1, but {algorithm.name}'s baseline is the mean of the group: every advantage would be 0. Use 2 or more"
         )
-    if not isinstance(algorithm, SftConfig):
+    if not isinstance(algorithm, OfflineConfig):
         same = "so the trajectories of a group would all be the same"
         if rollout.temperature == 0:
             found.append(f"rollout.temperature is 0 (greedy), {same}. Use 1.0; evaluation has its own eval.temperature")
@@ -252,6 +287,14 @@ def _bounds_problem(correction: CorrectionConfig) -> str | None:
 
 def _size_problems(config: Config) -> list[str]:
     train, found = config.train, []
+    if (
+        isinstance(config.algorithm, PreferenceConfig)
+        and config.max_trajectory_tokens <= train.microbatch_tokens < 2 * config.max_trajectory_tokens
+    ):
+        found.append(
+            f"train.microbatch_tokens ({train.microbatch_tokens}) is below two of the longest trajectories (2 x "
+            f"{config.max_trajectory_tokens}): {config.algorithm.name} needs both answers of a pair in one forward pass"
+        )
     if train.microbatch_tokens < config.max_trajectory_tokens:
         found.append(
             f"train.microbatch_tokens ({train.microbatch_tokens}) is below the longest trajectory ({config.max_trajectory_tokens} = "

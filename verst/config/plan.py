@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verst.config.algorithms import PolicyGradientConfig, PpoConfig, SftConfig
+from verst.config import scheduled
+from verst.config.algorithms import DpoConfig, PolicyGradientConfig, PpoConfig, PreferenceConfig, SftConfig
 from verst.config.hub import model_directory
 from verst.config.schema import Config
 from verst.errors import ModelError
@@ -149,7 +150,8 @@ def plan_lines(config: Config) -> list[str]:
 
 def _token_plan(config: Config) -> list[str]:
     rollout, train = config.rollout, config.train
-    trajectories = train.groups_per_step * (1 if isinstance(config.algorithm, SftConfig) else rollout.group_size)
+    of_data = {SftConfig: 1, DpoConfig: 2}  # trajectories of each prompt
+    trajectories = train.groups_per_step * of_data.get(type(config.algorithm), rollout.group_size)
     longest = config.max_trajectory_tokens
     most = trajectories * longest
     updates = train.minibatches * train.epochs
@@ -161,13 +163,16 @@ def _token_plan(config: Config) -> list[str]:
         f"({config.data.max_prompt_tokens} prompt + {rollout.max_turns} turn(s) of {rollout.max_new_tokens})",
         f"staleness: {'none (synchronous)' if ahead == 0 else f'at most {ahead} version(s)'} with {capacity} slots",
         f"microbatches: {train.microbatch_tokens:,} tokens; full-length trajectories fit {train.microbatch_tokens // longest} at a time",
+        *scheduled.lines(config),
     ]
 
 
 def _memory_plan(config: Config, facts: ModelFacts) -> list[str]:
     """Bytes by purpose. Activations depend on the model's code and are not estimated."""
     element = _BYTES[config.model.dtype]
-    reference = isinstance(config.algorithm, PolicyGradientConfig) and config.algorithm.kl_coefficient > 0
+    algorithm = config.algorithm
+    penalised = isinstance(algorithm, PolicyGradientConfig) and algorithm.kl_coefficient > 0
+    reference = penalised or isinstance(algorithm, PreferenceConfig)
     critic = _critic_parameters(config, facts)
     # fp32 master weights, two AdamW moments and gradients; a bfloat16 model keeps its own copy of the weights beside the master's
     trained = 4 + 4 + 4 + 4 + (2 if element == 2 else 0)

@@ -92,24 +92,31 @@ def _unread() -> dict[str, list[str]]:
 def _definitions(name: str, section: Mapping[str, Any], definitions: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """The tables of one section, as heading, what precedes its options' names, and schema.
 
-    They are its own, unless it is one of several, and those of options that are lists of sections, or sections by name.
+    They are its own, unless it is one of several, and those of options that are sections, lists of sections, or sections by name.
     """
     if "oneOf" not in section:
         yield f"`{name}`", f"{name}.", definitions[_referred(section)]
-    lists: dict[str, str] = {}
+    inside: dict[str, tuple[str, str]] = {}
     for reference in section.get("oneOf", [section]):
         for option, about in definitions[_referred(reference)]["properties"].items():
-            inner = _inner(about)
+            inner, single = _inner(about), _optional(about)
             if inner is not None:
-                lists[option] = inner
-    for option, definition in lists.items():
-        yield f"Each of `{name}.{option}`", "", definitions[definition]
+                inside[option] = f"Each of `{name}.{option}`", inner
+            elif single is not None:
+                inside[option] = f"`{name}.{option}`", single
+    for heading, definition in inside.values():
+        yield heading, "", definitions[definition]
 
 
 def _inner(about: Mapping[str, Any]) -> str | None:
     """The sections that an option is a list or a mapping of, by their definition; None for any other option."""
     inner = about.get("items", about.get("additionalProperties"))
     return _referred(inner) if isinstance(inner, Mapping) and "$ref" in inner and _referred(inner) != _ANY_VALUE else None
+
+
+def _optional(about: Mapping[str, Any]) -> str | None:
+    """The section that an option is if it is given, by its definition; None for any other option."""
+    return next((_referred(part) for part in about.get("anyOf", ()) if "$ref" in part), None)
 
 
 def _presets(name: str, presets: Sequence[Mapping[str, Any]], unread: Mapping[str, list[str]], changeable: Container[str]) -> str:
@@ -185,6 +192,8 @@ def _type(about: Mapping[str, Any]) -> str:
     choices = about.get("enum", [about["const"]] if "const" in about else None)
     if choices is not None:
         return ", ".join(f"`{choice}`" for choice in choices)
+    if _optional(about) is not None:
+        return "section, below"
     if "anyOf" in about:
         return ", or ".join(_type(part) for part in about["anyOf"] if part.get("type") != "null")
     kind = about["type"]

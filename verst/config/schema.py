@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from verst.config import checks
 from verst.config.algorithms import AlgorithmConfig, GrpoConfig
-from verst.config.values import Count, Options, Positive, Real, Seconds, Section, Temperature, Text, Whole
+from verst.config.values import Count, Number, Options, Positive, Real, Seconds, Section, Temperature, Text, Whole
 
 
 def _not_partial(name: str) -> str:
@@ -33,6 +33,15 @@ def _each_once(names: list[str]) -> list[str]:
     return names
 
 
+class ChangeConfig(Section):
+    """Options that have another value from a step on."""
+
+    step: Annotated[Count, Field(ge=2)] = Field(description="The first step that is made with them.")
+    options: Annotated[Options, Field(min_length=1)] = Field(
+        description="Their new values by dotted name: {train.lr: 1e-6, algorithm.clip_high: 0.3}."
+    )
+
+
 class RunConfig(Section):
     name: Annotated[str, AfterValidator(_not_partial)] = Field(
         default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200, description="Name of the run's directory."
@@ -40,6 +49,9 @@ class RunConfig(Section):
     dir: Text = Field(default="runs", description="Where run directories are made.")
     seed: Whole = Field(default=0, description="Seeds the order of the data and the sampling of tokens.")
     steps: Count = Field(description="Steps to train; a step consumes one batch and makes one or more optimizer updates.")
+    changes: list[ChangeConfig] = Field(
+        default_factory=list, description="Options that have another value from a step on: {step, options} each; see docs/algorithms.md."
+    )
     deterministic: bool = Field(
         default=True,
         description="A sequence's bits depend only on weights, tokens and seed. Costs some speed; needed for bit-exact resume.",
@@ -65,10 +77,19 @@ class PromptSource(Section):
     columns: dict[Text, Text] = Field(
         default_factory=dict,
         description="Columns that have other names: {prompt: question, demonstration: solution, answer: final}. A prompt is text or a list "
-        "of {role, content}, a demonstration the answer to imitate (sft), all else fields that rewards and environments see. Without a "
-        "prompt, messages is a whole conversation, cut before its first answer.",
+        "of {role, content}, a demonstration the answer to imitate (sft), chosen and rejected the better and the worse one (dpo), all else "
+        "fields that rewards and environments see. Without a prompt, messages is a whole conversation, cut before its first answer.",
     )
     system: str | None = Field(default=None, description="System message put before every prompt.")
+
+
+class CurriculumConfig(Section):
+    """Easy prompts first: a row that is too difficult yet is passed over, and comes again in the next epoch; see `docs/data.md`."""
+
+    field: Text = Field(description="The field that says how difficult a prompt is: a number, larger for harder ones.")
+    start: Number = Field(description="The most difficult that the first prompt may be.")
+    end: Number = Field(description="The most difficult from `prompts` on. Rows beyond it are never used.")
+    prompts: Count = Field(description="Over how many prompts the limit goes from `start` to `end`, in equal parts.")
 
 
 class DataConfig(PromptSource):
@@ -79,6 +100,9 @@ class DataConfig(PromptSource):
     )
     holdout: Real = Field(
         default=0.0, lt=1, description="Share of prompts (by hash of their text) kept for evaluation and never trained on."
+    )
+    curriculum: CurriculumConfig | None = Field(
+        default=None, description="Easy prompts first: {field, start, end, prompts}. Default: difficulty plays no part."
     )
     max_prompt_tokens: Count = Field(default=1024, description="A longer prompt is an error that names the row.")
 
@@ -110,7 +134,7 @@ class RolloutConfig(Section):
         "admission; more spares the trainer waiting for long answers, and favours short ones by that much. Needs a larger capacity_groups.",
     )
     max_new_tokens: Count = Field(
-        default=256, description="Limit of one generation; for sft, of a demonstration whose prompt is at its limit."
+        default=256, description="Limit of one generation; for sft and dpo, of an answer whose prompt is at its limit."
     )
     max_turns: Count = Field(default=1, description="Limit of a trajectory's turns.")
     temperature: Temperature = Field(

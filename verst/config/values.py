@@ -31,7 +31,9 @@ Whole = Annotated[int, BeforeValidator(_not_a_truth_value), Field(ge=0, le=2**31
 """A whole number, 0 included."""
 Count = Annotated[int, BeforeValidator(_not_a_truth_value), Field(gt=0, le=2**31 - 1)]
 Real = Annotated[float, BeforeValidator(_not_a_truth_value), Field(ge=0, allow_inf_nan=False)]
-"""A finite number, not below 0: what every float of the run file is."""
+"""A finite number, not below 0: what almost every float of the run file is."""
+Number = Annotated[float, BeforeValidator(_not_a_truth_value), Field(allow_inf_nan=False)]
+"""A finite number, also below 0."""
 Positive = Annotated[float, BeforeValidator(_not_a_truth_value), Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[Positive, Field(le=30 * 86400)]
 Temperature = Annotated[

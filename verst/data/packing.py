@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from verst.config.schema import TrainConfig
 from verst.errors import ConfigError, InvariantViolation
@@ -16,6 +17,9 @@ from verst.types import Sample
 
 Microbatch = tuple[int, ...]
 """Indices of the samples of one forward, longest first. Empty: this rank has none left and runs a dummy forward."""
+
+Unit = tuple[int, ...]
+"""Samples that one microbatch must have together, longest first: a single one, or those of a group."""
 
 Cost = Callable[[Sequence[int], Sequence[int]], int]
 """Tokens that one forward of these samples holds, given the lengths of all."""
@@ -54,30 +58,38 @@ def plan_step(
     ranks: int,
     microbatch_tokens: int,
     packed: bool = False,
+    whole_groups: bool = False,
 ) -> StepPlan:
     """Plans one step from the length in tokens and the group number of each sample of its batch. Deterministic.
 
     Groups, in order of their first sample, are cut into `minibatches` contiguous parts, as even as possible. Every epoch has the same
     plan, so a rank meets its own samples again and may keep what it computed for them (`samples_of_rank`).
-    With `packed`, samples lie end to end and cost their tokens alone.
+    With `packed`, samples lie end to end and cost their tokens alone. With `whole_groups`, a microbatch has all samples of its groups.
 
-    Raises `ConfigError` if one sample alone is longer than `microbatch_tokens`, `InvariantViolation` if the arguments make no sense.
+    Raises `ConfigError` if one sample alone, or a whole group, is longer than `microbatch_tokens`, `InvariantViolation` if the arguments
+    make no sense.
     """
     _check(lengths, groups, (minibatches, epochs, ranks), microbatch_tokens)
     cost: Cost = _packed_cost if packed else _padded_cost
-    order = list(dict.fromkeys(groups))
+    members: dict[int, list[int]] = {}
+    for sample, group in enumerate(groups):
+        members.setdefault(group, []).append(sample)
+    order = list(members)
     parts = []
     for minibatch in range(minibatches):
-        start, end = len(order) * minibatch // minibatches, len(order) * (minibatch + 1) // minibatches
-        own = set(order[start:end])
-        parts.append(_plan_update([i for i, group in enumerate(groups) if group in own], lengths, ranks, microbatch_tokens, cost))
+        own = order[len(order) * minibatch // minibatches : len(order) * (minibatch + 1) // minibatches]
+        if whole_groups:
+            units = [_unit(members[group], lengths, microbatch_tokens, cost) for group in own]
+        else:
+            units = [(sample,) for group in own for sample in members[group]]
+        parts.append(_plan_update(units, lengths, ranks, microbatch_tokens, cost))
     forwards = [m for update in parts for rank in update.ranks for m in rank]
     held = sum(cost(m, lengths) for m in forwards)
     share = 1 - sum(lengths) / held if held else 0.0
     return StepPlan(tuple(parts) * epochs, share)
 
 
-def plan_samples(samples: Sequence[Sample], train: TrainConfig, *, ranks: int, packed: bool) -> StepPlan:
+def plan_samples(samples: Sequence[Sample], train: TrainConfig, *, ranks: int, packed: bool, whole_groups: bool) -> StepPlan:
     """`plan_step` for the samples of a batch. Whoever plans the same batch with the same arguments gets the same plan."""
     return plan_step(
         [len(s.tokens_T) for s in samples],
@@ -87,6 +99,7 @@ def plan_samples(samples: Sequence[Sample], train: TrainConfig, *, ranks: int, p
         ranks=ranks,
         microbatch_tokens=train.microbatch_tokens,
         packed=packed,
+        whole_groups=whole_groups,
     )
 
 
@@ -95,12 +108,22 @@ def samples_of_rank(plan: StepPlan, rank: int) -> tuple[int, ...]:
     return tuple(sorted({i for update in plan.updates for microbatch in update.ranks[rank] for i in microbatch}))
 
 
-def _plan_update(samples: Sequence[int], lengths: Sequence[int], ranks: int, budget: int, cost: Cost) -> UpdatePlan:
-    if not samples:
+def _unit(samples: Sequence[int], lengths: Sequence[int], budget: int, cost: Cost) -> Unit:
+    unit = tuple(sorted(samples, key=lambda i: (-lengths[i], i)))
+    if (tokens := cost(unit, lengths)) > budget:
+        raise ConfigError(
+            f"samples {', '.join(map(str, sorted(unit)))} of the batch belong to one group and need one forward of {tokens} tokens: "
+            f"train.microbatch_tokens is {budget}. Raise it to {tokens} or more, or lower the limits on prompt and completion"
+        )
+    return unit
+
+
+def _plan_update(units: Sequence[Unit], lengths: Sequence[int], ranks: int, budget: int, cost: Cost) -> UpdatePlan:
+    if not units:
         return UpdatePlan(((),) * ranks)
-    ordered = sorted(samples, key=lambda i: (-lengths[i], i))
+    ordered = sorted(units, key=lambda unit: (-lengths[unit[0]], unit[0]))
     rounds = -(-len(_cut(ordered, lengths, budget, cost)) // ranks)
-    cuts = _even_cuts(ordered, lengths, rounds * ranks, budget, cost)
+    cuts = [_samples(cut) for cut in _even_cuts(ordered, lengths, rounds * ranks, budget, cost)]
     cuts.sort(key=lambda m: -cost(m, lengths))  # stable, so still deterministic
     cuts += [()] * (rounds * ranks - len(cuts))
     dealt: list[list[Microbatch]] = [[] for _ in range(ranks)]
@@ -112,29 +135,33 @@ def _plan_update(samples: Sequence[int], lengths: Sequence[int], ranks: int, bud
     return UpdatePlan(tuple(tuple(rank) for rank in dealt))
 
 
-def _even_cuts(ordered: Sequence[int], lengths: Sequence[int], count: int, budget: int, cost: Cost) -> list[Microbatch]:
-    """At most `count` microbatches whose largest cost is the least possible; exactly `count` if there are that many samples."""
-    low, high = lengths[ordered[0]], budget
+def _even_cuts(ordered: Sequence[Unit], lengths: Sequence[int], count: int, budget: int, cost: Cost) -> list[list[Unit]]:
+    """At most `count` microbatches whose largest cost is the least possible; exactly `count` if there are that many units."""
+    low, high = max(cost(unit, lengths) for unit in ordered), budget
     while low < high:  # bisection: the number of microbatches never grows with the cost allowed
         middle = (low + high) // 2
         low, high = (low, middle) if len(_cut(ordered, lengths, middle, cost)) <= count else (middle + 1, high)
     cuts = _cut(ordered, lengths, low, cost)
     while len(cuts) < min(count, len(ordered)):
-        largest = max((m for m in cuts if len(m) > 1), key=lambda m: cost(m, lengths))
+        largest = max((cut for cut in cuts if len(cut) > 1), key=lambda cut: cost(_samples(cut), lengths))
         at, half = cuts.index(largest), len(largest) // 2
         cuts[at : at + 1] = [largest[:half], largest[half:]]
     return cuts
 
 
-def _cut(ordered: Sequence[int], lengths: Sequence[int], limit: int, cost: Cost) -> list[Microbatch]:
-    """Cuts samples, longest first, into the fewest runs that cost at most `limit` each: filling each run is optimal."""
-    cuts: list[list[int]] = []
-    for sample in ordered:
-        if cuts and cost((*cuts[-1], sample), lengths) <= limit:
-            cuts[-1].append(sample)
+def _cut(ordered: Sequence[Unit], lengths: Sequence[int], limit: int, cost: Cost) -> list[list[Unit]]:
+    """Cuts units, longest first, into the fewest runs that cost at most `limit` each: filling each run is optimal."""
+    cuts: list[list[Unit]] = []
+    for unit in ordered:
+        if cuts and cost(_samples([*cuts[-1], unit]), lengths) <= limit:
+            cuts[-1].append(unit)
         else:
-            cuts.append([sample])
-    return [tuple(cut) for cut in cuts]
+            cuts.append([unit])
+    return cuts
+
+
+def _samples(units: Sequence[Unit]) -> Microbatch:
+    return tuple(chain.from_iterable(units))
 
 
 def _padded_cost(microbatch: Sequence[int], lengths: Sequence[int]) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from verst.config.checks import PAIR
 from verst.config.schema import DataConfig
 from verst.data.sources import Row, nearest
 from verst.errors import DataError
@@ -18,7 +19,7 @@ _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
 def to_prompt(row: Row, data: DataConfig) -> Prompt:
-    """The row's columns under the names that `data.columns` gives them: prompt, demonstration and fields. `data.system` comes first.
+    """The row's columns under the names that `data.columns` gives them: prompt, demonstration or pair, fields; first comes `data.system`.
 
     Messages may have the forms of TRL's conversational data sets and of ShareGPT (`from` and `value`); contents may be lists of text parts.
 
@@ -30,7 +31,10 @@ def to_prompt(row: Row, data: DataConfig) -> Prompt:
     columns = {name: _Column(name, value) for name, value in values.items() if name not in taken}
     columns |= {name: _Column(column, values[column]) for name, column in names.items()}
     demonstration: tuple[Message, ...] = ()
-    if "messages" in names:
+    rejected: tuple[Message, ...] = ()
+    if names.keys() >= PAIR:
+        messages, demonstration, rejected = _pair(columns.pop("prompt", None), columns.pop("chosen"), columns.pop("rejected"), row)
+    elif "messages" in names:
         messages, demonstration = _cut(_messages(columns.pop("messages"), "user", row), row)
     else:
         messages = _messages(columns.pop("prompt"), "user", row)
@@ -38,7 +42,7 @@ def to_prompt(row: Row, data: DataConfig) -> Prompt:
             demonstration = _messages(given, "assistant", row)
     if data.system is not None:
         messages = (Message("system", data.system), *messages)
-    return Prompt(row.id, messages, {name: column.value for name, column in columns.items()}, demonstration)
+    return Prompt(row.id, messages, {name: column.value for name, column in columns.items()}, demonstration, rejected)
 
 
 def split_point(prompt: Prompt, data: DataConfig) -> float:
@@ -66,7 +70,10 @@ class _Column:
 def _names(values: Mapping[str, Any], data: DataConfig, row: Row) -> dict[str, str]:
     """The data's names of `prompt` (and `demonstration`) or `messages`, and of what else has another one."""
     names = dict(data.columns)
-    if "prompt" not in names and "messages" not in names:
+    if names.keys() >= PAIR:
+        if "prompt" in values:
+            names.setdefault("prompt", "prompt")
+    elif "prompt" not in names and "messages" not in names:
         name = "messages" if "prompt" not in values and "messages" in values else "prompt"
         names[name] = name
     if "prompt" in names and "demonstration" in values:
@@ -84,6 +91,39 @@ def _cut(conversation: tuple[Message, ...], row: Row) -> tuple[tuple[Message, ..
     if first == 0:
         raise DataError(f"{row.locate()}: the conversation begins with an answer: there is no prompt before it")
     return conversation[:first], conversation[first:]
+
+
+_Messages = tuple[Message, ...]
+
+
+def _pair(prompt: _Column | None, chosen: _Column, rejected: _Column, row: Row) -> tuple[_Messages, _Messages, _Messages]:
+    """Prompt, better and worse answer, in TRL's forms: answers beside a prompt, or whole texts or conversations that begin alike."""
+    better, worse = (_messages(column, "assistant", row) for column in (chosen, rejected))
+    common: _Messages = ()
+    if better[0].role != "assistant":  # whole conversations; a prompt beside them repeats their beginning
+        same = _shared(better, worse)
+        common, better, worse = better[:same], better[same:], worse[same:]
+    elif prompt is not None:
+        common = _messages(prompt, "user", row)
+    elif isinstance(chosen.value, str) and isinstance(rejected.value, str):
+        same = _shared(chosen.value, rejected.value)
+        same -= chosen.value[:same].endswith(" ")  # a space before the answers belongs to them, as in TRL
+        common = (Message("user", chosen.value[:same]),)
+        better, worse = ((Message("assistant", text[same:]),) for text in (chosen.value, rejected.value))
+    begun = bool(common) and bool(common[-1].content)
+    if not begun or any(not answer or answer[0].role != "assistant" for answer in (better, worse)):
+        raise DataError(
+            f"{row.locate()}: columns {chosen.name!r} and {rejected.name!r} must be two answers to the prompt or, without one, two whole "
+            "texts or conversations that begin alike and differ from an answer on"
+        )
+    if better == worse:
+        raise DataError(f"{row.locate()}: columns {chosen.name!r} and {rejected.name!r} are the same answer: there is nothing to prefer")
+    return common, better, worse
+
+
+def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many characters, or messages, are the same at the beginning of both."""
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
 
 
 def _messages(column: _Column, role: str, row: Row) -> tuple[Message, ...]:

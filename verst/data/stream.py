@@ -2,6 +2,7 @@
 
 An epoch is a seeded permutation of the source's blocks, cut into windows of `window_blocks`; the rows of a window are shuffled together.
 Everything follows from (seed, epoch, window), so a cursor of three numbers is the whole state and a stream holds one window in memory.
+With a curriculum the number of prompts given is a fourth: it alone says how difficult the next one may be.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any, Literal
 
-from verst.config.schema import DataConfig
+from verst.config.schema import CurriculumConfig, DataConfig
 from verst.data.prompts import split_point, text_hash, to_prompt
-from verst.data.sources import Row, Source
+from verst.data.sources import Row, Source, nearest
 from verst.errors import DataError
 from verst.types import Prompt
 
@@ -35,6 +36,7 @@ class PromptStream:
     def __init__(self, source: Source, data: DataConfig, seed: int, split: Split = "train") -> None:
         self._source, self._data, self._seed, self._split = source, data, seed, split
         self._epoch = self._window = self._row = 0  # the cursor: `_row` rows of this window are consumed
+        self._given = 0  # prompts; a part of the cursor too
         self._rows: Sequence[Row] | None = None  # of the current window; None: not read yet
         self._share = data.holdout if split == "eval" else 1 - data.holdout
         if not self._share:
@@ -46,9 +48,10 @@ class PromptStream:
         while True:
             rows = self._load()
             while self._row < len(rows):
-                prompt = to_prompt(rows[self._row], self._data)
+                prompt = to_prompt(row := rows[self._row], self._data)
                 self._row += 1
-                if self._wanted(prompt):
+                if self._wanted(prompt) and self._easy_enough(prompt, row):
+                    self._given += 1
                     return prompt
                 passed += 1
             self._advance()
@@ -58,7 +61,7 @@ class PromptStream:
 
     def state(self) -> dict[str, Any]:
         """The cursor, and what it is valid for, in JSON values."""
-        return {"epoch": self._epoch, "window": self._window, "row": self._row, "of": self._identity()}
+        return {"epoch": self._epoch, "window": self._window, "row": self._row, "given": self._given, "of": self._identity()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continues after the prompts that were taken when `state` was saved. Raises `DataError` if source or options differ from then."""
@@ -69,14 +72,30 @@ class PromptStream:
                 f"the saved position in {self._source.name} does not fit: {'; '.join(changed)}. Give the data it was saved with"
             )
         self._epoch, self._window, self._row = state["epoch"], state["window"], state["row"]
+        self._given = state.get("given", 0)  # not in states of before there were curricula
         self._rows = None
 
     def _identity(self) -> dict[str, Any]:
         options = {"seed": self._seed, "shuffle": self._data.shuffle, "holdout": self._data.holdout, "split": self._split}
+        if self._data.curriculum is not None:
+            options["curriculum"] = self._data.curriculum.model_dump()
         return {"source": dict(self._source.fingerprint()), **options}
 
     def _wanted(self, prompt: Prompt) -> bool:
         return (split_point(prompt, self._data) < self._data.holdout) == (self._split == "eval")
+
+    def _easy_enough(self, prompt: Prompt, row: Row) -> bool:
+        """By the curriculum; evaluation has none. Competence-based curriculum learning, arXiv 1903.09848, its linear competence."""
+        curriculum = self._data.curriculum
+        if curriculum is None or self._split == "eval":
+            return True
+        difficulty = prompt.fields.get(curriculum.field)
+        if isinstance(difficulty, bool) or not isinstance(difficulty, int | float):
+            raise DataError(
+                f"{row.locate()}: data.curriculum needs a number in the field {curriculum.field!r}, which is {difficulty!r:.40}"
+                f"{nearest(curriculum.field, prompt.fields)}"
+            )
+        return difficulty <= most_difficult(curriculum, self._given)
 
     def _load(self) -> Sequence[Row]:
         if self._rows is None:
@@ -118,10 +137,21 @@ class PromptStream:
     def _no_prompt(self, passed: int) -> DataError:
         if not passed:
             return DataError(f"{self._source.name} has no row: give at least one prompt")
+        curriculum = self._data.curriculum
+        if curriculum is not None and self._split == "train":
+            return DataError(
+                f"none of {passed} rows of {self._source.name} is as easy as data.curriculum has it after {self._given} prompts: "
+                f"{curriculum.field} up to {most_difficult(curriculum, self._given):g}. Raise data.curriculum.start, or give easier prompts"
+            )
         return DataError(
             f"none of {passed} rows of {self._source.name} is on the {self._split} side of data.holdout={self._data.holdout}: "
             "the prompts are too few or too alike; change data.holdout or give more different prompts"
         )
+
+
+def most_difficult(curriculum: CurriculumConfig, given: int) -> float:
+    """The limit of difficulty after so many prompts."""
+    return curriculum.start + (curriculum.end - curriculum.start) * min(given / curriculum.prompts, 1.0)
 
 
 def eval_prompts(source: Source, data: DataConfig, n: int) -> list[Prompt]:

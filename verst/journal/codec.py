@@ -86,6 +86,7 @@ def encode_group(group: Group) -> bytes:
             "messages": _pack_messages(group.prompt.messages),
             "fields": group.prompt.fields,
             "demonstration": _pack_messages(group.prompt.demonstration),
+            "rejected": _pack_messages(group.prompt.rejected),
         },
         "details": [_pack_detail(row) for row in rows],
         "routes": [_pack_routes(row.routes) for row in rows],
@@ -119,10 +120,9 @@ def decode_group(buffer: bytes | memoryview) -> Group:
         )
         for i in range(table.num_rows)
     )
-    prompt = meta["prompt"]
     return Group(
         seq=meta["seq"],
-        prompt=Prompt(prompt["id"], _unpack_messages(prompt["messages"]), prompt["fields"], _unpack_messages(prompt["demonstration"])),
+        prompt=_unpack_prompt(meta["prompt"]),
         trajectories=trajectories,
         admitted_version=meta["admitted_version"],
         timings=meta["timings"],
@@ -216,6 +216,11 @@ def _field_views(table: pa.RecordBatch, meta: Mapping[str, Any]) -> list[dict[st
 
 def _pack_messages(messages: Sequence[Message]) -> list[list[str]]:
     return [[message.role, message.content] for message in messages]
+
+
+def _unpack_prompt(packed: Mapping[str, Any]) -> Prompt:
+    answers = (_unpack_messages(packed.get(name, ())) for name in ("demonstration", "rejected"))  # earlier groups have no pairs
+    return Prompt(packed["id"], _unpack_messages(packed["messages"]), packed["fields"], *answers)
 
 
 def _unpack_messages(packed: Sequence[Sequence[str]]) -> tuple[Message, ...]:

@@ -72,6 +72,11 @@ class BatchRecord(Record):
         groups: Mapping[Any, Mapping[Any, str]] = self.plan.get("left_out", {})
         return {int(seq): {int(member): reason for member, reason in members.items()} for seq, members in groups.items()}
 
+    @property
+    def changed(self) -> dict[str, list[Any]]:
+        """Options that have another value from this step on, by dotted name: [before, after]."""
+        return self.plan.get("changed", {})
+
     @classmethod
     def from_json(cls, payload: bytes) -> BatchRecord:
         values = json.loads(payload)

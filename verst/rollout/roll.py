@@ -103,34 +103,40 @@ class GroupRoller:
         return Group(seq, prompt, kept, admitted_version, timings, cut)
 
     def demonstrate(self, seq: int, prompt: Prompt) -> Group:
-        """A group of one trajectory made of the prompt's demonstration, for supervised fine-tuning. Nothing is generated.
+        """A group made of the answers that the data has to the prompt: the demonstration or, of a pair, the better and the worse one.
 
-        Its tokens have no policy version and log-probability 0. Its reward is 0: it is not scored, and no loss on demonstrations reads it.
+        Nothing is generated or scored: tokens have no policy version and log-probability 0. The reward is 0, that of the better of two 1.
 
-        Raises `DataError` if the prompt has no demonstration, or prompt or demonstration are too long.
+        Raises `DataError` if the prompt has no demonstration, or prompt or answer are too long.
         """
         if not prompt.demonstration:
             raise DataError(f"prompt {prompt.id} has no demonstration to imitate: name its column, data.columns={{demonstration: COLUMN}}")
-        tokens_T, mask_T = self.renderer.demonstration(prompt.messages, prompt.demonstration)
+        answers = [prompt.demonstration, prompt.rejected] if prompt.rejected else [prompt.demonstration]
+        best = len(answers) - 1
+        trajectories = tuple(self._given(seq, i, prompt, answer, float(best - i)) for i, answer in enumerate(answers))
+        return Group(seq, prompt, trajectories, admitted_version=self.engine.version)
+
+    def _given(self, seq: int, member: int, prompt: Prompt, answer: tuple[Message, ...], reward: float) -> Trajectory:
+        """A trajectory of an answer that the data has."""
+        tokens_T, mask_T = self.renderer.demonstration(prompt.messages, answer)
         self.check_prompt(prompt, int(mask_T.argmax()))
         if len(tokens_T) > self.max_model_tokens:
             raise DataError(
-                f"prompt {prompt.id} with its demonstration has {len(tokens_T)} tokens, above the limit of a trajectory "
+                f"prompt {prompt.id} with its answer has {len(tokens_T)} tokens, above the limit of a trajectory "
                 f"({self.max_model_tokens}): shorten it, or raise rollout.max_new_tokens"
             )
-        trajectory = Trajectory(
-            id=f"{seq}/0",
+        return Trajectory(
+            id=f"{seq}/{member}",
             tokens_T=tokens_T,
             loss_mask_T=mask_T,
             logprobs_T=np.zeros(len(tokens_T), np.float32),
             versions_T=np.full(len(tokens_T), NO_VERSION, np.int32),
             turns=self._imitated_turns(tokens_T, mask_T),
-            messages=(*prompt.messages, *prompt.demonstration),
+            messages=(*prompt.messages, *answer),
             status=Status.FINISHED,
-            seed=stable_seed(self.seed, seq, 0),
-            reward=0.0,
+            seed=stable_seed(self.seed, seq, member),
+            reward=reward,
         )
-        return Group(seq, prompt, (trajectory,), admitted_version=self.engine.version)
 
     def check_prompt(self, prompt: Prompt, tokens: int) -> None:
         """Raises `DataError` unless a prompt of so many tokens can be answered."""

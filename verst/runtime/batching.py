@@ -13,7 +13,7 @@ from verst.algorithms.own import call_advantages, own_advantages
 from verst.algorithms.selection import all_equal
 from verst.algorithms.table import algorithm_for
 from verst.config.algorithms import AlgorithmConfig
-from verst.config.schema import Config, TrainConfig
+from verst.config.schema import Config
 from verst.data.packing import plan_samples, samples_of_rank
 from verst.errors import InvariantViolation, RoutesRefused
 from verst.fields import kinds_of
@@ -103,9 +103,11 @@ def require_fresh(batch: Batch, version: int, limit: int) -> None:
             )
 
 
-def routes_for(batch: Batch, wanted: RoutesWanted, train: TrainConfig) -> dict[int, Routes]:
+def routes_for(batch: Batch, wanted: RoutesWanted, config: Config) -> dict[int, Routes]:
     """What one trainer rank replays, by the index of the sample: the routes of its own samples, in its own layers."""
-    own = samples_of_rank(plan_samples(batch.samples, train, ranks=wanted.ranks, packed=wanted.packed), wanted.rank)
+    whole = algorithm_for(config.algorithm).whole_groups
+    plan = plan_samples(batch.samples, config.train, ranks=wanted.ranks, packed=wanted.packed, whole_groups=whole)
+    own = samples_of_rank(plan, wanted.rank)
     found = {i: batch.samples[i].routes for i in own}
     layers = list(wanted.layers)
     return {i: Routes(routes.experts_TLK[:, layers], routes.digest) for i, routes in found.items() if routes is not None}

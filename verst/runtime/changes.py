@@ -1,4 +1,6 @@
-"""What may change between two starts of one run: where and how fast it computes, and for how long; never what it learns."""
+"""What may change between two starts of one run: where and how fast it computes, for how long, and what `run.changes` says of later steps;
+never what it has learned from.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from verst.runtime.stored import checkpoint_steps
 
 CHANGEABLE = frozenset(
     {
-        *("run.steps", "eval.every_steps", "checkpoint.every_steps", "checkpoint.journal_limit_bytes"),
+        *("run.changes", "run.steps", "eval.every_steps", "checkpoint.every_steps", "checkpoint.journal_limit_bytes"),
         *("train.ranks", "train.threads", "rollout.replicas"),
         *("fidelity.limit", "fidelity.action"),
         *("filters.deadline_s", "hooks.classes", "hooks.deadline_s", "hooks.required"),
@@ -25,7 +27,8 @@ CHANGEABLE = frozenset(
         *("rollout.deadline_s", "reward.deadline_s", "train.deadline_s", "weights.deadline_s"),
     }
 )
-"""Options that may be changed, beside Megatron's layout; `run.steps` only while the learning rate does not depend on it."""
+"""Options that may be changed, beside Megatron's layout; `run.steps` only while the learning rate does not depend on it, and `run.changes`
+only for steps that are still to be made."""
 _MEGATRON = "train.megatron."
 _LAYOUT = frozenset(
     f"{_MEGATRON}{name}"
@@ -62,6 +65,8 @@ def change(run: RunDirectory, config: Config, overrides: Sequence[str], echo: Ca
         new = load_config(run.config, overrides)
         changed = differences(config.model_dump(mode="json"), new.model_dump(mode="json"))
         reasons = {key: reason for key in changed if (reason := _reason(key, config))}
+        if "run.changes" in changed and (made := _made(*changed["run.changes"], run)) is not None:
+            reasons["run.changes"] = made
         if reasons:
             refused = [f"{key} cannot be changed in a run: {reason}" for key, reason in reasons.items()]
             allowed = ", ".join(sorted(CHANGEABLE - reasons.keys()))
@@ -146,6 +151,13 @@ def _with(config: Config, options: Mapping[str, Any]) -> Config:
 
 def _reorders_sums(key: str) -> bool:
     return key in ("train.ranks", "train.threads") or key.startswith(_MEGATRON)
+
+
+def _made(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], run: RunDirectory) -> str | None:
+    """Why what changes at steps cannot be said anew; None if it can."""
+    first = min(change["step"] for change in (*before, *after) if change not in before or change not in after)
+    begun = JournalReader(run.journal, run.run_id).index.last_batch
+    return None if first > begun else f"step {first} has been made, or its batch is in the journal: give a step after {begun}"
 
 
 def _reason(key: str, config: Config) -> str | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from verst.algorithms.estimates import CONFIDENCE, Estimate, mean_interval, pass_shares, share_interval
+from verst.config.checks import PAIR
 from verst.config.evaluated import pass_ks
 from verst.config.load import load_config, resolved
 from verst.config.schema import Config
@@ -55,7 +56,7 @@ class EvalSet:
             section: {key: value for key, value in given.get(section, {}).items() if key in keys and value is not None}
             for section, keys in _SET_OPTIONS.items()
         }
-        values["data"]["columns"] = {name: column for name, column in base.data.columns.items() if name != "demonstration"}
+        values["data"]["columns"] = {name: column for name, column in base.data.columns.items() if name not in {"demonstration", *PAIR}}
         values["run"] = {"steps": 1, "seed": base.run.seed, "deterministic": base.run.deterministic}
         values["model"] = {"path": base.model.path, "dtype": base.model.dtype}
         values["train"] = {"threads": base.train.threads, "microbatch_tokens": _ANY_LENGTH, "routes": "ignore"}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verst.algorithms.table import algorithm_for
+from verst.config.scheduled import changed_at, config_at
 from verst.config.schema import Config
 from verst.errors import DataError
 from verst.runtime import batching
@@ -30,11 +31,14 @@ class Dropped:
     left_out: Mapping[int, Mapping[int, str]]
     """Members of the batch's groups that filters left out, by the group's `seq`."""
     metrics: Mapping[str, float]
+    changed: Mapping[str, Any]
+    """Options that have another value from this step on, with the values before and after."""
 
     @property
     def plan(self) -> dict[str, Any]:
         """For the batch's record: what it takes to make the same batch of the journal's groups."""
-        return {"left_out": self.left_out} if self.left_out else {}
+        found = {"left_out": self.left_out, "changed": self.changed}
+        return {name: values for name, values in found.items() if values}
 
 
 GiveUp = Callable[[int], Awaitable[None]]
@@ -75,17 +79,17 @@ class Intake:
             judged = self._judged.pop(group.seq)
             if (reason := batching.unusable(group, self._algorithm.min_members) or judged.failed) is not None:
                 await self._drop(group, reason)
-            elif (reason := self._refused(group, judged)) is not None:
+            elif (reason := self._refused(group, judged, step)) is not None:
                 await self._replace(group, reason, step)
             else:
                 groups.append(self._taken(group, judged))
         return groups
 
-    def _refused(self, group: Group, judged: Judged) -> str | None:
+    def _refused(self, group: Group, judged: Judged, step: int) -> str | None:
         """Why a group that can be trained is not, or None."""
         left = without(group, judged.left_out)
         unusable = batching.unusable(left, self._algorithm.min_members)
-        return judged.dropped or unusable or batching.without_signal(left, self._config.algorithm)
+        return judged.dropped or unusable or batching.without_signal(left, config_at(self._config, step).algorithm)
 
     def _taken(self, group: Group, judged: Judged) -> Group:
         """The group as the batch trains it."""
@@ -95,12 +99,15 @@ class Intake:
             self._left_out[group.seq] = judged.left_out
         return without(group, judged.left_out)
 
-    def dropped(self) -> Dropped:
-        """What was dropped since the last call, which goes on record with a batch."""
+    def dropped(self, step: int) -> Dropped:
+        """What was dropped since the last call, which goes on record with the batch of a step, as do options that change with it."""
+        changed = changed_at(self._config, step)
+        for key, (before, after) in changed.items():
+            self._parts.observer.note(f"from step {step}: {key} {before} -> {after}")
         groups, reasons = [group for group, _ in self._dropped.values()], {seq: reason for seq, (_, reason) in self._dropped.items()}
         replaced = float(self._signalless)
         metrics = {"groups/dropped": len(groups) - replaced, "groups/replaced": replaced, **self._parts.filters.report()}
-        found = Dropped(groups, reasons, self._left_out, metrics)
+        found = Dropped(groups, reasons, self._left_out, metrics, changed)
         self._dropped, self._left_out, self._signalless = {}, {}, 0
         return found
 

@@ -236,7 +236,7 @@ class Loop:
         step, spans = self.version + 1, self._spans
         batch = batching.assemble(step, groups, self._config.algorithm)
         batching.require_fresh(batch, self.version, self._config.worst_staleness)
-        dropped = self._intake.dropped()
+        dropped = self._intake.dropped(step)
         if journaled is None:
             for seq in batch.groups:
                 self._standing.group(seq, f"the end of step {step}")

@@ -33,6 +33,7 @@ from verst.routing.kinds import routed_experts, unread_experts
 from verst.runtime.eval_sets import EvalSets
 from verst.runtime.extensions import Extensions
 from verst.runtime.outlets import check_trackers
+from verst.types import Prompt
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -131,16 +132,33 @@ def _check_data(config: Config, extensions: Extensions) -> Mapping[str, Any]:
     stream = PromptStream(source, config.data, seed=config.run.seed, split="train")
     start = stream.state()
     prompt = stream.next()
-    if algorithm_for(config.algorithm).learns_from == "demonstrations" and not prompt.demonstration:
-        raise ConfigError(
-            f"algorithm {config.algorithm.name} learns from demonstrations, but {prompt.id} has none: "
-            "name the column with the answers, data.columns={demonstration: COLUMN}"
-        )
+    _require_answers(config, prompt)
     EvalSets.of(config, source)
     return start
 
 
+def _require_answers(config: Config, prompt: Prompt) -> None:
+    """Raises `ConfigError` if the algorithm learns from answers that the data does not have."""
+    algorithm = algorithm_for(config.algorithm)
+    if algorithm.learns_from != "demonstrations":
+        return
+    if algorithm.whole_groups and not prompt.rejected:
+        raise ConfigError(
+            f"algorithm {algorithm.name} learns from pairs of answers, but {prompt.id} has none: name the columns, "
+            "data.columns={chosen: COLUMN, rejected: COLUMN}"
+        )
+    if not prompt.demonstration:
+        raise ConfigError(
+            f"algorithm {algorithm.name} learns from demonstrations, but {prompt.id} has none: "
+            "name the column with the answers, data.columns={demonstration: COLUMN}"
+        )
+
+
 def _check_order(config: Config, source: Source) -> None:
+    if config.data.curriculum is not None and not source.rereadable:
+        raise ConfigError(
+            "data.curriculum passes over rows until they are easy enough, and a one-shot iterator gives them once. Give a list"
+        )
     if source.num_blocks is None and config.data.shuffle and is_given(config, "data.shuffle"):
         raise ConfigError(
             "data.shuffle does not apply: an iterator is read one row after another, in its own order. Give a list, or remove the option"

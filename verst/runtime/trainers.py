@@ -75,7 +75,7 @@ class Trainers:
         self._workers = [spawn(rank) for rank in range(config.train.ranks)]
         self._deadline_s = config.train.deadline_s
         self._put = put
-        self._train = config.train
+        self._config = config
         self._wanted: list[RoutesWanted | None] = []
         self.num_updates = 0
         self.routed_experts: RoutedExperts | None = None
@@ -179,7 +179,7 @@ class Trainers:
         for wanted in self._wanted:
             if wanted is None or wanted in found:
                 continue
-            found[wanted] = self._put(encode_routes(routes_for(batch, wanted, self._train)))
+            found[wanted] = self._put(encode_routes(routes_for(batch, wanted, self._config)))
         return found
 
     async def forward_backward(self, update: int, advantages: Estimates, returns: Sequence[NDArray[np.float32]] = ()) -> Tally:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from verst.config.scheduled import config_at
 from verst.config.schema import Config
 from verst.journal.log import JournalReader
 from verst.observe.metrics import Tally
@@ -51,6 +52,7 @@ async def train_batch(
     `measured` is told the metrics known so far after each backward pass, and may raise in place of the update; `before_update` is awaited
     then.
     """
+    config = config_at(config, batch.step)
     with phases("load"):
         scores = await trainers.load_batch(batch)
     signal = batching.signal(batch, config, scores.reference_kl, scores.values)

@@ -13,6 +13,7 @@ from torch import nn
 
 from verst.algorithms.own import with_own_loss
 from verst.algorithms.table import algorithm_for, records_routes
+from verst.config.scheduled import config_at
 from verst.config.schema import Config
 from verst.errors import InvariantViolation
 from verst.observe.metrics import Tally
@@ -38,7 +39,7 @@ class Backend(ABC, Generic[Optimizer]):
     _optimizer: Optimizer
 
     def __init__(self, config: Config, rank: int, device: torch.device) -> None:
-        self._config = config
+        self._given = self._config = config  # the latter is what the loaded step is trained by
         self._device = device
         self._temperature = config.rollout.temperature  # of the distribution that was sampled
         self._algorithm = with_own_loss(algorithm_for(config.algorithm), config.algorithm)
@@ -78,6 +79,8 @@ class Backend(ABC, Generic[Optimizer]):
         self._rest.require(f"step {batch.step}")
         self._rest.forget()
         require_known_tokens(batch, self._vocabulary, self._config.model.path)
+        self._config = config_at(self._given, batch.step)
+        self._optimizer.follow(self._config.train)
         self._optimizer.zero_grad()
         self._step = self._plan(batch)
         scores = self._score_step(self._step)

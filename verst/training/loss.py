@@ -33,12 +33,12 @@ def policy_loss(
     output = algorithm.loss(inputs, step.config.algorithm)
     weights_N = torch.from_numpy(np.concatenate([weights[i] for i in microbatch.indices])).to(logprobs_N.device)
     loss = (weights_N * output.per_token).sum()
-    means = {"entropy": entropy_N} | output.metrics
+    means = {"entropy": entropy_N} | output.metrics | output.pair_metrics
     # One copy from the device for all of them.
     total, share, *sums = torch.stack([loss.detach(), weights_N.sum(), *(m.sum() for m in means.values())]).double().tolist()
     tally.mean("loss/total", total, share)
     for name, value in zip(means, sums, strict=True):
-        tally.mean(f"policy/{name}", value, microbatch.loss_tokens)
+        tally.mean(f"policy/{name}", value, len(means[name]))
     if all(map(math.isfinite, (total, *sums))):
         return loss, True, []
     return loss, math.isfinite(total), broken_samples(step.batch.samples, microbatch, inputs, output.per_token)

@@ -49,6 +49,10 @@ class ScheduledOptimizer(ABC):
         self.stepped = 0  # updates applied: what Adam's bias correction counts
         self.skipped_in_row = 0
 
+    def follow(self, train: TrainConfig) -> None:
+        """Takes learning rate and clip from here on, from a configuration that is the same in all else."""
+        self._train = train
+
     @abstractmethod
     def zero_grad(self) -> None: ...
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from verst.algorithms.aggregate import token_weights
 from verst.algorithms.fidelity import tally_fidelity
 from verst.algorithms.losses import LossInputs
+from verst.algorithms.table import algorithm_for
 from verst.config.algorithms import PolicyGradientConfig
 from verst.config.schema import Config
 from verst.data.packing import StepPlan, plan_samples
@@ -143,4 +144,6 @@ def plan_batch(
     config: Config, batch: Batch, rank: int, world: int, device: torch.device, *, packed: bool = False, multiple: int = 1
 ) -> LoadedStep:
     """Plans a batch. Every rank makes the same plan and keeps the whole batch, of which it computes its own microbatches."""
-    return LoadedStep(config, batch, rank, device, plan_samples(batch.samples, config.train, ranks=world, packed=packed), multiple)
+    whole = algorithm_for(config.algorithm).whole_groups
+    plan = plan_samples(batch.samples, config.train, ranks=world, packed=packed, whole_groups=whole)
+    return LoadedStep(config, batch, rank, device, plan, multiple)

@@ -1,8 +1,8 @@
 """The seams of Verst: what each part promises the others. No torch at run time.
 
-Who calls whom: the loop drives `TrainBackend` ranks and rollout workers; a rollout worker drives one `Engine` and one
-`Environment` per trajectory; a scorer calls the `Reward`; the loop asks each `SampleFilter` and `TrainingHook` in its process. Every one
-of them can be replaced by a plain class with these methods.
+Who calls whom: the loop drives `TrainBackend` ranks and rollout workers; a rollout worker drives one `Engine` and, for each trajectory, one
+`Environment` or `Rollout`; a scorer calls the `Reward`; the loop asks each `SampleFilter` and `TrainingHook` in its process. Every one of
+them can be replaced by a plain class with these methods.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from verst.algorithms.losses import LossInputs
     from verst.observe.metrics import Tally
+    from verst.rollout.tokens import TokenSession
     from verst.weights.group import GroupAddress
 
 
@@ -53,6 +54,21 @@ class Environment(Protocol):
         """The answer to what the model just said: new messages, or the end. Called once for each turn, also for one cut by a limit.
 
         An environment may also define `async close()`, which is called once when its trajectory has ended, however it ended.
+        """
+        ...
+
+
+@runtime_checkable
+class Rollout(Protocol):
+    """Writes one trajectory by itself, token by token. Named by `rollout.environment: rollout:module:function`."""
+
+    async def __call__(self, session: TokenSession, prompt: Prompt, /) -> Mapping[str, Any] | None:
+        """Calls `session.generate` once or more; what it returns, JSON values, is the trajectory's `info`, which the reward sees.
+
+        The tokens that are trained are those that `session.generate` returned, with the log-probabilities, versions and routes that the
+        engine gave; no others can be. An exception fails this trajectory alone, and so does a pause between two calls that is longer than
+        `rollout.deadline_s`. If the engine is lost, the function is called anew for the same trajectory with another one: as long as it
+        asks for the same, it is given the same completions at once. So it must depend on prompt, completions and options alone.
         """
         ...
 

@@ -92,7 +92,8 @@ class RolloutConfig(Section):
     replicas: Count = Field(default=1, description="Engine replicas.")
     environment: Text = Field(
         default="single_turn",
-        description="A shipped environment, `module:Class`, or `agent:module:function` for an agent that asks for completions.",
+        description="A shipped environment, `module:Class`, or a function that asks for completions: in messages `agent:module:function`, "
+        "in tokens `rollout:module:function`.",
     )
     environment_options: Options = Field(default_factory=dict, description="Keyword arguments of the environment.")
     group_size: Count = Field(default=8, description="Trajectories of each prompt; those of one group share its baseline.")

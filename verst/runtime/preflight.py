@@ -153,8 +153,8 @@ def _check_environment(config: Config, given: Any) -> None:
     if given is not None:
         environment_factory(given, rollout.environment_options)
         return
-    if rollout.environment.startswith(environments.AGENT):
-        _check_reference(rollout.environment.removeprefix(environments.AGENT), {}, "agent")
+    if (asking := environments.of_prefix(rollout.environment)) is not None:
+        _check_reference(asking[1], {}, asking[0])
         return
     if rollout.environment not in environments.SHIPPED:
         _check_reference(rollout.environment, environments.SHIPPED, "environment")

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     **dict.fromkeys(["types", "errors"], 0),
     **dict.fromkeys(["extend", "protocols", "observe"], 0.5),
-    "isolated": 0.7,
+    **dict.fromkeys(["isolated", "slime_api"], 0.7),
     "config": 1,
     **dict.fromkeys(["data", "rewards", "filters", "hooks", "algorithms", "routing", "precision", "journal"], 2),
     "exact": 2,

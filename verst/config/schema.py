@@ -93,7 +93,7 @@ class RolloutConfig(Section):
     environment: Text = Field(
         default="single_turn",
         description="A shipped environment, `module:Class`, or a function that asks for completions: in messages `agent:module:function`, "
-        "in tokens `rollout:module:function`.",
+        "in tokens `rollout:module:function`, or as slime's generate functions do, `slime:module:function`.",
     )
     environment_options: Options = Field(default_factory=dict, description="Keyword arguments of the environment.")
     group_size: Count = Field(default=8, description="Trajectories of each prompt; those of one group share its baseline.")

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from verst import extend
+from verst import extend, slime_api
 from verst.protocols import Environment
 from verst.rollout.agent import Agents
 from verst.rollout.guessing import Guessing
 from verst.rollout.python_tool import PythonTool
 from verst.rollout.rollouts import Rollouts
+from verst.rollout.slime import SlimeRollouts
 from verst.types import Completion, Message, Prompt, Reply
 
 
@@ -64,8 +65,8 @@ class SecondTry:
         return Reply(messages=(self._message,), done=False, info=info)
 
 
-BY_PREFIX: Mapping[str, Callable[..., Callable[[], Environment]]] = {"agent": Agents, "rollout": Rollouts}
-"""Before a reference and a colon: what it names asks for completions itself, in messages or in tokens."""
+BY_PREFIX: Mapping[str, Callable[..., Callable[[], Environment]]] = {"agent": Agents, "rollout": Rollouts, "slime": SlimeRollouts}
+"""Before a reference and a colon: what it names asks for completions itself, in messages, in tokens, or as slime's functions do."""
 
 SHIPPED: Mapping[str, Callable[..., Environment]] = {
     "single_turn": SingleTurn,
@@ -85,6 +86,8 @@ def environment_factory(reference: Any, options: Mapping[str, Any]) -> Callable[
     """
     if (asking := of_prefix(reference)) is not None:
         kind, name = asking
+        if kind == "slime":
+            slime_api.make_importable()
         return BY_PREFIX[kind](extend.load(name, shipped={}, kind=kind), **options)
     found = extend.load(reference, shipped=SHIPPED, kind="environment")
     extend.check_class(found, "environment", Environment, options)

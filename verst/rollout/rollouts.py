@@ -32,21 +32,23 @@ class Rollouts:
             name = getattr(function, "__qualname__", type(function).__qualname__)
             raise ExtensionError(f"rollout {name} is no `async def`, so nothing could end it; expected: {EXPECTED}")
         self.function, self.options = function, options
+        self.title = f"rollout {getattr(function, '__qualname__', type(function).__qualname__)}"
+        """By which messages name it."""
 
     def bound(self, rolling: Rolling) -> Callable[[], RolloutEnvironment]:
         """What makes environments, for a run that rolls so."""
-        return _Bound(self.function, self.options, rolling)
+        return _Bound(self, rolling)
 
     def __call__(self) -> RolloutEnvironment:
         raise ExtensionError("a rollout function needs to know how the run rolls: `bound` comes first")
 
 
 class _Bound:
-    """Serves `AgentEnvironment` as `Agents` does; `title` is by what messages name the environment."""
+    """Serves `AgentEnvironment` as `Agents` does."""
 
-    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any], rolling: Rolling) -> None:
-        self.function, self.options, self._rolling = function, options, rolling
-        self.title = f"rollout {getattr(function, '__qualname__', type(function).__qualname__)}"
+    def __init__(self, rollouts: Rollouts, rolling: Rolling) -> None:
+        self.function, self.options, self.title = rollouts.function, rollouts.options, rollouts.title
+        self._rolling = rolling
 
     def __call__(self) -> RolloutEnvironment:
         return RolloutEnvironment(self)

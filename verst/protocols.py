@@ -134,6 +134,39 @@ class TrainingHook(Protocol):
         ...
 
 
+class ModelSpec(Protocol):
+    """A decoder that transformers does not know, or that Verst reads wrongly. Named by `model.spec: module:object`.
+
+    An object, or a class that is made without arguments; a subclass of this one needs the first three only. It is imported in each process
+    that loads the model. `verst.testing.check_model_spec` compares what it says with the model's files.
+    """
+
+    model_type: str
+    """As in config.json."""
+    config_class: Any
+    """A `transformers.PretrainedConfig` with that model_type."""
+    model_class: Any
+    """A `transformers.PreTrainedModel` that is a causal language model: a decoder (`get_decoder`), then one linear head.
+
+    The `hf` engine needs its attention to go through transformers' interface, as that of the models in transformers does.
+    """
+
+    def checkpoint_name(self, parameter: str) -> str:
+        """The Hugging Face name of a parameter or saved buffer, in the model's files and in what is published: one for each, one-to-one."""
+        return parameter
+
+    def moe(self, config: Mapping[str, Any]) -> tuple[Sequence[int], int, int] | None:
+        """The decoder layers that route, their experts, and how many of them a token is given; `config` is config.json.
+
+        None: as config.json says by the keys that families use (`verst.routing.kinds`).
+        """
+        return None
+
+    def megatron_family(self) -> Any:
+        """Its table for `train.backend: megatron`, a `verst.training.megatron.table.rows.Family`. None: that backend has none."""
+        return None
+
+
 class WeightUpdate(Protocol):
     """One policy version on its way into an engine."""
 

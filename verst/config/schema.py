@@ -48,6 +48,10 @@ class RunConfig(Section):
 
 class ModelConfig(Section):
     path: Text = Field(description="Hugging Face model directory, or a model of the hub: org/name or org/name@revision.")
+    spec: Text | None = Field(
+        default=None,
+        description="`module:object`: how to build a model that transformers does not know, and its names (docs/extending.md).",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of the weights in engine and forward pass.")
 
 

@@ -75,12 +75,16 @@ def preflight(config: Config, extensions: Extensions) -> Findings:
 
 
 def _check_model(config: Config) -> None:
+    if config.model.spec is not None:
+        _check_reference(config.model.spec, {}, "model spec")
     limit = read_model(config.model.path).max_positions
     if limit is not None and config.max_trajectory_tokens > limit:
         raise ModelError(
             f"a trajectory may have {config.max_trajectory_tokens} tokens (data.max_prompt_tokens + rollout.max_turns x "
             f"rollout.max_new_tokens), but {config.model.path} is made for {limit} (max_position_embeddings): lower one of the three"
         )
+    if config.model.spec is not None:
+        return  # it says how the model routes
     key = unread_experts(read_config(config.model.path)) if records_routes(config) else None
     if key is not None:
         raise ConfigError(

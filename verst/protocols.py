@@ -1,8 +1,8 @@
 """The seams of Verst: what each part promises the others. No torch at run time.
 
-Who calls whom: the loop drives `TrainBackend` ranks and rollout workers; a rollout worker drives one `Engine` and one
-`Environment` per trajectory; a scorer calls the `Reward`; the loop asks each `SampleFilter` and `TrainingHook` in its process. Every one
-of them can be replaced by a plain class with these methods.
+Who calls whom: the loop drives `TrainBackend` ranks and rollout workers; a rollout worker drives one `Engine` and, for each trajectory, one
+`Environment` or `Rollout`; a scorer calls the `Reward`; the loop asks each `SampleFilter` and `TrainingHook` in its process. Every one of
+them can be replaced by a plain class with these methods.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from verst.algorithms.losses import LossInputs
     from verst.observe.metrics import Tally
+    from verst.rollout.tokens import TokenSession
     from verst.weights.group import GroupAddress
 
 
@@ -54,6 +55,21 @@ class Environment(Protocol):
         """The answer to what the model just said: new messages, or the end. Called once for each turn, also for one cut by a limit.
 
         An environment may also define `async close()`, which is called once when its trajectory has ended, however it ended.
+        """
+        ...
+
+
+@runtime_checkable
+class Rollout(Protocol):
+    """Writes one trajectory by itself, token by token. Named by `rollout.environment: rollout:module:function`."""
+
+    async def __call__(self, session: TokenSession, prompt: Prompt, /) -> Mapping[str, Any] | None:
+        """Calls `session.generate` once or more; what it returns, JSON values, is the trajectory's `info`, which the reward sees.
+
+        The tokens that are trained are those that `session.generate` returned, with the log-probabilities, versions and routes that the
+        engine gave; no others can be. An exception fails this trajectory alone, and so does a pause between two calls that is longer than
+        `rollout.deadline_s`. If the engine is lost, the function is called anew for the same trajectory with another one: as long as it
+        asks for the same, it is given the same completions at once. So it must depend on prompt, completions and options alone.
         """
         ...
 
@@ -120,6 +136,39 @@ class TrainingHook(Protocol):
         A step that is trained again after a restart comes again.
         """
         ...
+
+
+class ModelSpec(Protocol):
+    """A decoder that transformers does not know, or that Verst reads wrongly. Named by `model.spec: module:object`.
+
+    An object, or a class that is made without arguments; a subclass of this one needs the first three only. It is imported in each process
+    that loads the model. `verst.testing.check_model_spec` compares what it says with the model's files.
+    """
+
+    model_type: str
+    """As in config.json."""
+    config_class: Any
+    """A `transformers.PretrainedConfig` with that model_type."""
+    model_class: Any
+    """A `transformers.PreTrainedModel` that is a causal language model: a decoder (`get_decoder`), then one linear head.
+
+    The `hf` engine needs its attention to go through transformers' interface, as that of the models in transformers does.
+    """
+
+    def checkpoint_name(self, parameter: str) -> str:
+        """The Hugging Face name of a parameter or saved buffer, in the model's files and in what is published: one for each, one-to-one."""
+        return parameter
+
+    def moe(self, config: Mapping[str, Any]) -> tuple[Sequence[int], int, int] | None:
+        """The decoder layers that route, their experts, and how many of them a token is given; `config` is config.json.
+
+        None: as config.json says by the keys that families use (`verst.routing.kinds`).
+        """
+        return None
+
+    def megatron_family(self) -> Any:
+        """Its table for `train.backend: megatron`, a `verst.training.megatron.table.rows.Family`. None: that backend has none."""
+        return None
 
 
 class WeightUpdate(Protocol):

@@ -1,8 +1,8 @@
 """Fakes and a tiny model for people's own tests: no GPU, no network, no weights to download.
 
 `FakeEngine` and `FakeEnvironment` do what a script says and record what happened in order. `tiny_tokenizer` and `tiny_model` make real
-ones, small enough to train in a test. `check_environment`, `check_advantages`, `check_loss`, `check_filter` and `check_hook` are the
-contracts that yours must keep.
+ones, small enough to train in a test. `check_environment`, `check_rollout`, `check_reward`, `check_advantages`, `check_loss`,
+`check_filter`, `check_hook` and `check_model_spec` are the contracts that yours must keep.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from verst.errors import EngineFailure, InvariantViolation
 from verst.filters.contract import check_filter as check_filter
 from verst.filters.contract import make_group as make_group
 from verst.hooks import check_hook as check_hook
+from verst.model_contract import check_model_spec as check_model_spec
 from verst.protocols import WeightUpdate
+from verst.rewards.contract import check_reward as check_reward
 from verst.rollout.contract import check_environment as check_environment  # what people's tests import from here
+from verst.rollout.rollouts_contract import check_rollout as check_rollout
 from verst.types import Completion, FinishReason, GenerateRequest, Generation, Message, PauseMode, Prompt, Reply, RoutedExperts
 
 if TYPE_CHECKING:

@@ -151,6 +151,8 @@ class Completion:
     text: str  # decoded, without end-of-sequence and stop tokens; a stop string that matched is kept
     tokens: tuple[int, ...]
     finish: FinishReason
+    logprobs: tuple[float, ...] = ()
+    """Of each token, by the distribution that it was sampled from."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ def test_every_option_has_earned_its_place():
     # of the seven before: which filters and hooks, how long each may take, and whether a run goes on without a hook; what is evaluated
     # beside the held-out share, and by which figure a checkpoint is the best, are a run's owner's to say
     # what changes at a step, beta of DPO, its one hyperparameter, and which prompts come first is an experiment's to say
+    # of the one before: which model transformers does not know is in no file of that model
     # of the two before: whose advantages and whose loss are an experiment's to say
     assert len({name for preset in PRESETS for name in option_names(preset)}) == 111
 

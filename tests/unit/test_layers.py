@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     **{"errors": 0, "fields": 0.1, "types": 0.2},
     **dict.fromkeys(["extend", "protocols", "observe"], 0.5),
-    "isolated": 0.7,
+    **dict.fromkeys(["isolated", "slime_api", "model_spec"], 0.7),
     "config": 1,
     **dict.fromkeys(["data", "rewards", "filters", "hooks", "algorithms", "routing", "precision", "journal"], 2),
     "exact": 2,
@@ -26,7 +26,7 @@ LAYERS = {
     **dict.fromkeys(["recipes", "dashboard", "doctor"], 5),
     "cli": 6,
 }
-OUTSIDE = {"testing", "fault_injection", "__init__"}  # fakes and faults for every layer; the public names, loaded lazily
+OUTSIDE = {"testing", "model_contract", "fault_injection", "__init__"}  # fakes and faults for every layer; the public names, loaded lazily
 
 # where a system may be imported at all, and where torch may not be imported at module level
 ONLY_IN = {"ray": ("runtime/",), "sglang": ("rollout/sglang",), "megatron": ("training/megatron/",)}

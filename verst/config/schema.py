@@ -60,6 +60,10 @@ class RunConfig(Section):
 
 class ModelConfig(Section):
     path: Text = Field(description="Hugging Face model directory, or a model of the hub: org/name or org/name@revision.")
+    spec: Text | None = Field(
+        default=None,
+        description="`module:object`: how to build a model that transformers does not know, and its names (docs/extending.md).",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of the weights in engine and forward pass.")
 
 
@@ -116,7 +120,8 @@ class RolloutConfig(Section):
     replicas: Count = Field(default=1, description="Engine replicas.")
     environment: Text = Field(
         default="single_turn",
-        description="A shipped environment, `module:Class`, or `agent:module:function` for an agent that asks for completions.",
+        description="A shipped environment, `module:Class`, or a function that asks for completions: in messages `agent:module:function`, "
+        "in tokens `rollout:module:function`, or as slime's generate functions do, `slime:module:function`.",
     )
     environment_options: Options = Field(default_factory=dict, description="Keyword arguments of the environment.")
     group_size: Count = Field(default=8, description="Trajectories of each prompt; those of one group share its baseline.")

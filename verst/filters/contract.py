@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,15 @@ def check_filter(found: Any, groups: Sequence[Group], **options: Any) -> list[st
     return answers
 
 
-def make_group(completions: Sequence[str], rewards: Sequence[float] | None = None, *, prompt: str = "question", seq: int = 0) -> Group:
-    """A finished group with these completions, one token for each byte. Default rewards: 0, 1, 2 and so on."""
+def make_group(
+    completions: Sequence[str],
+    rewards: Sequence[float] | None = None,
+    *,
+    prompt: str = "question",
+    fields: Mapping[str, Any] | None = None,
+    seq: int = 0,
+) -> Group:
+    """A finished group with these completions, one token for each byte. Default rewards: 0, 1, 2 and so on. `fields`: of its prompt."""
     given = prompt.encode()
 
     def trajectory(member: int, text: str) -> Trajectory:
@@ -51,4 +58,4 @@ def make_group(completions: Sequence[str], rewards: Sequence[float] | None = Non
         )
 
     members = tuple(trajectory(member, text) for member, text in enumerate(completions))
-    return Group(seq, Prompt(f"prompt {seq}", (Message("user", prompt),)), members, admitted_version=0)
+    return Group(seq, Prompt(f"prompt {seq}", (Message("user", prompt),), fields or {}), members, admitted_version=0)

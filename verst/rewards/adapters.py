@@ -13,6 +13,7 @@ from typing import Any
 from verst.errors import ExtensionError
 from verst.extend import check_callable, load
 from verst.rewards import slime, trl
+from verst.slime_api import make_importable
 
 _CHECKS = {"trl": trl.check_signature, "slime": slime.check_signature}
 
@@ -28,7 +29,7 @@ def parts(reference: str) -> tuple[str, Sequence[str]] | None:
 def build(framework: str, references: Sequence[str], options: Mapping[str, Any]) -> Any:
     """The reward, ready to call. Raises `ExtensionError` for what cannot be imported, does not fit, or an option that is unknown."""
     if framework == "slime":
-        slime.make_importable()
+        make_importable()
         function = load(references[0], shipped={}, kind="reward")
         _require_function(references[0], function)
         return slime.adapt(references[0], function, options)

@@ -8,57 +8,18 @@ https://github.com/THUDM/slime/blob/main/docs/en/get_started/customization.md
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from verst.errors import ExtensionError, RewardFailure
 from verst.extend import is_async
 from verst.rewards.conversation import as_dicts, as_text, split
 from verst.rewards.metrics import record
+from verst.slime_api import GENERATED, label_of, make_arguments, metadata_of, sample_class
 from verst.types import NO_VERSION, Status, Trajectory
 
 EXPECTED = "async def rm(args, sample) -> float, or async def rm(args, samples) -> list of float"
-
-_FAMILY = ("slime", "miles")
-
-
-@dataclass
-class Sample:
-    """A trajectory with the attributes that slime publishes, but for those of which Verst knows nothing."""
-
-    class Status(Enum):
-        PENDING = "pending"
-        COMPLETED = "completed"
-        TRUNCATED = "truncated"
-        ABORTED = "aborted"
-        FAILED = "failed"
-
-    group_index: int | None = None
-    index: int | None = None  # of the member in its group
-    prompt: Any = ""  # messages, a list of {role, content}: the process that scores has no chat template
-    tokens: list[int] = field(default_factory=list)  # of the whole conversation
-    response: str = ""  # text after the prompt; with several turns what the environment said too
-    response_length: int = 0  # in tokens
-    label: Any = None  # the prompt's field `label_key`, or else label or answer
-    reward: Any = None
-    loss_mask: list[int] | None = None  # [response_length] 1: sampled
-    weight_versions: list[str] = field(default_factory=list)
-    rollout_log_probs: list[float] | None = None  # [response_length]
-    status: Sample.Status = Status.PENDING
-    metadata: dict[str, Any] = field(default_factory=dict)  # the prompt's field `metadata_key` or metadata, or else all fields
-
-
-class Arguments(SimpleNamespace):
-    """`args`: what `reward.options` says."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"args has no {name!r}: slime's arguments are not those of Verst; give it as reward.options.{name}")
 
 
 def check_signature(name: str, signature: inspect.Signature) -> None:
@@ -76,7 +37,7 @@ def adapt(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -
     signature = inspect.signature(function)
     check_signature(name, signature)
     batched = list(signature.parameters)[1:2] == ["samples"]
-    args = Arguments(**options)
+    args = make_arguments("reward.options", options)
 
     def call(trajectory: Trajectory, fields: Mapping[str, Any]) -> Any:
         sample = _sample(trajectory, fields, options)
@@ -91,24 +52,13 @@ def adapt(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -
     return waiting if is_async(function) else plain
 
 
-def make_importable() -> None:
-    """From now on `from slime.utils.types import Sample` works in this process, with slime or without: a reward needs no more of it."""
-    for name in _FAMILY:
-        if name in sys.modules or importlib.util.find_spec(name) is not None:
-            continue
-        for part in ("", ".utils", ".utils.types"):
-            module = sys.modules[name + part] = ModuleType(name + part, "In place of the package, which is not installed.")
-            module.__path__ = []
-        sys.modules[f"{name}.utils.types"].__dict__["Sample"] = Sample
-
-
 def _sample(trajectory: Trajectory, fields: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
     opening, answer = split(trajectory)
     first = trajectory.turns[0].generated if trajectory.turns else len(trajectory.tokens_T)
     group, _, member = trajectory.id.partition("/")
     versions = {int(v) for v in trajectory.versions_T if v != NO_VERSION}
-    metadata = fields.get(options.get("metadata_key", "metadata"))
-    kind = _sample_class()
+    kind = sample_class()
+    generated = trajectory.info.get(GENERATED, {})  # what a generate function left in its sample
     values = {
         "group_index": int(group),
         "index": int(member),
@@ -116,30 +66,18 @@ def _sample(trajectory: Trajectory, fields: Mapping[str, Any], options: Mapping[
         "tokens": trajectory.tokens_T.tolist(),
         "response": as_text(answer),
         "response_length": len(trajectory.tokens_T) - first,
-        "label": _label(fields, options),
+        "label": label_of(fields, options),
         "loss_mask": trajectory.loss_mask_T[first:].astype(int).tolist(),
         "weight_versions": [str(version) for version in sorted(versions)],
         "rollout_log_probs": trajectory.logprobs_T[first:].tolist(),
         "status": kind.Status("truncated" if trajectory.status is Status.TRUNCATED else "completed"),
-        "metadata": dict(metadata if isinstance(metadata, Mapping) else fields),
+        "metadata": metadata_of(fields, options) | generated.get("metadata", {}),
     }
     known = {f.name for f in dataclasses.fields(kind)}
-    return kind(**{name: value for name, value in values.items() if name in known})
-
-
-def _sample_class() -> Any:
-    """That of slime itself where the user's module has imported it, so that its statuses compare equal."""
-    found = next((sys.modules[f"{name}.utils.types"] for name in _FAMILY if f"{name}.utils.types" in sys.modules), None)
-    return getattr(found, "Sample", Sample)
-
-
-def _label(fields: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
-    key = options.get("label_key")
-    if key is None:
-        return fields.get("label", fields.get("answer"))
-    if key not in fields:
-        raise RewardFailure(f"the prompt has no field {key!r} (label_key); its fields: {', '.join(fields) or 'none'}")
-    return fields[key]
+    sample = kind(**{name: value for name, value in values.items() if name in known})
+    for name, value in generated.get("attributes", {}).items():
+        setattr(sample, name, value)
+    return sample
 
 
 def _value(value: Any, batched: bool, options: Mapping[str, Any]) -> Any:

@@ -18,6 +18,7 @@ from verst.errors import EngineFailure, EnvironmentFailure, RoutesRefused
 from verst.extend import origin
 from verst.fields import apart, checked
 from verst.protocols import Environment
+from verst.rollout.tokens import Asked
 from verst.routing.records import expert_dtype, narrowed
 from verst.types import Completion, GenerateRequest, Generation, Message, Prompt, Reply, RoutedExperts
 
@@ -39,14 +40,17 @@ class GuardedEnvironment:
         self._environment: Environment | None = None
         self._calls = 0
 
-    async def start(self, prompt: Prompt) -> tuple[Message, ...]:
-        """Makes the environment and returns its opening messages: at least one."""
+    async def start(self, prompt: Prompt) -> tuple[Message, ...] | Asked:
+        """Makes the environment and returns its opening messages, at least one; or what a rollout function asks for first."""
 
         async def made() -> Any:
             self._environment = self._make()
             return await self._environment.start(prompt)
 
-        messages = _checked_messages(await self._guarded(made, "start", self._deadline_s), f"{self.name}.start")
+        opening = await self._guarded(made, "start", self._deadline_s)
+        if isinstance(opening, Asked):
+            return opening
+        messages = _checked_messages(opening, f"{self.name}.start")
         if not messages:
             raise EnvironmentFailure(f"{self.name}.start returned no messages: the model has nothing to answer")
         return messages
@@ -73,6 +77,8 @@ class GuardedEnvironment:
     @property
     def name(self) -> str:
         """Of its class or function, as the user wrote it."""
+        if (title := getattr(self._make, "title", None)) is not None:  # of a rollout function
+            return str(title)
         made = self._make if self._environment is None else type(self._environment)
         made = getattr(made, "func", made)  # a class with its options bound
         return str(getattr(made, "__qualname__", made))
@@ -99,7 +105,7 @@ def checked_reply(reply: Any, name: str) -> Reply:
     if not isinstance(reply, Reply):
         raise EnvironmentFailure(f"{where} returned {_described(reply)}, not a Reply: return one")
     messages = _checked_messages(reply.messages, where)
-    if not reply.done and not messages:
+    if not reply.done and not messages and not isinstance(reply, Asked):
         raise EnvironmentFailure(f"{where} is neither done nor has messages: there is nothing the model could answer")
     if any(message.role == "assistant" for message in messages):
         raise EnvironmentFailure(f"{where} returned a message of the role 'assistant': only the model speaks as the assistant")

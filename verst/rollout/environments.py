@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from verst import extend
+from verst import extend, slime_api
 from verst.protocols import Environment
 from verst.rollout.agent import Agents
 from verst.rollout.guessing import Guessing
 from verst.rollout.python_tool import PythonTool
+from verst.rollout.rollouts import Rollouts
+from verst.rollout.slime import SlimeRollouts
 from verst.types import Completion, Message, Prompt, Reply
 
 
@@ -63,8 +65,8 @@ class SecondTry:
         return Reply(messages=(self._message,), done=False, info=info)
 
 
-AGENT = "agent:"
-"""Before a reference: what it names asks for completions itself (`verst.rollout.agent`)."""
+BY_PREFIX: Mapping[str, Callable[..., Callable[[], Environment]]] = {"agent": Agents, "rollout": Rollouts, "slime": SlimeRollouts}
+"""Before a reference and a colon: what it names asks for completions itself, in messages, in tokens, or as slime's functions do."""
 
 SHIPPED: Mapping[str, Callable[..., Environment]] = {
     "single_turn": SingleTurn,
@@ -78,15 +80,24 @@ SHIPPED: Mapping[str, Callable[..., Environment]] = {
 def environment_factory(reference: Any, options: Mapping[str, Any]) -> Callable[[], Environment]:
     """What makes a fresh environment for each trajectory: a shipped name, `module:Class`, or a class or function given from Python.
 
-    With `AGENT` before it, a function that asks for completions itself.
+    With a prefix of `BY_PREFIX`, a function that asks for completions itself.
 
     Raises `ExtensionError` if it cannot be found, lacks a method, or does not take `options`.
     """
-    if isinstance(reference, str) and reference.startswith(AGENT):
-        return Agents(extend.load(reference.removeprefix(AGENT), shipped={}, kind="agent"), **options)
+    if (asking := of_prefix(reference)) is not None:
+        kind, name = asking
+        if kind == "slime":
+            slime_api.make_importable()
+        return BY_PREFIX[kind](extend.load(name, shipped={}, kind=kind), **options)
     found = extend.load(reference, shipped=SHIPPED, kind="environment")
     extend.check_class(found, "environment", Environment, options)
-    return found if isinstance(found, Agents) else partial(found, **options)
+    return found if isinstance(found, Agents | Rollouts) else partial(found, **options)
+
+
+def of_prefix(reference: Any) -> tuple[str, str] | None:
+    """The prefix of a reference to a function that asks for completions, and the reference; None for any other."""
+    kind, _, name = reference.partition(":") if isinstance(reference, str) else ("", "", "")
+    return (kind, name) if kind in BY_PREFIX and ":" in name else None
 
 
 def check_machine(make: Callable[[], Environment]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -27,8 +27,10 @@ from verst.rollout.boundary import GuardedEnvironment, checked_experts, checked_
 from verst.rollout.clock import Clock
 from verst.rollout.race import Cut, Race
 from verst.rollout.recorded import Recorded
+from verst.rollout.rollouts import Rollouts
+from verst.rollout.tokens import Asked, Ended, Rolling
 from verst.rollout.transcript import Transcript
-from verst.types import NO_VERSION, Completion, FinishReason, GenerateRequest, Group, Message, Prompt, Sampling, Status, Trajectory, Turn
+from verst.types import NO_VERSION, Completion, FinishReason, GenerateRequest, Group, Prompt, Reply, Sampling, Status, Trajectory, Turn
 
 
 def stable_seed(*parts: int) -> int:
@@ -42,7 +44,7 @@ class GroupRoller:
     """Makes the groups of one engine. `dataclasses.replace` gives a variant, such as one trajectory at temperature 0 for evaluation.
 
     Args:
-        environment: makes a fresh environment; called once for each trajectory.
+        environment: makes a fresh environment, called once for each trajectory; or the `Rollouts` of a rollout function.
         sampling: of every turn; the template's end-of-turn token is added to its stop tokens.
         group_size: trajectories of each prompt.
         oversample: trajectories rolled beyond them; the last to end are cut.
@@ -74,7 +76,7 @@ class GroupRoller:
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
-        if self.max_turns > 1:
+        if self.max_turns > 1 and not isinstance(self.environment, Rollouts):
             self.renderer.require_continuable()
 
     async def roll(self, seq: int, prompt: Prompt, deadline_s: float | None = None, recorded: Recorded | None = None) -> Group:
@@ -154,7 +156,7 @@ class GroupRoller:
         """The trajectory, or the number of tokens it had when it was cut."""
         name, seed = f"{seq}/{member}", stable_seed(self.seed, seq, member)
         transcript = Transcript()
-        environment = GuardedEnvironment(self.environment, self.environment_deadline_s)
+        environment = GuardedEnvironment(self._make_environment(), self.environment_deadline_s)
         status: Status = Status.FAILED
         failure: VerstError | None = None
         cut = False
@@ -163,7 +165,8 @@ class GroupRoller:
         try:
             async with limit:
                 status = await self._converse(name, seed, prompt, environment, transcript, race)
-            transcript.fields.require_whole(transcript.generated, f"environment {environment.name}")
+                transcript.require_trained()
+                transcript.fields.require_whole(transcript.generated, f"environment {environment.name}")
         except Cut:
             cut = True
         except (EnvironmentFailure, RoutesRefused) as error:
@@ -185,6 +188,12 @@ class GroupRoller:
         if failure is not None:
             return trajectory.failed(str(failure))
         return trajectory if await race.ended() else trajectory.generated_tokens
+
+    def _make_environment(self) -> Callable[[], Environment]:
+        if not isinstance(self.environment, Rollouts):
+            return self.environment
+        rolling = Rolling(self.renderer, self.sampling, self.max_turns, self.max_model_tokens, self.group_size)
+        return self.environment.bound(rolling)
 
     def _processed_tokens(self) -> float | None:
         """What shows that the engine works, while its requests are under way; None if it cannot tell."""
@@ -208,41 +217,51 @@ class GroupRoller:
         """Turns until the environment ends the trajectory or a limit does."""
         self.waits.begin(name, f"environment {environment.name} to start")
         opening = await race.unless_over(environment.start(prompt))
-        tokens_T = self.renderer.opening(opening)
+        asked = opening if isinstance(opening, Asked) else None
+        tokens_T = self.renderer.opening(opening) if not isinstance(opening, Asked) else np.asarray(opening.tokens, np.int32)
         self.check_prompt(prompt, len(tokens_T))
-        transcript.give(tokens_T, opening)
+        transcript.give(tokens_T, prompt.messages if isinstance(opening, Asked) else opening)
         for turn in range(self.max_turns):
             self.waits.begin(name, self.engine_name)
-            finish = await self._generate(f"{name}/{turn}", stable_seed(seed, turn), transcript, race)
-            generated = tuple(transcript.turn_tokens().tolist())
-            text = self.renderer.decode(generated, self.sampling.stop_token_ids)
-            transcript.end_turn(text, finish)
+            finish = await self._generate(f"{name}/{turn}", stable_seed(seed, turn), transcript, race, asked)
+            completion = self._completion(transcript, finish)
             # A truncated completion is shown to the environment too: the reward may need what it has to say.
             self.waits.begin(name, f"environment {environment.name} to reply")
-            reply = await race.unless_over(environment.reply(Completion(text, generated, finish)))
+            reply = await race.unless_over(environment.reply(completion))
+            if isinstance(reply, Asked | Ended):
+                transcript.exclude(reply.excluded)
             plain, fields = apart(reply.info)
             transcript.info.update(plain)
             transcript.fields.take(fields, transcript.generated, f"{environment.name}.reply")
-            if finish is FinishReason.LENGTH:
-                return Status.TRUNCATED
-            if reply.done:
-                return Status.FINISHED
+            asked = reply if isinstance(reply, Asked) else None
+            if reply.done or (finish is FinishReason.LENGTH and asked is None):
+                return _status(reply, finish)
             if turn + 1 == self.max_turns:
                 break
-            given_T = self._continuation(reply.messages, after_stop=generated[-1] == self.renderer.end_of_turn)
+            given_T = self._given(reply, after_stop=completion.tokens[-1] == self.renderer.end_of_turn)
             if transcript.length + len(given_T) >= self.max_model_tokens:  # no room for a single generated token
                 break
             transcript.give(given_T, reply.messages)
         return Status.TRUNCATED
 
-    async def _generate(self, request_id: str, seed: int, transcript: Transcript, race: Race) -> FinishReason:
+    def _completion(self, transcript: Transcript, finish: FinishReason) -> Completion:
+        """Ends the open turn."""
+        tokens_T, logprobs_T = transcript.turn()
+        text = self.renderer.decode(tokens_T, self.sampling.stop_token_ids)
+        transcript.end_turn(text, finish)
+        return Completion(text, tuple(tokens_T.tolist()), finish, tuple(logprobs_T.tolist()))
+
+    async def _generate(self, request_id: str, seed: int, transcript: Transcript, race: Race, asked: Asked | None) -> FinishReason:
         """Generates the open turn. After an abort from outside it goes on from the tokens so far."""
-        left = min(self.sampling.max_new_tokens, self.max_model_tokens - transcript.length)
+        limit, stop = self.sampling.max_new_tokens, self.sampling.stop
+        if asked is not None:
+            limit, stop = asked.max_new_tokens or limit, stop if asked.stop is None else asked.stop
+        left = min(limit, self.max_model_tokens - transcript.length)
         stop_ids = tuple(dict.fromkeys((*self.sampling.stop_token_ids, *self.renderer.stop_token_ids)))
         drawn_by = stable_seed(seed, 0)  # a turn is one draw, however many requests it takes
         piece = 0
         while left:
-            sampling = replace(self.sampling, max_new_tokens=left, stop_token_ids=stop_ids)
+            sampling = replace(self.sampling, max_new_tokens=left, stop=stop, stop_token_ids=stop_ids)
             name = f"{request_id}+{piece}" if piece else request_id
             routed = self.engine.routed_experts
             routes_from = None if routed is None else transcript.routed
@@ -259,9 +278,12 @@ class GroupRoller:
             piece += 1
         return FinishReason.LENGTH
 
-    def _continuation(self, messages: Sequence[Message], *, after_stop: bool) -> NDArray[np.int32]:
+    def _given(self, reply: Reply, *, after_stop: bool) -> NDArray[np.int32]:
+        """What a reply puts between the completion and the next one."""
+        if isinstance(reply, Asked):
+            return np.asarray(reply.tokens, np.int32)
         try:
-            return self.renderer.continuation(messages, after_stop=after_stop)
+            return self.renderer.continuation(reply.messages, after_stop=after_stop)
         except DataError as error:  # the messages are the environment's
             raise EnvironmentFailure(f"the environment's reply cannot be rendered: {error}") from error
 
@@ -273,3 +295,11 @@ class GroupRoller:
             Turn(start, begin, end, FinishReason.STOP, self.renderer.decode(tokens_T[begin:end]))
             for (start, _), (begin, end) in zip(given, imitated, strict=True)
         )
+
+
+def _status(reply: Reply, finish: FinishReason) -> Status:
+    """Of a trajectory that a reply or the limit of a generation ended."""
+    truncated = reply.truncated if isinstance(reply, Ended) else None
+    if truncated is None:
+        truncated = finish is FinishReason.LENGTH
+    return Status.TRUNCATED if truncated else Status.FINISHED

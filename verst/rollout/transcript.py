@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from verst.errors import EnvironmentFailure
 from verst.rollout.fields import GivenFields
 from verst.routing.records import routes_of
 from verst.types import NO_VERSION, FinishReason, Generation, Message, Status, Trajectory, Turn
@@ -58,9 +59,24 @@ class Transcript:
         """Tokens that were sampled."""
         return sum(int(mask.sum()) for mask in self._mask)
 
-    def turn_tokens(self) -> NDArray[np.int32]:
-        """`[T]` the generated tokens of the open turn."""
-        return self.tokens()[self._generated_from :]
+    def turn(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """`[T]` the generated tokens of the open turn, and their log-probabilities."""
+        logprobs_T = np.concatenate([np.zeros(0, np.float32), *self._logprobs])
+        return self.tokens()[self._generated_from :], logprobs_T[self._generated_from :]
+
+    def exclude(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Tokens that were generated, but are not to be trained, count as given. Repeating it changes nothing."""
+        for start, end in spans:
+            first = 0
+            for mask_T, logprobs_T, versions_T in zip(self._mask, self._logprobs, self._versions, strict=True):
+                part = slice(max(start - first, 0), max(end - first, 0))
+                mask_T[part], logprobs_T[part], versions_T[part] = False, 0.0, NO_VERSION
+                first += len(mask_T)
+
+    def require_trained(self) -> None:
+        """Raises `EnvironmentFailure` if there is no token to train."""
+        if not self.generated:
+            raise EnvironmentFailure("none of the tokens that were generated is left to train: exclude fewer")
 
     def end_turn(self, text: str, finish: FinishReason) -> None:
         """Closes the turn with its decoded text."""

@@ -58,7 +58,7 @@ class EvalSet:
         }
         values["data"]["columns"] = {name: column for name, column in base.data.columns.items() if name not in {"demonstration", *PAIR}}
         values["run"] = {"steps": 1, "seed": base.run.seed, "deterministic": base.run.deterministic}
-        values["model"] = {"path": base.model.path, "dtype": base.model.dtype}
+        values["model"] = {key: value for key, value in given["model"].items() if value is not None}
         values["train"] = {"threads": base.train.threads, "microbatch_tokens": _ANY_LENGTH, "routes": "ignore"}
         return cls(name, load_config(values, overrides), extensions or Extensions())
 

@@ -13,6 +13,7 @@ from verst.algorithms.table import algorithm_for
 from verst.config.plan import read_config
 from verst.config.schema import Config
 from verst.errors import VerstError
+from verst.model_spec import install
 from verst.observe.limits import FidelityWatch
 from verst.observe.outliers import Outliers
 from verst.observe.sinks import JsonlSink, read_rows
@@ -34,6 +35,8 @@ _KEPT_LINES = 10_000
 def fidelity_watch(config: Config) -> FidelityWatch:
     """The watch over a run's mismatch, which tells of routes that are not replayed. Raises `ModelError` if the model is needed and gone."""
     unreplayed = config.train.routes != "replay" and algorithm_for(config.algorithm).learns_from == "policy"
+    if unreplayed:
+        install(config.model.spec)
     routes = routed_experts(read_config(config.model.path)) if unreplayed else None
     return FidelityWatch(config.fidelity.limit, config.fidelity.action, None if routes is None else config.train.routes)
 

@@ -78,12 +78,16 @@ def preflight(config: Config, extensions: Extensions) -> Findings:
 
 
 def _check_model(config: Config) -> None:
+    if config.model.spec is not None:
+        _check_reference(config.model.spec, {}, "model spec")
     limit = read_model(config.model.path).max_positions
     if limit is not None and config.max_trajectory_tokens > limit:
         raise ModelError(
             f"a trajectory may have {config.max_trajectory_tokens} tokens (data.max_prompt_tokens + rollout.max_turns x "
             f"rollout.max_new_tokens), but {config.model.path} is made for {limit} (max_position_embeddings): lower one of the three"
         )
+    if config.model.spec is not None:
+        return  # it says how the model routes
     key = unread_experts(read_config(config.model.path)) if records_routes(config) else None
     if key is not None:
         raise ConfigError(
@@ -193,8 +197,8 @@ def _check_environment(config: Config, given: Any) -> None:
     if given is not None:
         environment_factory(given, rollout.environment_options)
         return
-    if rollout.environment.startswith(environments.AGENT):
-        _check_reference(rollout.environment.removeprefix(environments.AGENT), {}, "agent")
+    if (asking := environments.of_prefix(rollout.environment)) is not None:
+        _check_reference(asking[1], {}, asking[0])
         return
     if rollout.environment not in environments.SHIPPED:
         _check_reference(rollout.environment, environments.SHIPPED, "environment")

@@ -128,10 +128,12 @@ class RolloutWorker:
 
     def _make(self) -> None:
         from verst.data.chat import ChatRenderer, load_tokenizer
+        from verst.model_spec import install
         from verst.rollout.engines import make_engine
         from verst.rollout.environments import check_machine, environment_factory
 
         config = self._config = with_local_model(self._config)
+        install(config.model.spec)
         rollout = config.rollout
         tokenizer = load_tokenizer(config.model.path)
         _require_vocabulary(tokenizer.vocab_size, config.model.path)

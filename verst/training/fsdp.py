@@ -21,6 +21,7 @@ from verst.algorithms.kl import kl_per_sample
 from verst.config.algorithms import PpoConfig
 from verst.config.schema import Config
 from verst.exact.rows import filled
+from verst.model_spec import published_name
 from verst.observe.metrics import Tally
 from verst.protocols import BackendState
 from verst.routing.kinds import routed_experts
@@ -128,8 +129,11 @@ class FsdpBackend(Backend[MasterAdamW]):
     def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """In the model's dtype, tied ones once; then the model's saved buffers, in their own."""
         for name, parameter in self._parameters.items():
-            yield name, whole(parameter, self._dtype)
-        yield from self._saved_buffers().items()
+            yield self._published(name), whole(parameter, self._dtype)
+        yield from ((self._published(name), buffer) for name, buffer in self._saved_buffers().items())
+
+    def _published(self, name: str) -> str:
+        return published_name(self._policy.model, name)
 
     def _saved_buffers(self) -> dict[str, torch.Tensor]:
         return {name: buffer.detach() for name, buffer in self._policy.model.named_buffers() if name in self._saved}

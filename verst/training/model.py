@@ -19,6 +19,7 @@ from verst.exact.attention import use_exact_attention
 from verst.exact.experts import use_exact_experts
 from verst.exact.layers import use_exact_layers
 from verst.exact.rows import row_multiple
+from verst.model_spec import key_mapping
 from verst.training.logprobs import token_logprobs
 
 DYNAMIC = True
@@ -52,7 +53,13 @@ def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
     with loading(f"model.path {path}: transformers cannot load it as a causal language model", UNFIT):
         config = AutoConfig.from_pretrained(directory)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True
+            directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            key_mapping=key_mapping(config),
         )
     model, report = loaded
     lost = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])

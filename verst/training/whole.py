@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from verst.config.schema import Config
 from verst.errors import CheckpointError
+from verst.model_spec import install, published_name
 from verst.training.checkpoints import Checkpoint
 from verst.training.model import load_model, named
 
@@ -28,6 +29,7 @@ def whole_tensors(checkpoint: Checkpoint, config: Config) -> Iterator[tuple[str,
         CheckpointError: the files do not hold the tensors of that model.
         ModelError: `model.path` is gone or is no model.
     """
+    install(config.model.spec)
     files = sorted(checkpoint.path.glob("rank-*.safetensors"))
     dtype = getattr(torch, config.model.dtype)
     if config.train.backend == "fsdp":
@@ -47,11 +49,12 @@ def _of_fsdp(files: Sequence[Path], model_path: str, dtype: torch.dtype) -> Iter
             f"{files[0].parent} is of another model than {model_path}, which has no {named(foreign)}: put back the model the run began with"
         )
     for name, parameter in parameters.items():
-        yield name, masters.read(name).to(dtype) if name in masters.names else parameter.detach()
+        tensor = masters.read(name).to(dtype) if name in masters.names else parameter.detach()
+        yield published_name(model, name), tensor
     saved = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name in saved:
-            yield name, buffer.detach()
+            yield published_name(model, name), buffer.detach()
 
 
 class _Masters:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from verst.config.plan import UNFIT, loading
 from verst.errors import EngineFailure, ModelError
@@ -23,6 +23,7 @@ from verst.exact.experts import has_experts, use_exact_experts
 from verst.exact.head import head_logits, operand, row_logs, row_sums
 from verst.exact.layers import use_exact_layers
 from verst.exact.rows import PRODUCT_ROWS, filled, row_multiple
+from verst.model_spec import key_mapping
 from verst.rollout.hf.attention import EXACT_NAME, NAME, DecodePlan, attended_length, decoding, register
 from verst.rollout.hf.cache import SlotCache
 from verst.rollout.hf.graphs import ForwardGraphs
@@ -272,7 +273,10 @@ def _load(path: str, dtype: torch.dtype, device: torch.device, *, exact: bool) -
     if not (Path(path) / "config.json").is_file():
         raise ModelError(f"{path} is no Hugging Face model directory: it has no config.json")
     with loading(f"{path} cannot be loaded as a causal language model", UNFIT):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, local_files_only=True, key_mapping=key_mapping(config)
+        )
     own_memory(torch.nn.Module.to(model, device))
     _replace_head(model, exact=exact)
     return model.requires_grad_(False).eval()

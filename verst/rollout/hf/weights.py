@@ -8,6 +8,7 @@ from collections.abc import Set as AbstractSet
 import torch
 
 from verst.errors import WeightMismatch
+from verst.model_spec import published_name
 from verst.protocols import WeightUpdate
 from verst.types import Manifest
 from verst.weights.names import parts
@@ -46,16 +47,17 @@ def check_manifest(model: torch.nn.Module, manifest: Manifest) -> None:
         shape, dtype = tuple(targets[name].shape), _dtype(targets[name])
         if (entry.shape, entry.dtype) != (shape, dtype):
             raise WeightMismatch(f"{name!r} is published as {entry.dtype} {entry.shape}, but the engine's parameter is {dtype} {shape}")
-    parameters = model.state_dict(keep_vars=True)
-    covered = {id(tensor) for name, tensor in parameters.items() if not _lacking(name, tensor, listed.keys())}
-    lacking = [_lacking(name, tensor, listed.keys()) for name, tensor in model.named_parameters() if id(tensor) not in covered]
+    named = {published_name(model, name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    covered = {id(tensor) for name, tensor in named.items() if not _lacking(name, tensor, listed.keys())}
+    parameters = ((published_name(model, name), tensor) for name, tensor in model.named_parameters())
+    lacking = [_lacking(name, tensor, listed.keys()) for name, tensor in parameters if id(tensor) not in covered]
     if missing := set().union(*lacking):
         raise WeightMismatch(f"version {manifest.version} lacks {_names(missing)}: the engine would keep older weights there")
 
 
 def _targets(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's tensors by every name that one may be published under: a fused one, and views of its parts."""
-    whole = model.state_dict()
+    whole = {published_name(model, name): tensor for name, tensor in model.state_dict().items()}
     return {part: tensor[index] for name, tensor in whole.items() for part, index, _ in parts(name, tuple(tensor.shape))} | whole
 
 

@@ -22,6 +22,7 @@ from transformers import AutoConfig
 from verst.algorithms.table import records_routes
 from verst.config.schema import Config
 from verst.errors import ConfigError
+from verst.model_spec import install
 from verst.training.megatron import compat
 from verst.training.megatron.layout import Layout, fits
 from verst.training.megatron.table.families import family_of
@@ -83,6 +84,7 @@ _NOT_RUN = frozenset({
 
 def check(config: Config, arguments: Mapping[str, Any], world: int) -> argparse.Namespace:
     """What the backend does with its arguments before it starts anything: see `parse`. Reads the model's config.json only."""
+    install(config.model.spec)
     path = Path(config.model.path).expanduser()
     hf_config = AutoConfig.from_pretrained(path)
     return parse(config, arguments, hf_config, family_of(hf_config, config.model.path), world)

@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # design: a module imports only from lower layers; packages of one layer know each other through protocols and types
 LAYERS = {
     **dict.fromkeys(["types", "errors"], 0),
+    "secrets": 0.25,
     **dict.fromkeys(["extend", "protocols", "observe"], 0.5),
     "isolated": 0.7,
     "config": 1,

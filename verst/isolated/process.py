@@ -17,11 +17,11 @@ from typing import Any, Self
 
 from verst.errors import DeadlineExceeded, ExtensionError
 from verst.isolated.served import HEADER
+from verst.secrets import environment, without_secrets
 
 START_DEADLINE_S = 120.0
 """Limit of loading the user's object: a module may load a model."""
 
-_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 _GRACE_S = 0.2
 _END_S = 10.0
 
@@ -146,7 +146,7 @@ def _popen(module: str, fd: int, log: Path | None, secrets: Sequence[str]) -> su
             stdout=output,
             stderr=output,
             pass_fds=(fd,),
-            env=worker_environment(os.environ, secrets),
+            env=worker_environment(environment(), secrets),
             start_new_session=True,  # Ctrl-C in a terminal reaches the parent only, which ends its workers in order
         )
     finally:
@@ -154,12 +154,10 @@ def _popen(module: str, fd: int, log: Path | None, secrets: Sequence[str]) -> su
 
 
 def worker_environment(environment: Mapping[str, str], secrets: Sequence[str] = ()) -> dict[str, str]:
-    """What a worker may see: all but GPUs and variables whose name speaks of a secret, unless shipped code needs them (`secrets`).
+    """What a worker may see: all but GPUs and variables whose name speaks of a secret, unless it needs them (`secrets`).
 
     Modules are found where this process finds them.
     """
-    hidden = {name for name in environment if any(word in name.upper() for word in _SECRET_WORDS)} - {*secrets}
-    kept = {name: value for name, value in environment.items() if name not in hidden}
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     # the GPU that this process may have is the engine's, memory and all
-    return kept | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return without_secrets(environment, secrets) | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -126,7 +126,7 @@ async def test_a_call_that_does_not_continue_the_conversation_fails_the_trajecto
         (b'{"messages": ["hi"]}', "message 0 must be an object"),
         (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "parts that are no text"),
         (b'{"messages": [{"role": "user", "content": "x"}], "n": 2}', "n must be 1"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}', "tools: not supported"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}', "tool 0 must be of the type function"),
         (b'{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}}', "text only"),
         (b'{"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}', "message 0 has tool_calls"),
         (b"\xff\xfe", "codec"),

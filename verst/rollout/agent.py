@@ -2,7 +2,8 @@
 
 An environment answers the policy; an agent asks it. Here one becomes the other: what an agent adds to its conversation between two
 completions is the environment's reply. So its trajectories are token in, token out like all others: of each call only the new messages are
-rendered, and what the policy said stays the tokens that it sampled.
+rendered, and what the policy said stays the tokens that it sampled. Tools of its calls are told to the policy by the chat template, and
+what it calls is told to the agent apart from its text.
 
 A trajectory is one conversation that grows. A call that does not continue it is refused: the agent sees an error, and the trajectory, if it
 does not go on, has failed with the reason.
@@ -68,6 +69,11 @@ class AgentEnvironment:
         self._session: Session | None = None
         self._agent: asyncio.Future[Any] | None = None
 
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        """What the agent said that the policy can call, once it has started."""
+        return () if self._session is None else self._session.tools
+
     async def start(self, prompt: Prompt) -> Sequence[Message]:
         agents = self._agents
         self._session = session = await agents.open()
@@ -91,6 +97,8 @@ class AgentEnvironment:
         info = dict(returned or {})
         if self._session.not_heeded:
             info["not_heeded"] = sorted(self._session.not_heeded)
+        if self._session.malformed:
+            info["malformed_calls"] = self._session.malformed
         return Reply(info=info)
 
     async def close(self) -> None:

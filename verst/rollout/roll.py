@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -200,7 +201,8 @@ class GroupRoller:
         """Turns until the environment ends the trajectory or a limit does."""
         self.waits.begin(name, f"environment {environment.name} to start")
         opening = await race.unless_over(environment.start(prompt))
-        tokens_T = self.renderer.opening(opening)
+        tools = environment.tools
+        tokens_T = self.renderer.opening(opening, tools)
         self.check_prompt(prompt, len(tokens_T))
         transcript.give(tokens_T, opening)
         for turn in range(self.max_turns):
@@ -219,7 +221,7 @@ class GroupRoller:
                 return Status.FINISHED
             if turn + 1 == self.max_turns:
                 break
-            given_T = self._continuation(reply.messages, after_stop=generated[-1] == self.renderer.end_of_turn)
+            given_T = self._continuation(reply.messages, tools, after_stop=generated[-1] == self.renderer.end_of_turn)
             if transcript.length + len(given_T) >= self.max_model_tokens:  # no room for a single generated token
                 break
             transcript.give(given_T, reply.messages)
@@ -249,9 +251,9 @@ class GroupRoller:
             piece += 1
         return FinishReason.LENGTH
 
-    def _continuation(self, messages: Sequence[Message], *, after_stop: bool) -> NDArray[np.int32]:
+    def _continuation(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, after_stop: bool) -> NDArray[np.int32]:
         try:
-            return self.renderer.continuation(messages, after_stop=after_stop)
+            return self.renderer.continuation(messages, after_stop=after_stop, tools=tools)
         except DataError as error:  # the messages are the environment's
             raise EnvironmentFailure(f"the environment's reply cannot be rendered: {error}") from error
 

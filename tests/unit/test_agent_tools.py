@@ -217,7 +217,8 @@ async def test_calls_are_streamed():
         with openai.OpenAI(base_url=session.base_url, api_key=session.api_key, max_retries=0) as api:
             with api.chat.completions.stream(model="m", messages=[ASK], tools=[ADD], parallel_tool_calls=False) as stream:
                 choice = stream.get_final_completion().choices[0]
-            (made,) = choice.message.tool_calls or ()
+            (made,) = choice.message.tool_calls or [None]
+            assert made is not None
         return {"finish": choice.finish_reason, "name": made.function.name, "arguments": made.function.arguments}
 
     info = {"finish": "tool_calls", "name": "add", "arguments": '{"a": 1}', "not_heeded": ["parallel_tool_calls"]}

@@ -19,8 +19,8 @@ from typing import Any
 
 from verst import extend
 from verst.rollout.endpoint import Endpoint
-from verst.rollout.sessions import Session
-from verst.types import Completion, Message, Prompt, Reply
+from verst.rollout.sessions import FULL, Session
+from verst.types import Completion, FinishReason, Message, Prompt, Reply
 
 SIGNATURE = ("session", "prompt")
 
@@ -41,6 +41,10 @@ class Agents:
     def __call__(self) -> AgentEnvironment:
         return AgentEnvironment(self)
 
+    def check_machine(self) -> None:
+        """That of the function, if it is an object that has one. Raises `ExtensionError`."""
+        getattr(self.function, "check_machine", lambda: None)()
+
     async def open(self) -> Session:
         """A new session, which the endpoint knows."""
         async with self._starting:
@@ -59,6 +63,7 @@ class Agents:
         if self._endpoint is not None:
             endpoint, self._endpoint = self._endpoint, None
             await endpoint.close()
+        getattr(self.function, "close", lambda: None)()
 
 
 class AgentEnvironment:
@@ -89,17 +94,14 @@ class AgentEnvironment:
         assert self._agent is not None
         self._session.answer(completion)
         new = await self._next()
-        if new is not None:
+        if new is not None and completion.finish is not FinishReason.LENGTH:
             return Reply(new, done=False)
+        if new is not None and not await self._ends_in_order():
+            return Reply(info=self._noted())
         returned = self._agent.result()
         if not isinstance(returned, Mapping | None):
             raise TypeError(f"the agent returned {returned!r} of type {type(returned).__name__}, not a mapping or None")
-        info = dict(returned or {})
-        if self._session.not_heeded:
-            info["not_heeded"] = sorted(self._session.not_heeded)
-        if self._session.malformed:
-            info["malformed_calls"] = self._session.malformed
-        return Reply(info=info)
+        return Reply(info={**(returned or {}), **self._noted()})
 
     async def close(self) -> None:
         if self._session is not None:
@@ -109,6 +111,20 @@ class AgentEnvironment:
             await asyncio.wait({self._agent})
         if self._agent is not None and not self._agent.cancelled():
             self._agent.exception()  # seen: it has been reported, or came of the end
+
+    def _noted(self) -> dict[str, Any]:
+        """What the session has to say of its calls."""
+        assert self._session is not None
+        noted = {"not_heeded": sorted(self._session.not_heeded), "malformed_calls": self._session.malformed}
+        return {name: value for name, value in noted.items() if value}
+
+    async def _ends_in_order(self) -> bool:
+        """The agent asks on after an answer that ends its trajectory. It is refused, and may still say what came of it."""
+        assert self._session is not None
+        assert self._agent is not None
+        self._session.end(FULL)
+        await asyncio.wait({self._agent})
+        return self._agent.exception() is None
 
     async def _next(self) -> tuple[Message, ...] | None:
         """The new messages of its next call; None if it has ended. Raises what it raised."""

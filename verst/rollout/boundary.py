@@ -100,6 +100,8 @@ class GuardedEnvironment:
         except Exception as error:
             if limit.expired():
                 raise EnvironmentFailure(f"environment {self.name}: {what} took longer than {deadline_s:g} s") from error
+            if isinstance(error, EnvironmentFailure):  # it says itself what was wrong
+                raise EnvironmentFailure(f"environment {self.name}: {what}: {error}") from error
             raise EnvironmentFailure(f"environment {self.name}: {what} raised {origin(error)}") from error
 
 

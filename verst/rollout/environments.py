@@ -14,6 +14,7 @@ from verst.protocols import Environment
 from verst.rollout.agent import Agents
 from verst.rollout.guessing import Guessing
 from verst.rollout.python_tool import PythonTool
+from verst.rollout.verifiers_agent import Verifiers
 from verst.types import Completion, Message, Prompt, Reply
 
 
@@ -66,6 +67,9 @@ class SecondTry:
 AGENT = "agent:"
 """Before a reference: what it names asks for completions itself (`verst.rollout.agent`)."""
 
+VERIFIERS = "verifiers:"
+"""Before a name or a loader: an environment of the library verifiers (`verst.rollout.verifiers_agent`)."""
+
 SHIPPED: Mapping[str, Callable[..., Environment]] = {
     "single_turn": SingleTurn,
     "second_try": SecondTry,
@@ -78,10 +82,12 @@ SHIPPED: Mapping[str, Callable[..., Environment]] = {
 def environment_factory(reference: Any, options: Mapping[str, Any]) -> Callable[[], Environment]:
     """What makes a fresh environment for each trajectory: a shipped name, `module:Class`, or a class or function given from Python.
 
-    With `AGENT` before it, a function that asks for completions itself.
+    With `AGENT` before it, a function that asks for completions itself; with `VERIFIERS`, an environment of that library.
 
     Raises `ExtensionError` if it cannot be found, lacks a method, or does not take `options`.
     """
+    if isinstance(reference, str) and reference.startswith(VERIFIERS):
+        return Agents(Verifiers(reference.removeprefix(VERIFIERS), options))
     if isinstance(reference, str) and reference.startswith(AGENT):
         return Agents(extend.load(reference.removeprefix(AGENT), shipped={}, kind="agent"), **options)
     found = extend.load(reference, shipped=SHIPPED, kind="environment")
@@ -91,6 +97,8 @@ def environment_factory(reference: Any, options: Mapping[str, Any]) -> Callable[
 
 def check_machine(make: Callable[[], Environment]) -> None:
     """Raises `ExtensionError` if this machine lacks what the environment needs. A class says so in a `check_machine` of its own."""
+    if isinstance(make, Agents):
+        make.check_machine()
     if isinstance(make, partial):
         getattr(make.func, "check_machine", lambda **_: None)(**make.keywords)
 

@@ -12,6 +12,10 @@ from verst.errors import VerstError
 from verst.rollout.tool_calls import Malformed, ToolCall, split_calls
 from verst.types import Completion, Message
 
+ENDED = "this trajectory has ended: a session is good for one"
+FULL = "this model's maximum context length is used up: the answer before was cut by the run's limit of tokens, and ends the trajectory"
+"""Agents know its first words from other servers, and end in order."""
+
 
 class SessionRefused(VerstError):
     """A call that the session cannot answer; the message says why."""
@@ -57,7 +61,7 @@ class Session:
         self._messages: tuple[Said, ...] = ()  # of the last call
         self._calls = False
         self._answer: asyncio.Future[Answer] | None = None
-        self._over = False
+        self._over: str | None = None  # why nothing more is answered
         self.tools: tuple[Mapping[str, Any], ...] = ()
         """What the first call said that the policy can call, in OpenAI's form. They are in the opening, so later calls have the same."""
         self.malformed = 0
@@ -80,8 +84,8 @@ class Session:
     async def ask(self, messages: Sequence[Said], *, tools: Sequence[Mapping[str, Any]], calls: bool, again: bool) -> Answer:
         """As `complete`. `calls`: whether what the policy calls is taken out of its text."""
         asked = tuple(messages)
-        if self._over:
-            raise SessionRefused("this trajectory has ended: a session is good for one")
+        if self._over is not None:
+            raise SessionRefused(self._over)
         if self._answer is not None and again and asked == self._messages:
             return await asyncio.shield(self._answer)
         if self._answer is not None and not self._answer.done():
@@ -105,11 +109,11 @@ class Session:
         self._heard.append(answer.said)
         self._answer.set_result(answer)
 
-    def end(self) -> None:
+    def end(self, reason: str = ENDED) -> None:
         """Whoever waits for an answer, and whoever asks from here on, is refused."""
-        self._over = True
+        self._over = reason
         if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(SessionRefused("this trajectory has ended"))
+            self._answer.set_exception(SessionRefused(reason))
             self._answer.exception()  # seen: nobody may be waiting
 
     def _told(self, completion: Completion) -> Answer:

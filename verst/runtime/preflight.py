@@ -156,6 +156,12 @@ def _check_environment(config: Config, given: Any) -> None:
     if rollout.environment.startswith(environments.AGENT):
         _check_reference(rollout.environment.removeprefix(environments.AGENT), {}, "agent")
         return
+    if rollout.environment.startswith(environments.VERIFIERS):
+        reference = rollout.environment.removeprefix(environments.VERIFIERS)
+        if ":" in reference:
+            _check_reference(reference, {}, "environment")
+        environment_factory(rollout.environment, rollout.environment_options)
+        return
     if rollout.environment not in environments.SHIPPED:
         _check_reference(rollout.environment, environments.SHIPPED, "environment")
         return

@@ -15,6 +15,7 @@ import pytest
 from verst.errors import EnvironmentFailure, ExtensionError
 from verst.rollout.agent import AgentEnvironment, Agents
 from verst.rollout.boundary import GuardedEnvironment
+from verst.rollout.endpoint import LARGEST_REQUEST
 from verst.rollout.environments import environment_factory
 from verst.rollout.sessions import Session, SessionRefused
 from verst.types import Completion, FinishReason, Message, Prompt, Reply
@@ -342,3 +343,13 @@ async def test_an_agent_that_never_asks_again_has_its_deadline():
         await environment.reply(said("4"))
     assert await environment.close() is None
     await agents.close()
+
+
+async def test_a_request_that_is_too_large_says_so(opened: Open):
+    async def solve(session: Session, prompt: Prompt) -> None:
+        async with client(session) as api:
+            messages: list[Any] = [{"role": "user", "content": "x" * (LARGEST_REQUEST + 1)}]
+            await api.chat.completions.create(model="m", messages=messages)
+
+    with pytest.raises(EnvironmentFailure, match=r"413 .*at most 16777216 bytes: cut what tools have printed"):
+        await opened(solve).start(PROMPT)

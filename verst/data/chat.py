@@ -121,6 +121,10 @@ class ChatRenderer:
             tokens = tokens[len(closing) :]
         return _array(tokens)
 
+    def may_fit(self, messages: Sequence[Message], tokens: int) -> bool:
+        """Whether messages can be so few tokens. Told by their length alone, since to tokenize a gigabyte would take minutes."""
+        return sum(len(message.content.strip()) for message in messages) <= tokens * self._longest_token
+
     def demonstration(self, messages: Sequence[Message], answers: Sequence[Message]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """`[T]` tokens of a whole conversation, and the `[T]` mask of those to imitate.
 
@@ -265,6 +269,11 @@ class ChatRenderer:
         if not self.has_template:
             return messages
         return [Message(self._text.hide(message.role), self._text.hide(message.content)) for message in messages]
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters; of byte-level tokens bytes, which are no fewer."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     @cached_property
     def _begin(self) -> str:

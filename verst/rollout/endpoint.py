@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 MODEL = "policy"
-_LARGEST_REQUEST = 16 << 20
+LARGEST_REQUEST = 16 << 20
+"""Bytes: more than a conversation of a million tokens has."""
 _ENDED = 10_000
 """Keys of sessions that have ended, which are told so."""
 
@@ -42,7 +43,7 @@ class Endpoint:
         except ImportError as error:
             raise ExtensionError("agents are served by aiohttp, which is not installed: pip install 'verst[agents]'") from error
         endpoint = cls()
-        app = web.Application(client_max_size=_LARGEST_REQUEST)
+        app = web.Application(client_max_size=LARGEST_REQUEST)
         app.router.add_post("/v1/chat/completions", endpoint._complete)
         app.router.add_get("/v1/models", endpoint._models)
         endpoint._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
@@ -89,6 +90,8 @@ class Endpoint:
         session = self._session(request)
         if not isinstance(session, Session):
             return session
+        if (request.content_length or 0) > LARGEST_REQUEST:
+            return _error(413, "request_too_large", f"a request has at most {LARGEST_REQUEST} bytes: cut what tools have printed")
         try:
             body = json.loads((await request.read()).decode())
             asked = checked(body)

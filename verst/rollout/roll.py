@@ -221,6 +221,8 @@ class GroupRoller:
                 return Status.FINISHED
             if turn + 1 == self.max_turns:
                 break
+            if not self.renderer.may_fit(reply.messages, self.max_model_tokens - transcript.length):
+                break
             given_T = self._continuation(reply.messages, tools, after_stop=generated[-1] == self.renderer.end_of_turn)
             if transcript.length + len(given_T) >= self.max_model_tokens:  # no room for a single generated token
                 break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -32,6 +33,15 @@ def nan(completion: Any) -> float:
 
 def slow(completion: Any) -> float:
     time.sleep(1.0)
+    return 1.0
+
+
+FREED = threading.Event()
+
+
+def stuck(completion: Any) -> float:
+    if str(completion[-1]["content"]) == "hang":
+        FREED.wait(60)
     return 1.0
 
 

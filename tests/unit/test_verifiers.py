@@ -134,6 +134,23 @@ async def test_a_reward_function_that_computes_holds_up_nobody_else():
     assert (await rolling).info["score/slow"] == 1
 
 
+async def test_one_that_hangs_costs_its_own_trajectory_and_its_thread():
+    from tests.unit import sums_env
+
+    factory = environment_factory(ENV, {"score": "stuck"})
+    await asyncio.to_thread(check_machine, factory)
+    engine = FakeEngine([[*ids("hang"), END], [*ids("4"), END]])
+    roller = replace(with_tools(engine, factory), environment_deadline_s=0.5)
+    try:
+        (first,) = (await roller.roll(0, prompt())).trajectories
+        assert "took longer than 0.5 s" in str(first.error)
+        (second,) = (await replace(roller, environment_deadline_s=5).roll(1, prompt())).trajectories
+        assert (second.error, second.info["score/stuck"]) == (None, 1.0)
+    finally:
+        sums_env.FREED.set()
+        await factory.close()  # pyright: ignore
+
+
 @pytest.mark.parametrize(
     ("reference", "options", "reason"),
     [

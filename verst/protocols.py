@@ -44,7 +44,8 @@ class Environment(Protocol):
     """One conversation. A fresh instance serves one trajectory and is never used again.
 
     A class may also define a class method `check_machine(**options)`, which each replica calls once before it starts: it raises
-    `ExtensionError` if the machine lacks what the environment needs.
+    `ExtensionError` if the machine lacks what the environment needs. An object may have `tools`, functions in OpenAI's form that the chat
+    template tells the model of; they are asked for once `start` has returned.
     """
 
     async def start(self, prompt: Prompt) -> Sequence[Message]:

@@ -24,7 +24,7 @@ pytestmark = [
 async def test_scores_are_those_of_transformers_on_a_cpu(tmp_path: Path) -> None:
     options: dict[str, Any] = {"num_labels": 1, "max_position_embeddings": 256}
     path = tiny_model(tmp_path / "model", kind=LlamaForSequenceClassification, **options)
-    scorer = Scorer(RewardSpec("reward_model", {"path": str(path), "device": "cuda"}), workers=1, deadline_s=120)
+    scorer = Scorer(RewardSpec("reward_model", {"path": str(path), "device": "cuda"}), workers=1, deadline_s=120, gpus=True)
     await scorer.start()
     try:
         scored = await scorer.score(Group(0, Prompt("p:0", ()), tuple(said(text, i) for i, text in enumerate(TEXTS)), 0))

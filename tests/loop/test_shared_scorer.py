@@ -162,7 +162,7 @@ def test_replicas_share_one_process_and_survive_its_death_and_that_of_its_owner(
 def test_the_host_starts_once(tmp_path: Path):
     async def both() -> None:
         reward = RewardConfig(function="exact_match", actor_gpus=0)
-        host = ScorerHost(reward, RewardSpec.of(reward), tmp_path / "rewards.log")
+        host = ScorerHost(reward, RewardSpec.of(reward), tmp_path / "rewards.log", ())
         await asyncio.gather(host.start(), host.start())
         found = len(host._scorer.pids)
         host.close()

@@ -15,6 +15,7 @@ import pytest
 from verst.errors import EnvironmentFailure, ExtensionError
 from verst.rollout.agent import AgentEnvironment, Agents
 from verst.rollout.boundary import GuardedEnvironment
+from verst.rollout.endpoint import LARGEST_REQUEST
 from verst.rollout.environments import environment_factory
 from verst.rollout.sessions import Session, SessionRefused
 from verst.types import Completion, FinishReason, Message, Prompt, Reply
@@ -126,7 +127,7 @@ async def test_a_call_that_does_not_continue_the_conversation_fails_the_trajecto
         (b'{"messages": ["hi"]}', "message 0 must be an object"),
         (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "parts that are no text"),
         (b'{"messages": [{"role": "user", "content": "x"}], "n": 2}', "n must be 1"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}', "tools: not supported"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}', "tool 0 must be of the type function"),
         (b'{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}}', "text only"),
         (b'{"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}', "message 0 has tool_calls"),
         (b"\xff\xfe", "codec"),
@@ -278,3 +279,77 @@ def test_a_reference_with_the_prefix_names_an_agent():
     with pytest.raises(ExtensionError, match="has no 'nobody'"):
         environment_factory("agent:tests.unit.test_agent:nobody", {})
     assert pickle.loads(cloudpickle.dumps(made)).function is never
+
+
+async def test_an_answer_that_was_cut_ends_its_agent_in_order(opened: Open):
+    """It is told that the context is used up, as by other servers, and may still say what came of it."""
+
+    async def solve(session: Session, prompt: Prompt, *, heeds: bool) -> dict[str, Any]:
+        async with client(session) as api:
+            messages: list[Any] = [ASK]
+            first = await api.chat.completions.create(model="m", messages=messages, temperature=0)
+            messages += [first.choices[0].message, ASK]
+            with pytest.raises(openai.BadRequestError, match="this model's maximum context length is") as refused:
+                await api.chat.completions.create(model="m", messages=messages)
+            if not heeds:
+                raise refused.value
+        return {"first": first.choices[0].message.content}
+
+    for heeds, said_of_it in ((True, {"first": "cut"}), (False, {})):
+        environment = opened(solve, heeds=heeds)
+        await environment.start(PROMPT)
+        reply = await environment.reply(said("cut", FinishReason.LENGTH))
+        assert reply == Reply(info={**said_of_it, "not_heeded": ["temperature"]})
+
+
+async def test_a_client_that_leaves_in_the_middle_of_a_stream_fails_nobody_elses_trajectory(opened: Open):
+    async def leaves(session: Session, prompt: Prompt) -> dict[str, Any]:
+        api = client(session)
+        stream = await api.chat.completions.create(model="m", messages=[ASK], stream=True)  # type: ignore[list-item]
+        await anext(stream)
+        await api.close()  # with most of the answer unread
+        async with client(session) as other:
+            messages: list[Any] = [ASK, {"role": "assistant", "content": "x" * 2_000_000}, ASK]
+            again = await other.chat.completions.create(model="m", messages=messages)
+        return {"again": again.choices[0].message.content}
+
+    environment = opened(leaves)
+    await environment.start(PROMPT)
+    assert (await environment.reply(said("x" * 2_000_000))).messages == (Message("user", "2 + 2?"),)
+    assert await environment.reply(said("4")) == Reply(info={"again": "4"})
+
+
+async def test_a_client_that_leaves_for_good_ends_with_its_agents_deadline(opened: Open):
+    async def leaves(session: Session, prompt: Prompt) -> None:
+        async with client(session, timeout=0.1) as hasty:
+            await hasty.chat.completions.create(model="m", messages=[ASK])  # type: ignore[list-item]
+
+    environment = opened(leaves)
+    await environment.start(PROMPT)
+    await asyncio.sleep(0.5)
+    with pytest.raises(EnvironmentFailure, match=r"raised openai\.APITimeoutError"):
+        await environment.reply(said("4"))
+
+
+async def test_an_agent_that_never_asks_again_has_its_deadline():
+    async def hangs(session: Session, prompt: Prompt) -> None:
+        await session.complete([ASK])
+        await asyncio.Event().wait()
+
+    agents = Agents(hangs)
+    environment = GuardedEnvironment(agents, deadline_s=0.3)
+    await environment.start(PROMPT)
+    with pytest.raises(EnvironmentFailure, match=r"reply in turn 1 took longer than 0\.3 s"):
+        await environment.reply(said("4"))
+    assert await environment.close() is None
+    await agents.close()
+
+
+async def test_a_request_that_is_too_large_says_so(opened: Open):
+    async def solve(session: Session, prompt: Prompt) -> None:
+        async with client(session) as api:
+            messages: list[Any] = [{"role": "user", "content": "x" * (LARGEST_REQUEST + 1)}]
+            await api.chat.completions.create(model="m", messages=messages)
+
+    with pytest.raises(EnvironmentFailure, match=r"413 .*at most 16777216 bytes: cut what tools have printed"):
+        await opened(solve).start(PROMPT)

@@ -33,6 +33,7 @@ def test_every_option_has_earned_its_place():
     # beside the held-out share, and by which figure a checkpoint is the best, are a run's owner's to say
     # what changes at a step, beta of DPO, its one hyperparameter, and which prompts come first is an experiment's to say
     # of the one before: which model transformers does not know is in no file of that model
+    # run.secrets: which of their keys somebody's own code may see is nobody else's to say
     # of the two before: whose advantages and whose loss are an experiment's to say
     assert len({name for preset in PRESETS for name in option_names(preset)}) == 111
 

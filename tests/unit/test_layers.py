@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # design: a module imports only from lower layers; packages of one layer know each other through protocols and types
 LAYERS = {
-    **{"errors": 0, "fields": 0.1, "types": 0.2},
+    **{"errors": 0, "fields": 0.1, "types": 0.2, "secrets": 0.25},
     **dict.fromkeys(["extend", "protocols", "observe"], 0.5),
     **dict.fromkeys(["isolated", "slime_api", "model_spec"], 0.7),
     "config": 1,

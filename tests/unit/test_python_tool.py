@@ -134,7 +134,7 @@ async def test_a_sandbox_that_cannot_be_made_fails_its_trajectory_alone(monkeypa
     limits = {"sampling": Sampling(max_new_tokens=200), "max_model_tokens": 900}
     group = await roller(engine, partial(PythonTool, instructions=""), group_size=2, max_turns=3, **limits).roll(0, PROMPT)
     assert [t.status for t in group.trajectories] == [Status.FAILED, Status.FINISHED]
-    assert "reply in turn 1 raised" in (group.trajectories[0].error or "")
+    assert "reply in turn 1: the sandbox could not be made" in (group.trajectories[0].error or "")
     assert "the sandbox could not be made: mount of /nowhere" in (group.trajectories[0].error or "")
 
 

@@ -490,3 +490,26 @@ def test_demonstration_errors_name_prompt_and_option():
         roller(FakeEngine([]), max_prompt_tokens=8).demonstrate(0, answer)
     with pytest.raises(DataError, match=r"has 124 tokens, above the limit of a trajectory \(100\)"):
         roller(FakeEngine([]), max_model_tokens=100).demonstrate(0, answer)
+
+
+async def test_a_reply_of_a_hundred_megabytes_is_not_tokenized():
+    text = "x" * 100_000_000
+
+    class Prints(SingleTurn):
+        async def reply(self, completion: Completion) -> Reply:
+            return Reply((Message("tool", text),), done=False, info={"seen": True})
+
+    engine = FakeEngine([[*ids("41"), END]])
+    started = time.monotonic()
+    (trajectory,) = (await roller(engine, Prints, max_turns=2).roll(0, PROMPT)).trajectories
+    assert (trajectory.status, trajectory.info) == (Status.TRUNCATED, {"seen": True})
+    assert time.monotonic() - started < 5  # to tokenize it takes minutes
+    assert len(engine.requests) == 1
+    assert [m.role for m in trajectory.messages] == ["user", "assistant"]
+
+
+def test_what_may_fit_is_never_called_too_long():
+    renderer = ChatRenderer(TOKENIZER)
+    for text in ("", "x" * 50, " " * 5000, "é" * 20):
+        messages = [Message("user", text)]
+        assert renderer.may_fit(messages, len(renderer.continuation(messages, after_stop=True)))

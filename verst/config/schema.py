@@ -56,6 +56,10 @@ class RunConfig(Section):
         default=True,
         description="A sequence's bits depend only on weights, tokens and seed. Costs some speed; needed for bit-exact resume.",
     )
+    secrets: list[Text] = Field(
+        default_factory=list,
+        description="Names of environment variables that rewards, filters, hooks and environments see though they speak of a secret.",
+    )
 
 
 class ModelConfig(Section):

@@ -8,7 +8,8 @@ conversation whose answer is a marker, and cutting at the marker.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -30,6 +31,12 @@ _USER = Message("user", "Hello")
 _SYSTEM = Message("system", "Rules")
 _MARKER = "VerstMarker9b1f"  # no spaces, so that a template that trims keeps it; no text of a real template
 _ANSWER = Message("assistant", _MARKER)
+_TOOL = ({"type": "function", "function": {"name": "f", "description": "F.", "parameters": {"type": "object", "properties": {}}}},)
+_CALL_FORM = ("<tool_call>", "</tool_call>", '"arguments"')
+_OTHER_FORMS = ("<function=", "<arg_key>")  # between the same marks, of Qwen3-Coder and GLM
+
+Tools = Sequence[Mapping[str, Any]]
+"""Functions in OpenAI's form."""
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -67,6 +74,7 @@ class ChatRenderer:
         self._special = frozenset(tokenizer.all_special_ids)
         self._text = SpecialText(tokenizer)
         self._opened = lru_cache(maxsize=256)(self._open)  # the trajectories of a group open alike
+        self._continuable: set[str] = set()  # tools with which that is known
 
     @cached_property
     def end_of_turn(self) -> int | None:
@@ -79,33 +87,43 @@ class ChatRenderer:
         """What an engine must stop at, beside the model's own end-of-sequence tokens."""
         return () if self.end_of_turn is None else (self.end_of_turn,)
 
-    def opening(self, messages: Sequence[Message]) -> NDArray[np.int32]:
+    def opening(self, messages: Sequence[Message], tools: Tools = ()) -> NDArray[np.int32]:
         """`[T]` tokens of a conversation up to where the assistant begins to speak, read-only.
 
-        Raises `DataError` if the template refuses the messages.
-        """
-        return self._opened(tuple(messages))
+        `tools`: what the model can call, in OpenAI's form; the template tells it so.
 
-    def _open(self, messages: tuple[Message, ...]) -> NDArray[np.int32]:
-        tokens_T = _array(self._encode(self._render(self._hidden(messages), generate=True)))
+        Raises `DataError` if the template refuses the messages, `ModelError` if it cannot tell of tools.
+        """
+        return self._opened(tuple(messages), _as_text(tools))
+
+    def _open(self, messages: tuple[Message, ...], tools: str) -> NDArray[np.int32]:
+        if tools:
+            self._require_tools()
+        tokens_T = _array(self._encode(self._render(self._hidden(messages), generate=True, tools=tools)))
         tokens_T.flags.writeable = False
         return tokens_T
 
-    def continuation(self, messages: Sequence[Message], *, after_stop: bool) -> NDArray[np.int32]:
+    def continuation(self, messages: Sequence[Message], *, after_stop: bool, tools: Tools = ()) -> NDArray[np.int32]:
         """`[T]` tokens from the end of the assistant's generation to where it speaks again, with the new `messages` between.
 
         `after_stop`: the generation ended with `end_of_turn`; otherwise (a stop string, another token) the template's end of turn comes
         first. Earlier turns stay as they were generated, also where the template would shorten them (thinking dropped from the history).
+        `tools`: those of the opening.
 
         Raises `DataError` if the template refuses the messages, `ModelError` if it cannot be continued (see `require_continuable`).
         """
-        self.require_continuable()
-        rendered = self._render([_USER, _ANSWER, *self._hidden(messages)], generate=True)
+        given = _as_text(tools)
+        self._require_continuable(given)
+        rendered = self._render([_USER, _ANSWER, *self._hidden(messages)], generate=True, tools=given)
         tokens = self._encode_after(_MARKER, self._after_marker(rendered))
         closing = self._closing
         if after_stop and tuple(tokens[: len(closing)]) == closing:
             tokens = tokens[len(closing) :]
         return _array(tokens)
+
+    def may_fit(self, messages: Sequence[Message], tokens: int) -> bool:
+        """Whether messages can be so few tokens. Told by their length alone, since to tokenize a gigabyte would take minutes."""
+        return sum(len(message.content.strip()) for message in messages) <= tokens * self._longest_token
 
     def demonstration(self, messages: Sequence[Message], answers: Sequence[Message]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """`[T]` tokens of a whole conversation, and the `[T]` mask of those to imitate.
@@ -141,14 +159,15 @@ class ChatRenderer:
 
     def require_continuable(self) -> None:
         """Raises `ModelError` unless a conversation's earlier part stays the same when turns are added, so that tokens can be appended."""
-        _ = self._continuable
+        self._require_continuable("")
 
-    @cached_property
-    def _continuable(self) -> bool:
+    def _require_continuable(self, tools: str) -> None:
+        if tools in self._continuable:
+            return
         for opening in ([_SYSTEM, _USER], [_USER]):
             try:
-                before = self._render(opening, generate=False)
-                after = self._render([*opening, _ANSWER, _USER], generate=True)
+                before = self._render(opening, generate=False, tools=tools)
+                after = self._render([*opening, _ANSWER, _USER], generate=True, tools=tools)
             except DataError:
                 if opening[0] is _SYSTEM:  # a template without a system role is fine: its conversations have none
                     continue
@@ -161,7 +180,25 @@ class ChatRenderer:
                     "(rollout.max_turns: 1)"
                 )
             self._after_marker(after)
-        return True
+        self._continuable.add(tools)
+
+    def _require_tools(self) -> None:
+        """Raises `ModelError` unless the template tells of tools, and asks for calls in the form that `verst.rollout.tool_calls` reads."""
+        if not self._with_tool:
+            raise ModelError(
+                f"{self._name} does not tell a model of tools: use a model that was trained on them, or describe them in a message"
+            )
+        if any(mark not in self._with_tool for mark in _CALL_FORM) or any(mark in self._with_tool for mark in _OTHER_FORMS):
+            raise ModelError(
+                f"{self._name} asks for calls of tools in a form that cannot be read; "
+                'what can: <tool_call>{"name": …, "arguments": {…}}</tool_call>, of Qwen and Hermes'
+            )
+
+    @cached_property
+    def _with_tool(self) -> str:
+        """What a short conversation becomes if there is a tool; empty if the template does not mind."""
+        told = self._render([_USER], generate=True, tools=_as_text(_TOOL))
+        return "" if told == self._render([_USER], generate=True) else told
 
     @cached_property
     def _ending(self) -> _Ending:
@@ -212,14 +249,15 @@ class ChatRenderer:
         path = self.tokenizer.name_or_path
         return f"the chat template of {path}" if path else "the chat template"
 
-    def _render(self, messages: Sequence[Message], *, generate: bool) -> str:
+    def _render(self, messages: Sequence[Message], *, generate: bool, tools: str = "") -> str:
         if not self.has_template:
             return self._begin + "".join(message.content for message in messages)
         from jinja2 import TemplateError, TemplateSyntaxError
 
         conversation: list[dict[str, str]] = [{"role": message.role, "content": message.content} for message in messages]
+        told: Any = {"tools": json.loads(self._text.hide(tools))} if tools else {}
         try:
-            return str(self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate))
+            return str(self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=generate, **told))
         except TemplateSyntaxError as error:
             raise ModelError(f"{self._name}, line {error.lineno}: {error.message}; mend or replace it (chat_template.jinja)") from error
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -231,6 +269,11 @@ class ChatRenderer:
         if not self.has_template:
             return messages
         return [Message(self._text.hide(message.role), self._text.hide(message.content)) for message in messages]
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters; of byte-level tokens bytes, which are no fewer."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     @cached_property
     def _begin(self) -> str:
@@ -248,6 +291,10 @@ class ChatRenderer:
         """
         head, whole = self._encode(before), self._encode(before + text)
         return whole[len(head) :] if whole[: len(head)] == head else self._encode(text)
+
+
+def _as_text(tools: Tools) -> str:
+    return json.dumps(list(tools), ensure_ascii=False) if tools else ""
 
 
 def _array(tokens: Sequence[int]) -> NDArray[np.int32]:

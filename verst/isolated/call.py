@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,11 +27,12 @@ class Opens(Protocol):
 class Caller:
     """Calls one object: one call at a time, the others wait. A process that died, or was ended for taking too long, is replaced.
 
-    `remedy` ends the message about a call that took too long. All methods belong to one event loop.
+    `remedy` ends the message about a call that took too long, `secrets` are environment variables that it may see (`verst.secrets`). All
+    methods belong to one event loop.
     """
 
-    def __init__(self, spec: Opens, *, deadline_s: float, remedy: str, log: Path | None = None) -> None:
-        self._spec, self._deadline_s, self._remedy, self._log = spec, deadline_s, remedy, log
+    def __init__(self, spec: Opens, *, deadline_s: float, remedy: str, log: Path | None = None, secrets: Sequence[str] = ()) -> None:
+        self._spec, self._deadline_s, self._remedy, self._log, self._secrets = spec, deadline_s, remedy, log, secrets
         self._process: IsolatedProcess | None = None
         self._turn = asyncio.Lock()
 
@@ -46,7 +47,7 @@ class Caller:
 
     async def start(self) -> None:
         """Raises `ExtensionError` with the reason if the object cannot be made, `DeadlineExceeded` if that takes too long."""
-        process = await IsolatedProcess.launch("verst.isolated.worker", self._log)
+        process = await IsolatedProcess.launch("verst.isolated.worker", self._log, self._secrets)
         await process.load(self._spec, self.title)
         self._process = process
 
@@ -92,9 +93,9 @@ class Caller:
 class Called:
     """The objects of one section of the run file, in its order, each with a process of its own. `option` is the one with their deadline."""
 
-    def __init__(self, specs: Iterable[Opens], *, deadline_s: float, option: str, log: Path) -> None:
+    def __init__(self, specs: Iterable[Opens], *, deadline_s: float, option: str, log: Path, secrets: Sequence[str] = ()) -> None:
         remedy = f"make it faster, or raise {option}"
-        self._callers = [Caller(spec, deadline_s=deadline_s, remedy=remedy, log=log) for spec in specs]
+        self._callers = [Caller(spec, deadline_s=deadline_s, remedy=remedy, log=log, secrets=secrets) for spec in specs]
 
     async def start(self) -> None:
         """Raises `ExtensionError` if one cannot be loaded: the reason is in the message."""

@@ -17,11 +17,11 @@ from typing import Any, Self
 
 from verst.errors import DeadlineExceeded, ExtensionError
 from verst.isolated.served import HEADER
+from verst.secrets import environment, without_secrets
 
 START_DEADLINE_S = 120.0
 """Limit of loading the user's object: a module may load a model."""
 
-_SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 _GRACE_S = 0.2
 _END_S = 10.0
 
@@ -38,12 +38,15 @@ class IsolatedProcess:
         self._killed = False
 
     @classmethod
-    async def launch(cls, module: str, log: Path | None, secrets: Sequence[str] = ()) -> Self:
-        """`python -m MODULE SOCKET_FD PARENT_PID`. `secrets`: environment variables that it needs though their names speak of secrets."""
+    async def launch(cls, module: str, log: Path | None, secrets: Sequence[str] = (), *, gpus: bool = False) -> Self:
+        """`python -m MODULE SOCKET_FD PARENT_PID`. `secrets`: environment variables that it needs though their names speak of secrets.
+
+        `gpus`: it may use those of this process.
+        """
         ours, theirs = socket.socketpair()
         with theirs:
             reader, writer = await asyncio.open_connection(sock=ours)
-            return cls(_popen(module, theirs.fileno(), log, secrets), reader, writer, log)
+            return cls(_popen(module, theirs.fileno(), log, worker_environment(environment(), secrets, gpus=gpus)), reader, writer, log)
 
     @property
     def pid(self) -> int:
@@ -136,7 +139,7 @@ class IsolatedProcess:
         raise TimeoutError
 
 
-def _popen(module: str, fd: int, log: Path | None, secrets: Sequence[str]) -> subprocess.Popen[bytes]:
+def _popen(module: str, fd: int, log: Path | None, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-X", "faulthandler", "-m", module, str(fd), str(os.getpid())]
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644) if log else os.dup(2)
     try:
@@ -146,20 +149,18 @@ def _popen(module: str, fd: int, log: Path | None, secrets: Sequence[str]) -> su
             stdout=output,
             stderr=output,
             pass_fds=(fd,),
-            env=worker_environment(os.environ, secrets),
+            env=env,
             start_new_session=True,  # Ctrl-C in a terminal reaches the parent only, which ends its workers in order
         )
     finally:
         os.close(output)
 
 
-def worker_environment(environment: Mapping[str, str], secrets: Sequence[str] = ()) -> dict[str, str]:
-    """What a worker may see: all but GPUs and variables whose name speaks of a secret, unless shipped code needs them (`secrets`).
+def worker_environment(environment: Mapping[str, str], secrets: Sequence[str] = (), *, gpus: bool = False) -> dict[str, str]:
+    """What a worker may see: all but GPUs and variables whose name speaks of a secret, unless it needs them (`gpus`, `secrets`).
 
     Modules are found where this process finds them.
     """
-    hidden = {name for name in environment if any(word in name.upper() for word in _SECRET_WORDS)} - {*secrets}
-    kept = {name: value for name, value in environment.items() if name not in hidden}
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    # the GPU that this process may have is the engine's, memory and all
-    return kept | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
+    devices = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}  # the GPU that a replica has is the engine's, memory and all
+    return without_secrets(environment, secrets) | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | devices

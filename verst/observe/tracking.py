@@ -21,6 +21,7 @@ from functools import partial
 from typing import TypeVar
 
 from verst.observe.trackers import Report, Tracker
+from verst.secrets import is_secret
 
 T = TypeVar("T")
 
@@ -28,7 +29,6 @@ _WAITING = 256
 """Reports that may wait for a tracker."""
 CLOSE_S = 20.0
 """How long the end of a run waits for trackers that have not sent everything yet."""
-_SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")
 _IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
@@ -148,6 +148,6 @@ def redacted(text: str, environment: Mapping[str, str] | None = None) -> str:
     """The text without what must not be in a log: values of variables that look like keys, and credentials in addresses."""
     variables = os.environ if environment is None else environment
     for name, value in variables.items():
-        if _SECRET.search(name) and len(value) >= 6:
+        if is_secret(name) and len(value) >= 6:
             text = text.replace(value, f"${name}")
     return _IN_URL.sub("...", text)

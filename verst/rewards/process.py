@@ -34,9 +34,11 @@ class RewardProcess(IsolatedProcess):
     _deadline_s: float
 
     @classmethod
-    async def start(cls, spec: RewardSpec, deadline_s: float, log: Path | None) -> RewardProcess:
+    async def start(
+        cls, spec: RewardSpec, deadline_s: float, log: Path | None, secrets: Sequence[str] = (), *, gpus: bool = False
+    ) -> RewardProcess:
         """Raises `ExtensionError` with the reason if the reward cannot be loaded, `DeadlineExceeded` if that takes too long."""
-        worker = await cls.launch("verst.rewards.worker", log, spec.secrets)
+        worker = await cls.launch("verst.rewards.worker", log, (*spec.secrets, *secrets), gpus=gpus)
         worker._deadline_s = deadline_s
         worker.concurrent = (await worker.load((spec, deadline_s), f"reward {spec.name}"))["concurrent"]
         return worker

@@ -36,11 +36,24 @@ _BEGIN_ATTEMPTS = 3
 class Scorer:
     """Scores with `workers` processes. `deadline_s` limits one trajectory. Output of the reward goes to `log`, or to stderr.
 
+    `secrets`: environment variables that the reward may see, beside those that its options name (`verst.secrets`). `gpus`: it may use
+    those of this process.
+
     All methods belong to one event loop; `score` may be called concurrently.
     """
 
-    def __init__(self, reward: RewardSpec, *, workers: int, deadline_s: float, log: Path | None = None) -> None:
-        self._reward, self._workers, self._deadline_s, self._log = reward, workers, deadline_s, log
+    def __init__(
+        self,
+        reward: RewardSpec,
+        *,
+        workers: int,
+        deadline_s: float,
+        log: Path | None = None,
+        secrets: Sequence[str] = (),
+        gpus: bool = False,
+    ) -> None:
+        self._reward, self._workers, self._deadline_s, self._log, self._secrets = reward, workers, deadline_s, log, secrets
+        self._gpus = gpus
         self._free: asyncio.Queue[RewardProcess | None] = asyncio.Queue()  # None: a place whose worker died
         self._alive: set[RewardProcess] = set()
         self._shared: list[SharedProcess] = []  # of an async reward; then `_free` has the places in which one is tried alone
@@ -93,7 +106,7 @@ class Scorer:
         return [worker.pid for worker in self._alive]
 
     async def _spawn(self) -> RewardProcess:
-        worker = await RewardProcess.start(self._reward, self._deadline_s, self._log)
+        worker = await RewardProcess.start(self._reward, self._deadline_s, self._log, self._secrets, gpus=self._gpus)
         self._alive.add(worker)
         if self._closed:  # while it started
             self._retire(worker)

@@ -2,7 +2,8 @@
 
 An environment answers the policy; an agent asks it. Here one becomes the other: what an agent adds to its conversation between two
 completions is the environment's reply. So its trajectories are token in, token out like all others: of each call only the new messages are
-rendered, and what the policy said stays the tokens that it sampled.
+rendered, and what the policy said stays the tokens that it sampled. Tools of its calls are told to the policy by the chat template, and
+what it calls is told to the agent apart from its text.
 
 A trajectory is one conversation that grows. A call that does not continue it is refused: the agent sees an error, and the trajectory, if it
 does not go on, has failed with the reason.
@@ -18,8 +19,8 @@ from typing import Any
 
 from verst import extend
 from verst.rollout.endpoint import Endpoint
-from verst.rollout.sessions import Session
-from verst.types import Completion, Message, Prompt, Reply
+from verst.rollout.sessions import FULL, Session
+from verst.types import Completion, FinishReason, Message, Prompt, Reply
 
 SIGNATURE = ("session", "prompt")
 
@@ -40,6 +41,10 @@ class Agents:
     def __call__(self) -> AgentEnvironment:
         return AgentEnvironment(self)
 
+    def check_machine(self) -> None:
+        """That of the function, if it is an object that has one. Raises `ExtensionError`."""
+        getattr(self.function, "check_machine", lambda: None)()
+
     async def open(self) -> Session:
         """A new session, which the endpoint knows."""
         async with self._starting:
@@ -58,6 +63,7 @@ class Agents:
         if self._endpoint is not None:
             endpoint, self._endpoint = self._endpoint, None
             await endpoint.close()
+        getattr(self.function, "close", lambda: None)()
 
 
 class AgentEnvironment:
@@ -67,6 +73,11 @@ class AgentEnvironment:
         self._agents = agents
         self._session: Session | None = None
         self._agent: asyncio.Future[Any] | None = None
+
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        """What the agent said that the policy can call, once it has started."""
+        return () if self._session is None else self._session.tools
 
     async def start(self, prompt: Prompt) -> Sequence[Message]:
         agents = self._agents
@@ -83,15 +94,14 @@ class AgentEnvironment:
         assert self._agent is not None
         self._session.answer(completion)
         new = await self._next()
-        if new is not None:
+        if new is not None and completion.finish is not FinishReason.LENGTH:
             return Reply(new, done=False)
+        if new is not None and not await self._ends_in_order():
+            return Reply(info=self._noted())
         returned = self._agent.result()
         if not isinstance(returned, Mapping | None):
             raise TypeError(f"the agent returned {returned!r} of type {type(returned).__name__}, not a mapping or None")
-        info = dict(returned or {})
-        if self._session.not_heeded:
-            info["not_heeded"] = sorted(self._session.not_heeded)
-        return Reply(info=info)
+        return Reply(info={**(returned or {}), **self._noted()})
 
     async def close(self) -> None:
         if self._session is not None:
@@ -101,6 +111,20 @@ class AgentEnvironment:
             await asyncio.wait({self._agent})
         if self._agent is not None and not self._agent.cancelled():
             self._agent.exception()  # seen: it has been reported, or came of the end
+
+    def _noted(self) -> dict[str, Any]:
+        """What the session has to say of its calls."""
+        assert self._session is not None
+        noted = {"not_heeded": sorted(self._session.not_heeded), "malformed_calls": self._session.malformed}
+        return {name: value for name, value in noted.items() if value}
+
+    async def _ends_in_order(self) -> bool:
+        """The agent asks on after an answer that ends its trajectory. It is refused, and may still say what came of it."""
+        assert self._session is not None
+        assert self._agent is not None
+        self._session.end(FULL)
+        await asyncio.wait({self._agent})
+        return self._agent.exception() is None
 
     async def _next(self) -> tuple[Message, ...] | None:
         """The new messages of its next call; None if it has ended. Raises what it raised."""

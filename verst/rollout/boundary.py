@@ -55,6 +55,18 @@ class GuardedEnvironment:
             raise EnvironmentFailure(f"{self.name}.start returned no messages: the model has nothing to answer")
         return messages
 
+    @property
+    def tools(self) -> tuple[Mapping[str, Any], ...]:
+        """What the chat template tells the model that it can call. Raises `EnvironmentFailure` if they are no JSON objects."""
+        tools = getattr(self._environment, "tools", ())
+        if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+            raise EnvironmentFailure(f"environment {self.name}: tools is {_described(tools)}, not a sequence of functions in OpenAI's form")
+        try:
+            json.dumps(list(tools), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise EnvironmentFailure(f"environment {self.name}: tools must hold JSON values: {error}") from error
+        return tuple(tools)
+
     async def reply(self, completion: Completion) -> Reply:
         self._calls += 1
         environment = self._environment
@@ -96,6 +108,8 @@ class GuardedEnvironment:
         except Exception as error:
             if limit.expired():
                 raise EnvironmentFailure(f"environment {self.name}: {what} took longer than {deadline_s:g} s") from error
+            if isinstance(error, EnvironmentFailure):  # it says itself what was wrong
+                raise EnvironmentFailure(f"environment {self.name}: {what}: {error}") from error
             raise EnvironmentFailure(f"environment {self.name}: {what} raised {origin(error)}") from error
 
 

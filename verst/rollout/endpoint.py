@@ -1,10 +1,7 @@
 """OpenAI's chat completions for agents that know a base URL and a key: one server for each process that rolls.
 
-The key names the session, so it is good for one trajectory. What a session cannot do is refused with the reason and never guessed: several
-choices, tools in the request (a template renders them elsewhere), log-probabilities. How tokens are sampled is the run's to say; parameters
-of a request that would change it are not heeded, and a trajectory's `info` names them.
-
-https://platform.openai.com/docs/api-reference/chat/create
+The key names the session, so it is good for one trajectory. How tokens are sampled is the run's to say; parameters of a request that would
+change it are not heeded, and a trajectory's `info` names them.
 """
 
 from __future__ import annotations
@@ -12,34 +9,21 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from verst.errors import ExtensionError
-from verst.rollout.sessions import Session, SessionRefused
-from verst.types import Completion, FinishReason, Message
+from verst.rollout.chat_api import checked, chunks, whole
+from verst.rollout.sessions import Answer, Session, SessionRefused
 
 if TYPE_CHECKING:
     from aiohttp import web
 
 MODEL = "policy"
-_LARGEST_REQUEST = 16 << 20
+LARGEST_REQUEST = 16 << 20
+"""Bytes: more than a conversation of a million tokens has."""
 _ENDED = 10_000
 """Keys of sessions that have ended, which are told so."""
-
-_REFUSED = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "audio", "prediction")
-_NOT_HEEDED = (
-    "temperature",
-    "top_p",
-    "max_tokens",
-    "max_completion_tokens",
-    "stop",
-    "seed",
-    "frequency_penalty",
-    "presence_penalty",
-    "reasoning_effort",
-)
-_FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
 class Endpoint:
@@ -59,7 +43,7 @@ class Endpoint:
         except ImportError as error:
             raise ExtensionError("agents are served by aiohttp, which is not installed: pip install 'verst[agents]'") from error
         endpoint = cls()
-        app = web.Application(client_max_size=_LARGEST_REQUEST)
+        app = web.Application(client_max_size=LARGEST_REQUEST)
         app.router.add_post("/v1/chat/completions", endpoint._complete)
         app.router.add_get("/v1/models", endpoint._models)
         endpoint._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
@@ -106,74 +90,32 @@ class Endpoint:
         session = self._session(request)
         if not isinstance(session, Session):
             return session
+        if (request.content_length or 0) > LARGEST_REQUEST:
+            return _error(413, "request_too_large", f"a request has at most {LARGEST_REQUEST} bytes: cut what tools have printed")
         try:
             body = json.loads((await request.read()).decode())
-            messages = checked(body)
+            asked = checked(body)
         except ValueError as error:
             return _error(400, "invalid_request", str(error))
-        session.not_heeded |= {name for name in _NOT_HEEDED if body.get(name) is not None}
+        session.not_heeded |= asked.not_heeded
         again = request.headers.get("x-stainless-retry-count", "0") != "0"  # how OpenAI's clients mark what they send once more
         try:
-            completion = await session.complete(messages, again=again)
+            answer = await session.ask(asked.messages, tools=asked.tools, calls=asked.calls, again=again)
         except SessionRefused as error:
             return _error(400, "session_refused", str(error))
         described = {"id": f"chatcmpl-{time.time_ns()}", "created": int(time.time()), "model": body.get("model") or MODEL}
         if not body.get("stream"):
-            return web.json_response(whole(completion, described))
-        return await _streamed(request, completion, described)
+            return web.json_response(whole(answer, described))
+        return await _streamed(request, answer, described)
 
 
-def checked(body: Any) -> list[Message]:
-    """The conversation of a request. Raises `ValueError` with the reason where it cannot be answered."""
-    if not isinstance(body, Mapping) or not isinstance(body.get("messages"), list) or not body["messages"]:
-        raise ValueError("the body must be a JSON object with a list of messages")
-    if body.get("n") not in (None, 1):
-        raise ValueError("n must be 1: a session is one conversation")
-    refused = [name for name in _REFUSED if body.get(name)]
-    if refused:
-        raise ValueError(f"{', '.join(refused)}: not supported by a session; describe tools in a message, and parse the answer")
-    if (body.get("response_format") or {}).get("type", "text") != "text":
-        raise ValueError("response_format: a session answers with text only")
-    return [_message(number, message) for number, message in enumerate(body["messages"])]
-
-
-def _message(number: int, message: Any) -> Message:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ValueError(f"message {number} must be an object with a role")
-    if message.get("tool_calls"):
-        raise ValueError(f"message {number} has tool_calls: a session's assistant answers with text only")
-    content = message.get("content")
-    if isinstance(content, list):
-        content = _text(number, content)
-    if not isinstance(content, str):
-        raise ValueError(f"message {number} has no text: content must be a string, or parts of the type text")
-    return Message(message["role"], content)
-
-
-def _text(number: int, parts: Sequence[Any]) -> str:
-    if not all(isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
-        raise ValueError(f"message {number} has parts that are no text: the policy reads text only")
-    return "".join(part["text"] for part in parts)
-
-
-def whole(completion: Completion, described: Mapping[str, Any]) -> dict[str, Any]:
-    """A `chat.completion` object. It has no `usage`: the tokens of the prompt are counted later."""
-    message = {"role": "assistant", "content": completion.text}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _FINISH.get(completion.finish, "stop")}
-    return {**described, "object": "chat.completion", "choices": [choice]}
-
-
-async def _streamed(request: web.Request, completion: Completion, described: Mapping[str, Any]) -> web.StreamResponse:
-    """The completion in two chunks: all of its text, and its end. It was whole before the first could be sent."""
+async def _streamed(request: web.Request, answer: Answer, described: Mapping[str, Any]) -> web.StreamResponse:
     from aiohttp import web
 
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-    deltas = [({"role": "assistant", "content": completion.text}, None), ({}, _FINISH.get(completion.finish, "stop"))]
     try:
         await response.prepare(request)
-        for delta, finish in deltas:
-            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-            chunk = {**described, "object": "chat.completion.chunk", "choices": [choice]}
+        for chunk in chunks(answer, described):
             await response.write(f"data: {json.dumps(chunk)}\n\n".encode())
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()

@@ -16,6 +16,7 @@ from verst.rollout.guessing import Guessing
 from verst.rollout.python_tool import PythonTool
 from verst.rollout.rollouts import Rollouts
 from verst.rollout.slime import SlimeRollouts
+from verst.rollout.verifiers_agent import Verifiers
 from verst.types import Completion, Message, Prompt, Reply
 
 
@@ -68,6 +69,9 @@ class SecondTry:
 BY_PREFIX: Mapping[str, Callable[..., Callable[[], Environment]]] = {"agent": Agents, "rollout": Rollouts, "slime": SlimeRollouts}
 """Before a reference and a colon: what it names asks for completions itself, in messages, in tokens, or as slime's functions do."""
 
+VERIFIERS = "verifiers:"
+"""Before a name or a loader: an environment of the library verifiers (`verst.rollout.verifiers_agent`)."""
+
 SHIPPED: Mapping[str, Callable[..., Environment]] = {
     "single_turn": SingleTurn,
     "second_try": SecondTry,
@@ -80,10 +84,12 @@ SHIPPED: Mapping[str, Callable[..., Environment]] = {
 def environment_factory(reference: Any, options: Mapping[str, Any]) -> Callable[[], Environment]:
     """What makes a fresh environment for each trajectory: a shipped name, `module:Class`, or a class or function given from Python.
 
-    With a prefix of `BY_PREFIX`, a function that asks for completions itself.
+    With a prefix of `BY_PREFIX`, a function that asks for completions itself; with `VERIFIERS`, an environment of that library.
 
     Raises `ExtensionError` if it cannot be found, lacks a method, or does not take `options`.
     """
+    if isinstance(reference, str) and reference.startswith(VERIFIERS):
+        return Agents(Verifiers(reference.removeprefix(VERIFIERS), options))
     if (asking := of_prefix(reference)) is not None:
         kind, name = asking
         if kind == "slime":
@@ -102,6 +108,8 @@ def of_prefix(reference: Any) -> tuple[str, str] | None:
 
 def check_machine(make: Callable[[], Environment]) -> None:
     """Raises `ExtensionError` if this machine lacks what the environment needs. A class says so in a `check_machine` of its own."""
+    if isinstance(make, Agents):
+        make.check_machine()
     if isinstance(make, partial):
         getattr(make.func, "check_machine", lambda **_: None)(**make.keywords)
 

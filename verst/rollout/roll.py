@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,20 @@ from verst.rollout.recorded import Recorded
 from verst.rollout.rollouts import Rollouts
 from verst.rollout.tokens import Asked, Ended, Rolling
 from verst.rollout.transcript import Transcript
-from verst.types import NO_VERSION, Completion, FinishReason, GenerateRequest, Group, Prompt, Reply, Sampling, Status, Trajectory, Turn
+from verst.types import (
+    NO_VERSION,
+    Completion,
+    FinishReason,
+    GenerateRequest,
+    Group,
+    Message,
+    Prompt,
+    Reply,
+    Sampling,
+    Status,
+    Trajectory,
+    Turn,
+)
 
 
 def stable_seed(*parts: int) -> int:
@@ -217,10 +231,10 @@ class GroupRoller:
         """Turns until the environment ends the trajectory or a limit does."""
         self.waits.begin(name, f"environment {environment.name} to start")
         opening = await race.unless_over(environment.start(prompt))
-        asked = opening if isinstance(opening, Asked) else None
-        tokens_T = self.renderer.opening(opening) if not isinstance(opening, Asked) else np.asarray(opening.tokens, np.int32)
-        self.check_prompt(prompt, len(tokens_T))
-        transcript.give(tokens_T, prompt.messages if isinstance(opening, Asked) else opening)
+        asked, tools = opening if isinstance(opening, Asked) else None, environment.tools
+        opening_T = np.asarray(opening.tokens, np.int32) if isinstance(opening, Asked) else self.renderer.opening(opening, tools)
+        self.check_prompt(prompt, len(opening_T))
+        transcript.give(opening_T, prompt.messages if isinstance(opening, Asked) else opening)
         for turn in range(self.max_turns):
             self.waits.begin(name, self.engine_name)
             finish = await self._generate(f"{name}/{turn}", stable_seed(seed, turn), transcript, race, asked)
@@ -238,7 +252,9 @@ class GroupRoller:
                 return _status(reply, finish)
             if turn + 1 == self.max_turns:
                 break
-            given_T = self._given(reply, after_stop=completion.tokens[-1] == self.renderer.end_of_turn)
+            if not self.renderer.may_fit(reply.messages, self.max_model_tokens - transcript.length):
+                break
+            given_T = self._behind(reply, tools, after_stop=completion.tokens[-1] == self.renderer.end_of_turn)
             if transcript.length + len(given_T) >= self.max_model_tokens:  # no room for a single generated token
                 break
             transcript.give(given_T, reply.messages)
@@ -278,12 +294,12 @@ class GroupRoller:
             piece += 1
         return FinishReason.LENGTH
 
-    def _given(self, reply: Reply, *, after_stop: bool) -> NDArray[np.int32]:
+    def _behind(self, reply: Reply, tools: Sequence[Mapping[str, Any]], *, after_stop: bool) -> NDArray[np.int32]:
         """What a reply puts between the completion and the next one."""
         if isinstance(reply, Asked):
             return np.asarray(reply.tokens, np.int32)
         try:
-            return self.renderer.continuation(reply.messages, after_stop=after_stop)
+            return self.renderer.continuation(reply.messages, after_stop=after_stop, tools=tools)
         except DataError as error:  # the messages are the environment's
             raise EnvironmentFailure(f"the environment's reply cannot be rendered: {error}") from error
 

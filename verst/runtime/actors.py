@@ -74,6 +74,11 @@ class Where(NamedTuple):
     machine: str
 
 
+def is_actor() -> bool:
+    """Whether this process is that of an actor, which holds one object and nothing of a test or a command."""
+    return ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
+
+
 class WorkerDied(VerstError):
     """A process that Verst depends on ended. The message names its role."""
 

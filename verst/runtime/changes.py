@@ -19,7 +19,7 @@ from verst.runtime.stored import checkpoint_steps
 
 CHANGEABLE = frozenset(
     {
-        *("run.changes", "run.steps", "eval.every_steps", "checkpoint.every_steps", "checkpoint.journal_limit_bytes"),
+        *("run.changes", "run.steps", "run.secrets", "eval.every_steps", "checkpoint.every_steps", "checkpoint.journal_limit_bytes"),
         *("train.ranks", "train.threads", "rollout.replicas"),
         *("fidelity.limit", "fidelity.action"),
         *("filters.deadline_s", "hooks.classes", "hooks.deadline_s", "hooks.required"),

@@ -55,6 +55,10 @@ class Extensions:
                 "files inside it, or write it in a module and name it in the run file"
             ) from error
 
+    def of_replicas(self) -> bytes | None:
+        """Packed, what replicas need: without the prompts, which may be many."""
+        return Extensions(self.reward, self.environment).pack()
+
     def _unpicklable(self) -> str:
         import cloudpickle
 

@@ -7,7 +7,7 @@ journal with the batch, so whoever trains the step again does not ask.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -32,9 +32,9 @@ class Judged:
 class Filters(Called):
     """Of one run, in the order of the run file: each sees what those before it left. Without any, nothing is started or counted."""
 
-    def __init__(self, config: FiltersConfig, logs: Path) -> None:
+    def __init__(self, config: FiltersConfig, logs: Path, secrets: Sequence[str] = ()) -> None:
         specs = (FilterSpec(name, options) for name, options in config.functions.items())
-        super().__init__(specs, deadline_s=config.deadline_s, option="filters.deadline_s", log=logs / LOG)
+        super().__init__(specs, deadline_s=config.deadline_s, option="filters.deadline_s", log=logs / LOG, secrets=secrets)
         self._counts: Counter[str] = Counter()
 
     async def judge(self, group: Group) -> Judged:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from verst.config.schema import HooksConfig
@@ -22,10 +22,10 @@ class Hooks(Called):
     started again. `tell` gets warnings.
     """
 
-    def __init__(self, config: HooksConfig, logs: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, config: HooksConfig, logs: Path, tell: Callable[[str], None], secrets: Sequence[str] = ()) -> None:
         self._required, self._tell = config.required, tell
         specs = (HookSpec(name, options) for name, options in config.classes.items())
-        super().__init__(specs, deadline_s=config.deadline_s, option="hooks.deadline_s", log=logs / LOG)
+        super().__init__(specs, deadline_s=config.deadline_s, option="hooks.deadline_s", log=logs / LOG, secrets=secrets)
         self._any = bool(self._callers)
         self._fatal: CallFailed | None = None
         self._told: dict[str, str] = {}

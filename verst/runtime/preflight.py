@@ -200,6 +200,12 @@ def _check_environment(config: Config, given: Any) -> None:
     if (asking := environments.of_prefix(rollout.environment)) is not None:
         _check_reference(asking[1], {}, asking[0])
         return
+    if rollout.environment.startswith(environments.VERIFIERS):
+        reference = rollout.environment.removeprefix(environments.VERIFIERS)
+        if ":" in reference:
+            _check_reference(reference, {}, "environment")
+        environment_factory(rollout.environment, rollout.environment_options)
+        return
     if rollout.environment not in environments.SHIPPED:
         _check_reference(rollout.environment, environments.SHIPPED, "environment")
         return

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from verst import secrets
 from verst.config.evaluated import Evaluated, evaluated, samples_of
 from verst.config.hub import with_local_model
 from verst.config.schema import Config
@@ -18,6 +19,8 @@ from verst.errors import ModelError
 from verst.observe.waits import Waits
 from verst.rollout.clock import Clock
 from verst.rollout.recorded import Piece, Recorded
+from verst.runtime.actors import is_actor
+from verst.runtime.extensions import Extensions
 from verst.runtime.imports import large_imports
 from verst.runtime.limits import drain_limit_s, rolling_deadline_s
 from verst.runtime.trainer_worker import GROUP
@@ -27,7 +30,6 @@ from verst.types import Generation, Group, Manifest, PauseMode, Prompt, RoutedEx
 if TYPE_CHECKING:
     from verst.protocols import WeightUpdate
     from verst.rewards.scorer import Scorer
-    from verst.runtime.extensions import Extensions
     from verst.runtime.shared_scorer import SharedScorer
     from verst.weights.group import GroupAddress
 
@@ -69,6 +71,17 @@ def _require_vocabulary(tokens: int, path: str) -> None:
             f"model.path {path}: its tokenizer has {tokens} tokens, its config.json a vocab_size of {known}: give the tokenizer that "
             "belongs to the model"
         )
+
+
+def replica_worker(config: Config, extensions: bytes | None, *rest: Any) -> RolloutWorker:
+    """A replica's worker in a process of its own, whose environment holds no secrets from here on: what is unpacked here is user code.
+
+    `rest`: the arguments of `RolloutWorker` after its extensions. Raises `ExtensionError` if a variable of `run.secrets` is not set.
+    """
+    secrets.require(config.run.secrets)
+    if is_actor():
+        secrets.take(config.run.secrets)
+    return RolloutWorker(config, Extensions.unpack(extensions), *rest)
 
 
 class RolloutWorker:
@@ -132,7 +145,8 @@ class RolloutWorker:
         from verst.rollout.engines import make_engine
         from verst.rollout.environments import check_machine, environment_factory
 
-        config = self._config = with_local_model(self._config)
+        with secrets.lent():  # the hub's library looks for its token in the environment
+            config = self._config = with_local_model(self._config)
         install(config.model.spec)
         rollout = config.rollout
         tokenizer = load_tokenizer(config.model.path)
@@ -151,9 +165,11 @@ class RolloutWorker:
         reward, log = self._config.reward, self._logs / "rewards.log"
         spec = RewardSpec.of(reward, self._extensions.reward)
         if reward.actor_gpus is None:
-            self._scorer = Scorer(spec, workers=reward.workers, deadline_s=reward.deadline_s, log=log)
+            self._scorer = Scorer(
+                spec, workers=reward.workers, deadline_s=reward.deadline_s, log=log, secrets=self._config.run.secrets
+            )
         else:
-            self._scorer = SharedScorer(reward, spec, log)
+            self._scorer = SharedScorer(reward, spec, log, self._config.run.secrets)
         await self._scorer.start()
 
     def _roller(self, one: Evaluated | None = None) -> Any:

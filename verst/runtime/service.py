@@ -43,7 +43,7 @@ from verst.runtime.recovery import Restored, recover
 from verst.runtime.replacer import Replacer
 from verst.runtime.replica import Replica
 from verst.runtime.revival import Losses
-from verst.runtime.rollout_worker import RolloutWorker
+from verst.runtime.rollout_worker import replica_worker
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.scaler import Means, Scaler
 from verst.runtime.snapshots import Snapshots
@@ -52,6 +52,7 @@ from verst.runtime.starting import Starting
 from verst.runtime.trainer_worker import TrainerWorker
 from verst.runtime.trainers import Trainers
 from verst.runtime.transfer import Transfer
+from verst.secrets import require
 from verst.training.snapshots import SnapshotHolder, snapshot_directory
 from verst.types import Prompt
 from verst.weights.location import held, publish_directory
@@ -175,7 +176,7 @@ class RunService:
         on = await reserve(placement, config.train.ranks, opened, config.train.deadline_s)
         put = ray.put if ray.is_initialized() else _same
         kept = self._kept = self._processes(placement)
-        self._spawn_replica = partial(self._replica, placement, on, extensions)
+        self._spawn_replica = partial(self._replica, placement, on, extensions.of_replicas())
         again = kept is not None and bool(kept.left("trainer rank"))
         adopted, in_flight = await self._adopted(kept, journal)
         members = complete(adopted, config.rollout.replicas, self._spawn_replica)
@@ -219,8 +220,10 @@ class RunService:
 
     async def _users(self, opened: contextlib.AsyncExitStack) -> tuple[Filters, Hooks]:
         """The user's code that the loop calls, each in a process of its own. Raises `ExtensionError` if one of them cannot be loaded."""
-        filters = Filters(self._config.filters, self._run.logs)
-        hooks = Hooks(self._config.hooks, self._run.logs, self._observer.note)
+        secrets = self._config.run.secrets
+        require(secrets)
+        filters = Filters(self._config.filters, self._run.logs, secrets)
+        hooks = Hooks(self._config.hooks, self._run.logs, self._observer.note, secrets)
         for part in (filters, hooks):
             opened.callback(part.close)
             await part.start()
@@ -279,10 +282,10 @@ class RunService:
         on = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)} if node else {}
         return self._spawn(f"snapshot holder {rank}", SnapshotHolder, str(snapshot_directory(self._run.run_id, rank)), **on)
 
-    def _replica(self, placement: Placement, on: Sequence[dict[str, Any]], extensions: Extensions, number: int, slot: int) -> Worker:
+    def _replica(self, placement: Placement, on: Sequence[dict[str, Any]], extensions: bytes | None, number: int, slot: int) -> Worker:
         return self._spawn(
             f"replica {number}",
-            RolloutWorker,
+            replica_worker,
             self._config,
             extensions,
             number,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -34,8 +36,9 @@ _SILENCE_S = 60.0
 class ScorerHost:
     """What runs in the actor: reward processes, as a replica would have of its own."""
 
-    def __init__(self, reward: RewardConfig, spec: RewardSpec, log: Path) -> None:
-        self._scorer = Scorer(spec, workers=reward.workers, deadline_s=reward.deadline_s, log=log)
+    def __init__(self, reward: RewardConfig, spec: RewardSpec, log: Path, secrets: Sequence[str]) -> None:
+        limits: dict[str, Any] = {"workers": reward.workers, "deadline_s": reward.deadline_s}
+        self._scorer = Scorer(spec, **limits, log=log, secrets=secrets, gpus=bool(reward.actor_gpus))
         self._starting = asyncio.Lock()
         self._started = False
 
@@ -57,9 +60,9 @@ class ScorerHost:
 class SharedScorer:
     """A replica's end of it, in place of a `Scorer`."""
 
-    def __init__(self, reward: RewardConfig, spec: RewardSpec, log: Path) -> None:
+    def __init__(self, reward: RewardConfig, spec: RewardSpec, log: Path, secrets: Sequence[str] = ()) -> None:
         """`log` is in the run's directory, by which the replicas of one run find the same process."""
-        self._reward, self._spec, self._log = reward, spec, log
+        self._reward, self._spec, self._log, self._secrets = reward, spec, log, secrets
         self._worker: Worker | None = None
         self._here: ScorerHost | None = None
         self._finding = asyncio.Lock()
@@ -93,7 +96,7 @@ class SharedScorer:
             return self._worker
 
     async def _made(self) -> Worker:
-        given = self._reward, self._spec, self._log
+        given = self._reward, self._spec, self._log, self._secrets
         if not ray.is_initialized():
             self._here = self._here or ScorerHost(*given)
             return LocalWorker(_ROLE, self._here)

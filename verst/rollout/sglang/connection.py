@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verst import secrets
 from verst.errors import ConfigError, DeadlineExceeded, EngineFailure, ModelError
 from verst.rollout.sglang.api import ServerApi
 from verst.rollout.sglang.arguments import refuse_owned, refuse_unroutable
@@ -131,7 +131,7 @@ class Connection:
             await self._server.stop()
 
     async def _find(self, url: str) -> ServerApi:
-        api = ServerApi(url, os.environ.get(API_KEY))
+        api = ServerApi(url, secrets.value(API_KEY))
         api.open()
         self._api = api
         limit = time.monotonic() + self._settings.start_deadline_s

@@ -35,7 +35,7 @@ def test_every_option_has_earned_its_place():
     # of the one before: which model transformers does not know is in no file of that model
     # run.secrets: which of their keys somebody's own code may see is nobody else's to say
     # of the two before: whose advantages and whose loss are an experiment's to say
-    assert len({name for preset in PRESETS for name in option_names(preset)}) == 111
+    assert len({name for preset in PRESETS for name in option_names(preset)}) == 113
 
 
 def test_resolved_config_reads_back_to_itself(tmp_path: Path):

@@ -27,6 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("models/smollm2", "model"):
         tiny_model(place / name, max_position_embeddings=8192)
     write_demonstrations(place / "runs/quickstart/demonstrations.jsonl")
+    (place / "examples").symlink_to(EXAMPLES)
     rows = [{"prompt": f"count {i}", "answer": str(i)} for i in range(2000)]
     (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tiny_model(place / "reward-model", kind=LlamaForSequenceClassification, num_labels=1, max_position_embeddings=256)

@@ -182,6 +182,7 @@ def test_worker_environment():
     assert {name: kept[name] for name in ("PATH", "HOME", "LANG")} == {"PATH": "/bin", "HOME": "/h", "LANG": "C"}
     assert kept.keys() == {"PATH", "HOME", "LANG", "PYTHONPATH", "PYTHONUNBUFFERED", "CUDA_VISIBLE_DEVICES"}
     assert kept["CUDA_VISIBLE_DEVICES"] == ""
+    assert worker_environment({"CUDA_VISIBLE_DEVICES": "1"}, gpus=True)["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 @pytest.mark.slow

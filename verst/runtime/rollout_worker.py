@@ -165,9 +165,7 @@ class RolloutWorker:
         reward, log = self._config.reward, self._logs / "rewards.log"
         spec = RewardSpec.of(reward, self._extensions.reward)
         if reward.actor_gpus is None:
-            self._scorer = Scorer(
-                spec, workers=reward.workers, deadline_s=reward.deadline_s, log=log, secrets=self._config.run.secrets
-            )
+            self._scorer = Scorer(spec, workers=reward.workers, deadline_s=reward.deadline_s, log=log, secrets=self._config.run.secrets)
         else:
             self._scorer = SharedScorer(reward, spec, log, self._config.run.secrets)
         await self._scorer.start()

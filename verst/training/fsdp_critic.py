@@ -73,12 +73,15 @@ def load_value_model(path: str, dtype: torch.dtype, where: str) -> PreTrainedMod
 def _unreported() -> Iterator[None]:
     """Keeps transformers from telling that a head was drawn at random, and the language model's left out: what matters is checked."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(_is_error)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 class FsdpCritic(Critic[MasterAdamW]):
@@ -98,6 +101,10 @@ class FsdpCritic(Critic[MasterAdamW]):
     @property
     def modules(self) -> list[nn.Module]:
         return [self._model]
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return self._model.layers
 
     def held(self) -> dict[str, torch.Tensor]:
         weights = {f"weights/{name}": tensor for name, tensor in self.parameters.items()}

@@ -94,6 +94,10 @@ class MegatronCritic(Critic[MegatronAdamW]):
     def modules(self) -> list[Any]:
         return [chunk.module for chunk in self._chunks]
 
+    @property
+    def layers(self) -> list[Any]:
+        return [layer for module in self.modules for layer in module.decoder.layers]
+
     def held(self) -> dict[str, torch.Tensor]:
         tensors = names_of(self.tensors, "weights") | updated(self.optimizer, self.tensors)
         return {f"{CRITIC}{name}": tensor for name, tensor in tensors.items()}

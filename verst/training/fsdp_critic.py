@@ -24,6 +24,7 @@ from verst.training.distributed import place, release
 from verst.training.microbatch import Microbatch, split
 from verst.training.model import Layered, named
 from verst.training.optimizer import MasterAdamW
+from verst.training.rest import unique
 from verst.training.step import LoadedStep, PerSample
 
 
@@ -108,7 +109,7 @@ class FsdpCritic(Critic[MasterAdamW]):
 
     def held(self) -> dict[str, torch.Tensor]:
         weights = {f"weights/{name}": tensor for name, tensor in self.parameters.items()}
-        return {f"{CRITIC}{name}": tensor for name, tensor in (weights | self.optimizer.tensors()).items()}
+        return {f"{CRITIC}{name}": tensor for name, tensor in unique(weights, self.optimizer.tensors()).items()}
 
     @torch.no_grad()
     def score(self, step: LoadedStep) -> PerSample:

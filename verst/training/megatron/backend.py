@@ -200,16 +200,16 @@ class MegatronBackend(Backend[Any]):
                 self._reference_tensors.load()
                 for chunk in self._reference:
                     chunk.requires_grad_(False)
-            self._critic = self._values = self._built_critic()
+            self._critic = self._values = self._built_critic()  # for the frame, and as what it is here
             if self._values is not None and self._pace is not None:
                 self._pace.follow(self._values.layers)
 
     def _built_critic(self) -> MegatronCritic | None:
-        from verst.training.megatron.critic import MegatronCritic
-
         options = self._config.algorithm
         if not isinstance(options, PpoConfig):
             return None
+        from verst.training.megatron.critic import MegatronCritic
+
         place = {"layout": self._layout, "data_rank": self._place.data, "device": self._device}
         return MegatronCritic(self._config, options, self._args, self._hf_config, self._family, **place, num_updates=self.num_updates)
 

@@ -101,7 +101,7 @@ def test_the_schema_accepts_a_resolved_run(tmp_path: Path):
         ({"tracking": {"prometheus_port": 70000}}, "70000 is not valid under any of the given schemas"),
         ({"algorithm": {"name": "grpo", "corrections": [{"kind": "mask"}]}}, "is not valid under any of the given schemas"),
         ({"algorithm": {"clip_low": 0.1}}, "is not valid under any of the given schemas"),
-        ({"algorithm": {"name": "ppo"}}, "is not valid under any of the given schemas"),
+        ({"algorithm": {"name": "a2c"}}, "is not valid under any of the given schemas"),
         ({"run": {"name": "r"}}, "'steps' is a required property"),
     ],
 )

@@ -313,7 +313,7 @@ class TrainBackend(Protocol):
         ...
 
     def release_memory(self, *, weights: bool) -> None:
-        """Between two steps: gives up the device memory of optimizer, gradients and reference to others on the device.
+        """Between two steps: gives up the device memory of optimizer, gradients, reference and critic to others on the device.
 
         With `weights` also that of the parameters; without, `weights` and `logprobs` still work. All other calls raise
         `InvariantViolation` until `resume_memory`. Repeating it changes nothing. On all ranks alike.

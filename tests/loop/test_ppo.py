@@ -15,6 +15,9 @@ from tests.loop.local import LocalRun, local_run, stopped_after
 from tests.loop.test_run import ROWS, vowels
 from verst.errors import ConfigError
 from verst.journal.log import JournalReader
+from verst.runtime.rundir import RunDirectory
+from verst.training.checkpoints import verified
+from verst.training.whole import whole_tensors
 
 pytestmark = [pytest.mark.usefixtures("_one_thread")]
 
@@ -52,6 +55,10 @@ async def test_a_run_learns_and_one_that_stopped_has_its_bits(tmp_path: Path, mo
     first, second = (safe_open(str(files[0]), framework="np") for files in ends)
     assert any(name.startswith("critic/") for name in first.keys())  # noqa: SIM118
     assert all(np.array_equal(first.get_tensor(name), second.get_tensor(name)) for name in first.keys())  # noqa: SIM118
+    checkpoint = verified(stopped.run.root / "checkpoints" / "step-00000003")
+    exported = dict(whole_tensors(checkpoint, RunDirectory.open(stopped.run.root)[1]))
+    assert "score.weight" not in exported
+    assert not any(name.startswith("critic") for name in exported)
     found = await asyncio.to_thread(verst.replay, stopped.run.root, 1, echo=stopped.lines.append)
     assert [step.same for step in found.steps] == [True, True]
 

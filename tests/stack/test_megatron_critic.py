@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from tests.processes import copies
 from tests.stack.megatron_cases import make_megatron, save_model
@@ -231,6 +232,14 @@ def test_one_rank_takes_the_critic_of_two_and_the_export_has_none(two: list[dict
     assert largest_difference(critic, other_critic) < 2 * TOLERANCE
     files = sorted((place(saved, "tp2") / "step-00000002").glob("rank-*.safetensors"))
     assert same_bits(dict(whole_tensors(files, paths["qwen3"], torch.float32)), policy)
+
+
+def test_a_reward_model_gives_its_head_too(paths: dict[str, str], tmp_path: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(paths["qwen3"], num_labels=1)
+    reward_model = transformers.AutoModelForSequenceClassification.from_config(config)
+    reward_model.save_pretrained(tmp_path / "reward")
+    backend = make_megatron(config_of(paths["qwen3"], critic_path=str(tmp_path / "reward")))
+    assert same_bits(critic_of(backend), dict(reward_model.requires_grad_(False).named_parameters()))
 
 
 def test_a_state_without_a_critic_and_a_model_of_another_size_are_refused(paths: dict[str, str], tmp_path: Path) -> None:

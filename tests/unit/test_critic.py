@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from verst.algorithms.critic import estimated, explained_variance, generalized_advantages, value_loss
 from verst.config.algorithms import PpoConfig
 from verst.config.load import load_config
-from verst.errors import InvariantViolation
+from verst.errors import InvariantViolation, TrainingDiverged
 from verst.runtime.batching import describe, describe_values, signal
 from verst.types import NO_VERSION, Batch, Sample
 
@@ -133,6 +133,8 @@ def test_each_loss_token_needs_a_value():
     assert [len(r) for r in signal(batch, config(), {}, {0: np.zeros(2, np.float32)}).returns] == [2, 0]
     with pytest.raises(InvariantViolation, match="sample one: 0 values of the critic for 2 loss tokens"):
         signal(batch, config(), {}, {})
+    with pytest.raises(TrainingDiverged, match=r"sample one is not finite.*critic_lr"):
+        signal(batch, config(), {}, {0: np.array([0, np.inf], np.float32)})
 
 
 def test_what_is_told_of_values():

@@ -24,6 +24,7 @@ from tests.unit.fsdp_cases import (
 )
 from tests.unit.test_critic import by_definition
 from tests.unit.test_fsdp_backend import plain_logprobs
+from verst.config.plan import plan_lines
 from verst.config.schema import Config
 from verst.errors import CheckpointError, ConfigError, CorruptWeights, InvariantViolation, ModelError
 from verst.runtime.extensions import Extensions
@@ -122,9 +123,12 @@ def test_twelve_updates_of_both_models_equal_a_plain_pytorch_loop(path: str) -> 
     plain_policy, plain_critic = plain_training(path)
     assert largest_difference(policy, plain_policy) > 0.02
     assert largest_difference(critic, plain_critic) > 0.02
-    # AdamW divides by the root of tiny second moments; see test_fsdp_backend.
-    assert largest_difference(weights_of(backend), plain_policy) < 1e-4
-    assert largest_difference(critic_of(backend), plain_critic) < 2e-4
+    for found, plain in ((weights_of(backend), plain_policy), (critic_of(backend), plain_critic)):
+        differences = torch.cat([(found[name] - parameter).abs().flatten() for name, parameter in plain.items()])
+        assert float(differences.mean()) < 2e-6
+        # AdamW divides by the root of tiny second moments (see test_fsdp_backend), and float32 noise of the values is in the advantages.
+        assert float((differences > 1e-5).float().mean()) < 1e-3
+        assert float(differences.max()) < 1e-3
     reports = [tally.report() for tally in tallies]
     for report in reports:
         assert report["update/skipped"] == report["critic/skipped"] == 0
@@ -301,10 +305,21 @@ def test_a_directory_that_cannot_be_the_critics_is_told_before_anything_starts(p
         checked(make_config(path, algorithm={**PPO, "critic_path": small}))
 
 
+def test_the_plan_counts_the_critics_memory(path: str, tmp_path: Path) -> None:
+    """Four numbers of 4 bytes for each parameter of each model; of the model's own output layer too, as a bound."""
+    one, both = (plan_lines(make_config(path, algorithm=algorithm))[6] for algorithm in ({"name": "grpo"}, PPO))
+    assert "(weights, optimizer, gradients) and" in one
+    assert "(weights, optimizer, gradients, critic) and" in both
+    small = save_model(tmp_path / "small", hidden_size=16, intermediate_size=16)
+    smaller = plan_lines(make_config(path, algorithm={**PPO, "critic_path": small}))[6]
+    sizes = [float(line.split()[5]) for line in (one, smaller, both)]
+    assert sizes[2] == pytest.approx(2 * sizes[0], rel=0.01)
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"train": {"backend": "megatron"}}, "train.backend is megatron, which trains no critic"),
         ({"algorithm": {**PPO, "critic_warmup_steps": 3}}, "the policy would never be trained"),
         ({"algorithm": {**PPO, "advantages": "own:advantages"}}, "advantages"),
     ],

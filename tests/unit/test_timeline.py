@@ -38,7 +38,7 @@ from verst.runtime.recovery import Cursor, Restored
 from verst.runtime.replica import fresh
 from verst.runtime.trainer_worker import Published
 from verst.runtime.transfer import Brought
-from verst.types import Group, Prompt
+from verst.types import Estimates, Group, Prompt
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -507,7 +507,7 @@ class TimedParts(FakeParts):
         self.pull_s = pull_s
         train = self.trainers.forward_backward
 
-        async def slowly(update: int, advantages: Any, returns: Any = ()) -> Any:
+        async def slowly(update: int, advantages: Estimates, returns: Sequence[Any] = ()) -> Any:
             await asyncio.sleep(train_s)
             return await train(update, advantages, returns)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,23 +44,22 @@ def generalized_advantages(
     `rewards` and `values` [T] are of the steps of each sequence. The value after its last step is 0: every sequence has ended there.
     Raises `InvariantViolation` if a sequence has not one reward and one value for each step.
     """
-    longest = max(map(len, values), default=0)
-    found_TN = np.zeros((longest, len(values)))  # sequences end together, so that one pass over steps serves all
-    for column, (rewards_T, values_T) in enumerate(zip(rewards, values, strict=True)):
+    found = []
+    for number, (rewards_T, values_T) in enumerate(zip(rewards, values, strict=True)):
         if len(rewards_T) != len(values_T):
-            raise InvariantViolation(f"GAE: sequence {column} has {len(rewards_T)} rewards for {len(values_T)} values; each step has both")
-        following_T = np.append(values_T[1:], np.zeros(min(len(values_T), 1)))
-        found_TN[longest - len(values_T) :, column] = rewards_T + gamma * following_T.astype(np.float64) - values_T
-    for step in range(longest - 2, -1, -1):
-        found_TN[step] += gamma * gae_lambda * found_TN[step + 1]
-    return [found_TN[longest - len(values_T) :, column].copy() for column, values_T in enumerate(values)]
+            raise InvariantViolation(f"GAE: sequence {number} has {len(rewards_T)} rewards for {len(values_T)} values; each step has both")
+        following_T = np.append(values_T, 0.0)[1:]
+        deltas = (rewards_T + gamma * following_T - values_T).tolist()
+        backward = accumulate(reversed(deltas), lambda later, delta: delta + gamma * gae_lambda * later)
+        found.append(np.fromiter(backward, np.float64, len(deltas))[::-1])
+    return found
 
 
 def estimated(rewards_N: ArrayLike, values: Sequence[Values], options: PpoConfig) -> Signal:
     """Advantages and returns of every loss token. A sample's reward [N] is that of its last loss token, all others have 0.
 
     `values` are the critic's before the step's first update, one array for each sample. Returns are advantages plus values, before the
-    advantages are normalised over all tokens of the batch (arXiv 2403.17031). Raises `InvariantViolation` if one is not finite.
+    advantages are normalised over all tokens of the batch (arXiv 2403.17031). Rewards and values are finite.
     """
     rewards = []
     for reward, values_T in zip(np.asarray(rewards_N, np.float64), values, strict=True):

@@ -72,9 +72,8 @@ class Algorithm:
     advantages: Advantages
     """(rewards [N], group number of each sample [N], options) → advantages [N]; with a critic, what the last token of each has earned."""
     token_advantages: TokenAdvantages | None
-    """(what the last token of each sample has earned [N], the critic's values of each sample's loss tokens, options) → both learn from.
-
-    None: there is no critic, and all tokens of a sample share its advantage."""
+    """(what the last token of each sample has earned [N], the critic's values of each sample's loss tokens, options) → what policy and
+    critic are trained with. None: there is no critic, and all tokens of a sample share its advantage."""
     needs_reference: Callable[[Any], bool]
     """(options) → whether a frozen copy of the initial model must be kept and scored."""
     needs_old_logprobs: Callable[[Any, int], bool]

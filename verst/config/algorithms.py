@@ -185,7 +185,8 @@ class PpoConfig(ClippedConfig):
         default=True, description="Advantages less the mean of all tokens of the batch, over their standard deviation."
     )
     value_clip: Real = Field(
-        default=0.2, description="A value's loss has no gradient further than this from the value before the step. 0: it always has."
+        default=0.2,
+        description="In units of the reward: no gradient for a value that has moved further than this towards its return. 0: always.",
     )
     critic_path: Text | None = Field(
         default=None,

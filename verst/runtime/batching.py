@@ -15,7 +15,7 @@ from verst.algorithms.table import algorithm_for
 from verst.config.algorithms import AlgorithmConfig
 from verst.config.schema import Config
 from verst.data.packing import plan_samples, samples_of_rank
-from verst.errors import InvariantViolation, RoutesRefused
+from verst.errors import InvariantViolation, RoutesRefused, TrainingDiverged
 from verst.fields import kinds_of
 from verst.observe.metrics import Tally
 from verst.rewards.metrics import PREFIX
@@ -117,7 +117,7 @@ def signal(batch: Batch, config: Config, reference_kl: Mapping[int, float], valu
     """What the tokens of a batch are trained with. `reference_kl`: see `advantages`.
 
     `values`: the critic's, of the loss tokens of each sample that has any, by sample index; empty without a critic.
-    Raises `InvariantViolation` if there is not one for each token.
+    Raises `InvariantViolation` if there is not one for each token, `TrainingDiverged` if one is not finite.
     """
     of_samples, estimate = advantages(batch, config, reference_kl), algorithm_for(config.algorithm).token_advantages
     if estimate is None:
@@ -126,6 +126,11 @@ def signal(batch: Batch, config: Config, reference_kl: Mapping[int, float], valu
     for sample, values_N in zip(batch.samples, known, strict=True):
         if len(values_N) != sample.loss_mask_T.sum():
             raise InvariantViolation(f"sample {sample.id}: {len(values_N)} values of the critic for {sample.loss_mask_T.sum()} loss tokens")
+        if not np.isfinite(values_N).all():
+            raise TrainingDiverged(
+                f"step {batch.step}: a value that the critic gives sample {sample.id} is not finite, so no advantage would be: start a "
+                "new run (another run.name) with a lower algorithm.critic_lr"
+            )
     return estimate(of_samples, known, config.algorithm)
 
 

@@ -93,20 +93,18 @@ class Backend(ABC, Generic[Optimizer]):
         """Accumulates one update's gradients. `advantages` and `returns` have one entry for each sample of the whole batch."""
         step = self._loaded("forward_backward")
         step.require_fitting("advantages", advantages)
-        if self._critic is None:
-            return self._policy_gradient(step, update, advantages)
-        step.require_fitting("returns", returns)
-        tally, told = self._policy_gradient(step, update, advantages), self._critic.accumulate(step, update, returns)
-        return tally.merge(told) if self._reports else tally
-
-    def _policy_gradient(self, step: LoadedStep, update: int, advantages: Estimates) -> Tally:
+        if self._critic is not None:
+            step.require_fitting("returns", returns)
         self._optimizer.zero_grad()
         self._loss_is_finite, self._broken = True, []
-        if self._pace is None:
-            return self._accumulate(step, update, advantages)
-        self._pace.begin()
+        if self._pace is not None:
+            self._pace.begin()
         tally = self._accumulate(step, update, advantages)
-        self._pace.tell(tally)
+        if self._critic is not None:
+            told = self._critic.accumulate(step, update, returns)
+            tally = tally.merge(told) if self._reports else tally
+        if self._pace is not None:
+            self._pace.tell(tally)
         return tally
 
     def progress(self) -> Progress:

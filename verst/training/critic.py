@@ -58,6 +58,11 @@ class Critic(ABC, Generic[Optimizer]):
     @abstractmethod
     def modules(self) -> Sequence[nn.Module]: ...
 
+    @property
+    @abstractmethod
+    def layers(self) -> Sequence[nn.Module]:
+        """Of the decoder, those on this rank."""
+
     @abstractmethod
     def held(self) -> dict[str, torch.Tensor]:
         """What this rank trains, by names for a person that begin with `critic/`; see `verst.training.rest`."""

@@ -66,6 +66,8 @@ class FsdpBackend(Backend[MasterAdamW]):
         trainable = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self._optimizer = MasterAdamW(trainable, config.train, self.num_updates, config.run.steps)
         self._critic = self._load_critic()
+        if self._critic is not None and self._pace is not None:
+            self._pace.follow(self._critic.layers)
         self._rest.keep("its start", always=True)
 
     @property

@@ -24,6 +24,7 @@ from verst.training.distributed import place, release
 from verst.training.microbatch import Microbatch, split
 from verst.training.model import Layered, named
 from verst.training.optimizer import MasterAdamW
+from verst.training.rest import unique
 from verst.training.step import LoadedStep, PerSample
 
 
@@ -73,12 +74,15 @@ def load_value_model(path: str, dtype: torch.dtype, where: str) -> PreTrainedMod
 def _unreported() -> Iterator[None]:
     """Keeps transformers from telling that a head was drawn at random, and the language model's left out: what matters is checked."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(_is_error)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 class FsdpCritic(Critic[MasterAdamW]):
@@ -99,9 +103,13 @@ class FsdpCritic(Critic[MasterAdamW]):
     def modules(self) -> list[nn.Module]:
         return [self._model]
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        return self._model.layers
+
     def held(self) -> dict[str, torch.Tensor]:
         weights = {f"weights/{name}": tensor for name, tensor in self.parameters.items()}
-        return {f"{CRITIC}{name}": tensor for name, tensor in (weights | self.optimizer.tensors()).items()}
+        return {f"{CRITIC}{name}": tensor for name, tensor in unique(weights, self.optimizer.tensors()).items()}
 
     @torch.no_grad()
     def score(self, step: LoadedStep) -> PerSample:

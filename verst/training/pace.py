@@ -28,6 +28,10 @@ class Pace:
         self._tokens = 0  # times layers
         self._entered: Any = None
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.follow(layers)
+
+    def follow(self, layers: Iterable[nn.Module]) -> None:
+        """Times these layers too."""
         for layer in layers:
             layer.register_forward_pre_hook(self._enter, with_kwargs=True)
             layer.register_forward_hook(self._leave)

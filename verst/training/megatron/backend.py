@@ -131,7 +131,7 @@ class MegatronBackend(Backend[Any]):
 
     def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """In the model's dtype, tied ones once; the bias of expert choice in float32."""
-        self._settle()
+        _gather(self._chunks)
         yield from self._tensors.full()
 
     def _probe(self, tokens_T: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -200,14 +200,16 @@ class MegatronBackend(Backend[Any]):
                 self._reference_tensors.load()
                 for chunk in self._reference:
                     chunk.requires_grad_(False)
-            self._critic = self._values = self._built_critic()
+            self._critic = self._values = self._built_critic()  # for the frame, and as what it is here
+            if self._values is not None and self._pace is not None:
+                self._pace.follow(self._values.layers)
 
     def _built_critic(self) -> MegatronCritic | None:
-        from verst.training.megatron.critic import MegatronCritic
-
         options = self._config.algorithm
         if not isinstance(options, PpoConfig):
             return None
+        from verst.training.megatron.critic import MegatronCritic
+
         place = {"layout": self._layout, "data_rank": self._place.data, "device": self._device}
         return MegatronCritic(self._config, options, self._args, self._hf_config, self._family, **place, num_updates=self.num_updates)
 
@@ -236,12 +238,9 @@ class MegatronBackend(Backend[Any]):
         return Held(unique(*held), copies)
 
     def _settle(self) -> None:
-        """Ends the gathering of parameters that overlaps with the next forward, before they are read otherwise."""
-        for chunk in (*self._chunks, *(() if self._values is None else self._values.chunks)):
-            if chunk.ddp_config.overlap_param_gather:
-                with compat.quiet():
-                    chunk.disable_forward_pre_hook()
-                    chunk.enable_forward_pre_hook()
+        _gather(self._chunks)
+        if self._values is not None:
+            _gather(self._values.chunks)
 
     def _microbatches(self, step: LoadedStep, update: int) -> list[Packed]:
         return [pack(step.batch.samples, i, self._layout, self._device) for i in step.plan.updates[update].ranks[self._place.data]]
@@ -333,6 +332,15 @@ class MegatronBackend(Backend[Any]):
         self._loss_is_finite &= is_finite
         self._broken += broken
         return loss
+
+
+def _gather(chunks: Sequence[Any]) -> None:
+    """Ends the gathering of parameters that overlaps with the next forward, before they are read otherwise."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            with compat.quiet():
+                chunk.disable_forward_pre_hook()
+                chunk.enable_forward_pre_hook()
 
 
 class _Place:

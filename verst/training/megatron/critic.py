@@ -30,6 +30,7 @@ from verst.training.megatron.parallel import schedule, transformer_config, wrap
 from verst.training.megatron.table.rows import OUTPUT, Family, Row
 from verst.training.megatron.tensors import ModelTensors
 from verst.training.microbatch import split
+from verst.training.rest import unique
 from verst.training.step import LoadedStep, PerSample
 
 _HEAD = Row(OUTPUT.megatron, (HEAD,))
@@ -94,8 +95,12 @@ class MegatronCritic(Critic[MegatronAdamW]):
     def modules(self) -> list[Any]:
         return [chunk.module for chunk in self._chunks]
 
+    @property
+    def layers(self) -> list[Any]:
+        return [layer for module in self.modules for layer in module.decoder.layers]
+
     def held(self) -> dict[str, torch.Tensor]:
-        tensors = names_of(self.tensors, "weights") | updated(self.optimizer, self.tensors)
+        tensors = unique(names_of(self.tensors, "weights"), updated(self.optimizer, self.tensors))
         return {f"{CRITIC}{name}": tensor for name, tensor in tensors.items()}
 
     def copies(self) -> dict[str, tuple[int, str]]:

@@ -17,7 +17,8 @@ class GatedLlama(LlamaForCausalLM):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        for layer in self.model.layers:
+        layers: Any = self.model.layers
+        for layer in layers:
             layer.self_attn.gate = torch.nn.Parameter(torch.ones(config.hidden_size))
             layer.self_attn.register_forward_hook(lambda module, _, output: (output[0] * module.gate, *output[1:]))
 

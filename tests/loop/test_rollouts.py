@@ -35,3 +35,12 @@ async def test_what_a_rollout_function_rolled_is_trained(tmp_path: Path, model: 
         assert renderer.tokenizer.decode(trajectory.tokens_T[second.start : second.generated]) == "So: "
         assert trajectory.info == {"cut": True}
         assert trajectory.loss_mask_T.sum() == 3 + second.end - second.generated
+
+
+async def test_a_generate_function_of_slime_is_trained(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(EXAMPLE.parent)
+    values = {"run": {"steps": 2}, "rollout": {"environment": "slime:from_slime:generate", "max_turns": 3}}
+    run = await local_run(tmp_path, model, values, reward=vowels, prompts=ROWS).go()
+    assert max(run.metric("mismatch/abs_max")) < 1e-5
+    assert min(run.metric("update/grad_norm")) > 0
+    assert run.metric("rollout/failed") == [0, 0]

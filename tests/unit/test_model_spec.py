@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -115,7 +115,7 @@ class Elsewhere(Plain):
 class Scaled(PlainLlama):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
-        return output if kwargs.get("use_cache") or kwargs["input_ids"].shape[1] == 2 else type(output)(logits=output.logits * 2)
+        return output if kwargs.get("use_cache") or kwargs["input_ids"].shape[1] == 2 else type(output)(logits=2 * cast(Any, output.logits))
 
 
 class TwoPaths(Plain):

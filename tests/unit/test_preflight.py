@@ -53,6 +53,8 @@ def test_a_model_whose_experts_cannot_be_read_is_refused_unless_routes_are_ignor
         ("reward.function='a:b:c'", r"'a:b:c' is not of the form `module:name`: one colon"),
         ("algorithm={name: grpo, loss: grpo}", r"loss 'grpo' is not shipped with Verst"),
         ("algorithm={name: rloo, advantages: 'no_such_module:mine'}", r"advantages 'no_such_module:mine': no module 'no_such_module' in"),
+        ("rollout.environment=rollout:no_such_module:f", "rollout 'no_such_module:f': no module 'no_such_module'"),
+        ("rollout.environment=slime:no_such_module:f", "slime 'no_such_module:f': no module 'no_such_module'"),
         ("rollout.environment=agent:single_turn", r"agent 'single_turn' is not shipped with Verst"),
         ("rollout.environment=agent:no_such_module:solve", r"agent 'no_such_module:solve': no module 'no_such_module' in"),
         ("rollout.environment='my-env:Env'", r"environment 'my-env:Env' is not of the form"),

@@ -103,7 +103,7 @@ def environment_factory(reference: Any, options: Mapping[str, Any]) -> Callable[
 def of_prefix(reference: Any) -> tuple[str, str] | None:
     """The prefix of a reference to a function that asks for completions, and the reference; None for any other."""
     kind, _, name = reference.partition(":") if isinstance(reference, str) else ("", "", "")
-    return (kind, name) if kind in BY_PREFIX and ":" in name else None
+    return (kind, name) if kind == "agent" or (kind in BY_PREFIX and ":" in name) else None  # a module may be called rollout
 
 
 def check_machine(make: Callable[[], Environment]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pickle
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -300,6 +301,22 @@ async def test_an_answer_that_was_cut_ends_its_agent_in_order(opened: Open):
         await environment.start(PROMPT)
         reply = await environment.reply(said("cut", FinishReason.LENGTH))
         assert reply == Reply(info={**said_of_it, "not_heeded": ["temperature"]})
+
+
+async def test_an_agent_that_goes_on_after_its_answer_was_cut_is_ended(opened: Open, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("verst.rollout.agent._ORDERLY_S", 0.1)
+
+    async def stubborn(session: Session, prompt: Prompt) -> None:
+        messages: list[Any] = [ASK]
+        while True:
+            with contextlib.suppress(SessionRefused):
+                answer = await session.complete(messages)
+                messages += [{"role": "assistant", "content": answer.text}, ASK]
+            await asyncio.sleep(0.01)
+
+    environment = opened(stubborn)
+    await environment.start(PROMPT)
+    assert await environment.reply(said("cut", FinishReason.LENGTH)) == Reply()
 
 
 async def test_a_client_that_leaves_in_the_middle_of_a_stream_fails_nobody_elses_trajectory(opened: Open):

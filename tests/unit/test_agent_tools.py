@@ -117,6 +117,16 @@ async def test_what_an_environment_calls_tools_is_checked(tools: Any):
     assert "Wrong: tools" in str(trajectory.error)
 
 
+async def test_tools_that_raise_fail_their_trajectory():
+    class Breaks(SingleTurn):
+        @property
+        def tools(self) -> Any:
+            raise LookupError("no such tool")
+
+    (trajectory,) = (await with_tools(FakeEngine([]), Breaks).roll(0, PROMPT)).trajectories
+    assert "Breaks: tools raised LookupError: no such tool" in str(trajectory.error)
+
+
 @pytest.mark.parametrize(
     ("template", "reason"),
     [

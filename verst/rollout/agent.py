@@ -23,13 +23,16 @@ from verst.rollout.sessions import FULL, Session
 from verst.types import Completion, FinishReason, Message, Prompt, Reply
 
 SIGNATURE = ("session", "prompt")
+_ORDERLY_S = 30.0
+"""For what an agent has to do once its answer was cut, such as scoring. One that goes on is ended, as after its last turn."""
 
 
 class Agents:
     """Makes the environment of each trajectory of an agent, `fn(session, prompt, **options)`, plain or async.
 
     What it returns, a mapping or None, is the trajectory's `info`. A plain function runs in a thread, which nobody can end: once its
-    trajectory is over, each of its calls is refused. `close` ends the endpoint that they all share.
+    trajectory is over, each of its calls is refused. `close` ends the endpoint that they all share. An object with `__call__` may have
+    `check_machine()`, called once in each replica, and a plain `close()`.
     """
 
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
@@ -123,8 +126,8 @@ class AgentEnvironment:
         assert self._session is not None
         assert self._agent is not None
         self._session.end(FULL)
-        await asyncio.wait({self._agent})
-        return self._agent.exception() is None
+        ended, _ = await asyncio.wait({self._agent}, timeout=_ORDERLY_S)
+        return bool(ended) and self._agent.exception() is None
 
     async def _next(self) -> tuple[Message, ...] | None:
         """The new messages of its next call; None if it has ended. Raises what it raised."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verst.errors import EngineFailure, EnvironmentFailure, RoutesRefused
-from verst.extend import origin
+from verst.extend import guarded, origin
 from verst.fields import apart, checked
 from verst.protocols import Environment
 from verst.rollout.tokens import Asked
@@ -58,7 +58,7 @@ class GuardedEnvironment:
     @property
     def tools(self) -> tuple[Mapping[str, Any], ...]:
         """What the chat template tells the model that it can call. Raises `EnvironmentFailure` if they are no JSON objects."""
-        tools = getattr(self._environment, "tools", ())
+        tools = guarded(lambda: getattr(self._environment, "tools", ()), f"environment {self.name}: tools", EnvironmentFailure)
         if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
             raise EnvironmentFailure(f"environment {self.name}: tools is {_described(tools)}, not a sequence of functions in OpenAI's form")
         try:

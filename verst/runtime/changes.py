@@ -1,5 +1,5 @@
-"""What may change between two starts of one run: where and how fast it computes, for how long, and what `run.changes` says of steps to come;
-never what it has learned from.
+"""What may change between two starts of one run: where and how fast it computes, for how long, and what changes at steps to come; never
+what it has learned from.
 """
 
 from __future__ import annotations

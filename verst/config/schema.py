@@ -163,7 +163,10 @@ class RewardConfig(Section):
         default=1,
         description="Worker processes that score, for each replica: one trajectory at a time each, or up to 64 if the reward is async.",
     )
-    deadline_s: Seconds = Field(default=30.0, description="Limit of scoring one trajectory, or one group if the reward scores groups; past it the worker is replaced.")
+    deadline_s: Seconds = Field(
+        default=30.0,
+        description="Limit of scoring one trajectory, or one group if the reward scores groups; past it the worker is replaced.",
+    )
 
 
 class FiltersConfig(Section):

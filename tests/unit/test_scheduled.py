@@ -132,7 +132,7 @@ def test_a_resumed_run_may_say_anew_what_is_to_come(tmp_path: Path):
 def test_a_run_file_edited_by_hand_is_noticed(tmp_path: Path):
     """A replay that comes out otherwise names it among the likely causes."""
     run, config = made(tmp_path)
-    edited = config_of(CHANGES.replace("1e-4", "1e-5"), run={"name": "r", "dir": str(tmp_path), "steps": 10})
+    edited = load_config(run.config, [CHANGES.replace("1e-4", "1e-5")])
     found = unrecorded(run, config.model_dump(mode="json"), edited)
     assert list(found) == ["run.changes"]
     assert unrecorded(run, config.model_dump(mode="json"), config) == {}

@@ -77,7 +77,11 @@ class Rollout(Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores a whole trajectory. May be `async`. Its parameters: the trajectory and the prompt's fields."""
+    """Scores a whole trajectory. May be `async`. Its parameters: the trajectory and the prompt's fields.
+
+    One whose first parameter is called `trajectories` is given all trajectories of a group that have not failed, in a list, and returns
+    a number for each. An exception fails the group then, NaN or None its trajectory.
+    """
 
     def __call__(self, trajectory: Trajectory, fields: Mapping[str, Any], /) -> Any:
         """A finite number, or a `verst.fields.Score` with fields beside it.

@@ -27,3 +27,9 @@ def tied_in_odd_groups(trajectory: Any, fields: Any) -> float:
     """By member 0, 1, 2 …, and in every other group all equal."""
     group, member = map(int, trajectory.id.split("/"))
     return 0.0 if group % 2 else float(member)
+
+
+def ranked(trajectories: Any, fields: Any) -> list[int]:
+    """The place of each in its group, by the alphabet."""
+    order = sorted(range(len(trajectories)), key=lambda i: (trajectories[i].completion, i))
+    return [order.index(i) for i in range(len(trajectories))]

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.loop.local import LocalRun, local_run, prompts_file, stopped_after
-from tests.loop.rewards import spread, tied_in_odd_groups
+from tests.loop.rewards import ranked, spread, tied_in_odd_groups
 from verst.config.algorithms import PRESETS
 from verst.journal.log import JournalReader
 from verst.recipes.tiny import build_tiny_model
@@ -121,3 +121,10 @@ async def test_pairs_of_a_file_are_trained_again_with_the_same_bits_after_a_cras
     group = journal.group(journal.batch(1).groups[0])
     assert [t.reward for t in group.trajectories] == [1.0, 0.0]
     assert group.prompt.rejected[0].content == group.trajectories[1].completion
+
+
+async def test_a_step_with_a_reward_that_compares_a_group(tmp_path: Path, quickstart: Path):
+    values = values_of(EXAMPLES[0].parent / "dr_grpo.yaml", tmp_path)
+    run = await local_run(tmp_path, quickstart, values, reward=ranked).go()
+    for rewards, _ in trained(run):
+        assert sorted(rewards) == list(range(8))

@@ -55,6 +55,19 @@ def verst_like(trajectory, fields):
 def batched(args, samples):
     return [s.index + args.bonus for s in samples]
 
+def longest(completions, **kwargs):
+    return [float(len(c) == max(map(len, completions))) for c in completions]
+
+def some(completions, answer):
+    assert answer == ["4"] * len(completions)
+    return [1.0 if c == "" else None for c in completions]
+
+def short(args, samples):
+    return [0, 1]
+
+async def ranks(args, samples):
+    return [{"rank": s.index, "length": len(s.response)} for s in samples]
+
 async def one(args, sample, **kwargs):
     return {"a": sample.reward is None, "b": 2.0}
 
@@ -82,7 +95,9 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         del sys.modules[name]
 
 
-def score(reference: str, trajectory: Trajectory, fields: dict[str, Any], **options: Any) -> tuple[Any, dict[str, float]]:
+def score(
+    reference: str, trajectory: Trajectory | list[Trajectory], fields: dict[str, Any], **options: Any
+) -> tuple[Any, dict[str, float]]:
     """What the reward gives, and what it recorded."""
     with recording() as recorded:
         value = RewardSpec(reference, options).build()(trajectory, fields)
@@ -114,10 +129,27 @@ def test_trl_functions_are_summed_with_weights_and_none_does_not_count():
         score("trl:bring_along:plain", said(), {}, weights=[1, 2])
 
 
+def test_functions_that_compare_completions_are_called_once_for_a_group():
+    group = [said("four", 0), said("1", 1), said("", 2)]
+    assert score("trl:bring_along:longest", group, {}, conversational=False, whole_group=True)[0] == [1, 0, 0]
+    several = "trl:bring_along:longest+bring_along:elsewhere+bring_along:some"
+    value, recorded = score(several, group, {"answer": "4"}, conversational=False, whole_group=True, weights=[1, 1, 10])
+    assert value == [1, 0, 10]  # `some` says nothing of the first two
+    assert recorded == {"score/longest": pytest.approx(1 / 3), "score/some": 1}
+    assert score("trl:bring_along:elsewhere", group, {}, whole_group=True)[0] == [None] * 3
+    with pytest.raises(RewardFailure, match=r"two returned '\[1.0, 2.0\]' for 3 completion\(s\)"):
+        score("trl:bring_along:two", group, {}, whole_group=True)
+    with pytest.raises(RewardFailure, match=r"returned '\[0, 1\]' for 3 samples: return a list with one number for each"):
+        score("slime:bring_along:short", group, {})
+    value, recorded = score("slime:bring_along:ranks", group, {}, reward_key="rank")
+    assert value == [0, 1, 2]
+    assert recorded == {"score/length": pytest.approx(5 / 3)}
+
+
 def test_what_a_trl_function_lacks_or_breaks_is_said():
     with pytest.raises(RewardFailure, match="needs the column 'solution', which the prompt does not have; it has: answer"):
         score("trl:bring_along:column", said(), {"answer": "42"})
-    with pytest.raises(RewardFailure, match=r"returned '\[1.0, 2.0\]' for one completion"):
+    with pytest.raises(RewardFailure, match=r"returned '\[1.0, 2.0\]' for 1 completion\(s\)"):
         score("trl:bring_along:two", said(), {})
     with pytest.raises(ExtensionError, match=r"\(trajectory, fields\), which TRL could not call either; expected: def reward\(prompts"):
         score("trl:bring_along:verst_like", said(), {})
@@ -126,12 +158,12 @@ def test_what_a_trl_function_lacks_or_breaks_is_said():
 
 
 def test_slime_functions():
-    assert score("slime:bring_along:batched", said(member=3), {}, bonus=0.5)[0] == 3.5
+    assert score("slime:bring_along:batched", [said(member=3), said(member=5)], {}, bonus=0.5)[0] == [3.5, 5.5]
     assert score("slime:bring_along:one", said(), {}, reward_key="a") == (True, {"score/b": 2.0})
     with pytest.raises(RewardFailure, match="a dict with a, b: name the one to train by"):
         score("slime:bring_along:one", said(), {})
     with pytest.raises(AttributeError, match=r"args has no 'bonus': .* give it as reward\.options\.bonus"):
-        score("slime:bring_along:batched", said(), {})
+        score("slime:bring_along:batched", [said()], {})
     with pytest.raises(ExtensionError, match=r"missing a required argument: 'extra'.*expected: async def rm\(args, sample\)"):
         score("slime:bring_along:three", said(), {})
 
@@ -176,6 +208,7 @@ async def test_the_examples_score_in_their_processes():
     expected = {
         ("own:score", (("close", 0.2),)): ([1, 0.2, 0], {"score/has_number": 1}),
         ("trl:from_trl:correct+from_trl:brief", ()): ([1, 0, 0], {"score/correct": 1, "score/brief": 0, "score/tokens": 2}),
+        ("group:shortest_right", (("bonus", 0.25),)): ([1.25, 0, 0], {"score/right": pytest.approx(1 / 3)}),
         ("slime:from_slime:rm", (("reward_key", "score"), ("penalty", 0.5))): ([1, 0, -0.5], {"score/correct": 1, "score/tokens": 2}),
     }
     cut = said("no idea", 2, Status.TRUNCATED)

@@ -16,7 +16,7 @@ from verst.config.schema import Config
 from verst.errors import ConfigError
 from verst.journal.log import Journal
 from verst.journal.records import BatchRecord
-from verst.runtime.changes import change
+from verst.runtime.changes import change, unrecorded
 from verst.runtime.rundir import RunDirectory
 from verst.testing import tiny_model
 
@@ -127,3 +127,12 @@ def test_a_resumed_run_may_say_anew_what_is_to_come(tmp_path: Path):
     for asked in ("[]", "[{step: 4, options: {train.lr: 1e-6}}]", "[{step: 3, options: {train.lr: 1e-4}}]"):
         with pytest.raises(ConfigError, match=r"run.changes cannot be changed in a run: step [34] has been made.* give a step after 4"):
             change(*RunDirectory.open(run.root), [f"run.changes={asked}"], print)
+
+
+def test_a_run_file_edited_by_hand_is_noticed(tmp_path: Path):
+    """A replay that comes out otherwise names it among the likely causes."""
+    run, config = made(tmp_path)
+    edited = load_config(run.config, [CHANGES.replace("1e-4", "1e-5")])
+    found = unrecorded(run, config.model_dump(mode="json"), edited)
+    assert list(found) == ["run.changes"]
+    assert unrecorded(run, config.model_dump(mode="json"), config) == {}

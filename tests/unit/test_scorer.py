@@ -53,6 +53,24 @@ async def async_by_text(trajectory, fields):
     await asyncio.sleep(0.1)
     return 1
 
+def of_group(trajectories, fields):
+    texts = [t.completion for t in trajectories]
+    print("scoring", texts)
+    for text in texts:
+        if text == "raise": raise ValueError("no such group")
+        if text == "exit": os._exit(3)
+        if text == "sleep": time.sleep(60)
+        if text == "kill once" and not os.path.exists("killed"):
+            open("killed", "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+    if "fewer" in texts: return [1.0]
+    if "pid" in texts: return [os.getpid()] * len(texts)
+    return [float("nan") if text == "nan" else len(texts) + place for place, text in enumerate(texts)]
+
+async def async_of_group(trajectories, fields):
+    await asyncio.sleep(0.01)
+    return of_group(trajectories, fields)
+
 class Broken:
     def __init__(self): raise RuntimeError("no weights")
 '''
@@ -395,3 +413,33 @@ async def test_a_worker_that_dies_before_it_begins_is_nobodys_fault(scorer, monk
     scored = await scorer.score(group("ok", "true"))
     assert [t.reward for t in scored.trajectories] == [0.5, 1.0]
     assert scorer.stats()["workers_lost"] == 1
+
+
+@pytest.mark.parametrize("name", ["of_group", "async_of_group"])
+async def test_a_reward_that_scores_groups_gets_all_of_a_group_in_one_call(rewards, name: str):
+    scorer = Scorer(RewardSpec(f"user_rewards:{name}"), workers=2, deadline_s=2, log=rewards / "log")
+    await scorer.start()
+
+    async def scored(*texts: str) -> Group:
+        return await scorer.score(group(*texts))
+
+    try:
+        together = await asyncio.gather(scored("a", "b", "c"), scored("nan", "d"), scored("raise", "e"), scored("fewer", "f"))
+        killed = await scored("kill once", "g")
+        dead, late = await asyncio.gather(scored("h", "exit", "i"), scored("j", "sleep"))
+        (one,) = {t.reward for t in (await scored(*["pid"] * 8)).trajectories}
+        broken = group("k", "l")
+        left = await scorer.score(Group(7, broken.prompt, (broken.trajectories[0].failed("engine died"), broken.trajectories[1]), 0))
+    finally:
+        scorer.close()
+    assert [[t.reward for t in found.trajectories] for found in together] == [[3, 4, 5], [None, 3], [None] * 2, [None] * 2]
+    assert [t.reward for t in killed.trajectories] == [2, 3]  # tried once more
+    assert one  # all eight by one process
+    assert [t.reward for t in left.trajectories] == [None, 1]  # those that had failed before are not among them
+    words = [[t.error or "" for t in found.trajectories] for found in (*together[1:], dead, late)]
+    assert "returned nan, not a finite number" in words[0][0]
+    assert all("raised ValueError: no such group" in error for error in words[1])
+    assert all("returned '[1.0]' for 2 trajectories: return a list with one number for each" in error for error in words[2])
+    assert all("its process ended with exit code 3" in error for error in words[3])
+    assert all("exceeded 2 s" in error for error in words[4])
+    assert scorer.stats()["failed/crash"] == 3

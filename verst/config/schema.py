@@ -172,7 +172,10 @@ class RewardConfig(Section):
         default=1,
         description="Worker processes that score, for each replica: one trajectory at a time each, or up to 64 if the reward is async.",
     )
-    deadline_s: Seconds = Field(default=30.0, description="Limit of scoring one trajectory; past it the worker is replaced.")
+    deadline_s: Seconds = Field(
+        default=30.0,
+        description="Limit of scoring one trajectory, or one group if the reward scores groups; past it the worker is replaced.",
+    )
     actor_gpus: Annotated[float, Field(ge=0, le=8)] | None = Field(
         default=None,
         description="Scores in one actor of Ray for the whole run, with so many GPUs (0: none), whose workers these are then. "

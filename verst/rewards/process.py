@@ -27,10 +27,12 @@ class Death(NamedTuple):
 class RewardProcess(IsolatedProcess):
     """A worker that has loaded its reward.
 
-    `concurrent` says that all trajectories that are with it are scored at the same time (the reward is async), else in order.
+    `concurrent` says that all trajectories that are with it are scored at the same time (the reward is async), else in order; `grouped`,
+    that those of a request are scored in one call.
     """
 
     concurrent = False
+    grouped = False
     _deadline_s: float
 
     @classmethod
@@ -40,7 +42,8 @@ class RewardProcess(IsolatedProcess):
         """Raises `ExtensionError` with the reason if the reward cannot be loaded, `DeadlineExceeded` if that takes too long."""
         worker = await cls.launch("verst.rewards.worker", log, (*spec.secrets, *secrets), gpus=gpus)
         worker._deadline_s = deadline_s
-        worker.concurrent = (await worker.load((spec, deadline_s), f"reward {spec.name}"))["concurrent"]
+        loaded = await worker.load((spec, deadline_s), f"reward {spec.name}")
+        worker.concurrent, worker.grouped = loaded["concurrent"], loaded["grouped"]
         return worker
 
     async def request(self, number: int, fields: Mapping[str, Any], trajectories: Sequence[Trajectory]) -> None:

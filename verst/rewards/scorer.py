@@ -10,6 +10,9 @@ once more.
 
 Async rewards mostly wait, so a worker takes many of their trajectories at a time, of any group: a trajectory waits for one of the places
 (`verst.rewards.together`). After a death those that had begun are tried again, each alone in a worker beside, to find who did it.
+
+A reward that scores groups gets all of one group in one request, for which the deadline is; what ends its worker is a failure of the
+whole group.
 """
 
 from __future__ import annotations
@@ -57,6 +60,7 @@ class Scorer:
         self._free: asyncio.Queue[RewardProcess | None] = asyncio.Queue()  # None: a place whose worker died
         self._alive: set[RewardProcess] = set()
         self._shared: list[SharedProcess] = []  # of an async reward; then `_free` has the places in which one is tried alone
+        self._grouped = False  # whether the reward scores groups
         self._shared_places = asyncio.Semaphore(workers * AT_ONCE)
         self._choosing = asyncio.Lock()
         self._counts: Counter[str] = Counter()
@@ -66,6 +70,7 @@ class Scorer:
         """Starts the workers. Raises `ExtensionError` if the reward cannot be loaded: the reason is in the message."""
         try:
             for worker in await _together([self._spawn() for _ in range(self._workers)]):
+                self._grouped = worker.grouped
                 if worker.concurrent:
                     self._shared.append(SharedProcess(worker, self._retire))
                 self._free.put_nowait(None if worker.concurrent else worker)
@@ -81,7 +86,7 @@ class Scorer:
         if self._shared:
             await _together([self._score_shared(group.prompt.fields, trajectory, scored) for trajectory in waiting])
         else:
-            size = -(-len(waiting) // self._workers) or 1
+            size = (len(waiting) if self._grouped else -(-len(waiting) // self._workers)) or 1
             requests = [waiting[i : i + size] for i in range(0, len(waiting), size)]
             await _together([self._score(group.prompt.fields, request, scored) for request in requests])
         self._counts["scored"] += sum(t.status is not Status.FAILED for t in scored.values())
@@ -178,10 +183,11 @@ class Scorer:
                     killed.add(left[0].id)
                     requests.append(left)
                     continue
-                if left:
-                    self._fail(left[0], death.reason, death.words, scored)
-                if left[1:]:
-                    requests.append(left[1:])
+                blamed = len(left) if self._grouped else 1
+                for trajectory in left[:blamed]:
+                    self._fail(trajectory, death.reason, death.words, scored)
+                if left[blamed:]:
+                    requests.append(left[blamed:])
 
     async def _exchange(
         self, worker: RewardProcess, fields: Mapping[str, Any], request: Sequence[Trajectory], scored: dict[str, Trajectory]

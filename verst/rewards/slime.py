@@ -1,7 +1,6 @@
 """Custom reward functions of slime and Miles (`--custom-rm-path`), as they are: `slime:module:function`.
 
-Signatures: `async def custom_rm(args, sample)`, or with `samples` a list (`--group-rm`), which has one sample here: a trajectory is scored,
-fails and has its deadline alone. A function that compares the samples of a group with one another does not fit.
+Signatures: `async def custom_rm(args, sample)`, or with `samples`, a list of all samples of a group (`--group-rm`).
 https://github.com/THUDM/slime/blob/main/docs/en/get_started/customization.md
 """
 
@@ -9,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from verst.errors import ExtensionError, RewardFailure
 from verst.extend import is_async
 from verst.rewards.conversation import as_dicts, as_text, split
+from verst.rewards.grouped import one_each
 from verst.rewards.metrics import record
 from verst.slime_api import GENERATED, label_of, make_arguments, metadata_of, sample_class
 from verst.types import NO_VERSION, Status, Trajectory
@@ -40,16 +40,25 @@ def adapt(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -
     args = make_arguments("reward.options", options)
 
     def call(trajectory: Trajectory, fields: Mapping[str, Any]) -> Any:
-        sample = _sample(trajectory, fields, options)
-        return function(args, [sample] if batched else sample)
+        return function(args, _sample(trajectory, fields, options))
+
+    def call_group(trajectories: Sequence[Trajectory], fields: Mapping[str, Any]) -> Any:
+        return function(args, [_sample(trajectory, fields, options) for trajectory in trajectories])
 
     def plain(trajectory: Trajectory, fields: Mapping[str, Any]) -> Any:
-        return _value(call(trajectory, fields), batched, options)
+        return _value(call(trajectory, fields), options)
 
     async def waiting(trajectory: Trajectory, fields: Mapping[str, Any]) -> Any:
-        return _value(await call(trajectory, fields), batched, options)
+        return _value(await call(trajectory, fields), options)
 
-    return waiting if is_async(function) else plain
+    def plain_group(trajectories: Sequence[Trajectory], fields: Mapping[str, Any]) -> list[Any]:
+        return _values(call_group(trajectories, fields), len(trajectories), options)
+
+    async def waiting_group(trajectories: Sequence[Trajectory], fields: Mapping[str, Any]) -> list[Any]:
+        return _values(await call_group(trajectories, fields), len(trajectories), options)
+
+    kinds = {False: (plain, waiting), True: (plain_group, waiting_group)}
+    return kinds[batched][is_async(function)]
 
 
 def _sample(trajectory: Trajectory, fields: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
@@ -80,17 +89,27 @@ def _sample(trajectory: Trajectory, fields: Mapping[str, Any], options: Mapping[
     return sample
 
 
-def _value(value: Any, batched: bool, options: Mapping[str, Any]) -> Any:
-    if batched:
-        if not isinstance(value, list | tuple) or len(value) != 1:
-            raise RewardFailure(f"returned {str(value)[:60]!r} for a list of one sample: return a list with one reward")
-        value = value[0]
+def _value(value: Any, options: Mapping[str, Any]) -> Any:
+    reward, others = _parts(value, options)
+    for name, part in others.items():
+        record(name, part)
+    return reward
+
+
+def _values(values: Any, count: int, options: Mapping[str, Any]) -> list[Any]:
+    """The rewards of a group. What else they have is recorded as its mean."""
+    parts = [_parts(value, options) for value in one_each(values, count, "samples")]
+    for name in dict.fromkeys(name for _, others in parts for name in others):
+        found = [others[name] for _, others in parts if name in others]
+        record(name, sum(found) / len(found))
+    return [reward for reward, _ in parts]
+
+
+def _parts(value: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, float]]:
+    """The reward in what a function returned, and the other numbers, by name."""
     if not isinstance(value, Mapping):
-        return value
+        return value, {}
     key = options.get("reward_key")
     if key not in value:
         raise RewardFailure(f"returned a dict with {', '.join(map(str, value))}: name the one to train by as reward.options.reward_key")
-    for name, part in value.items():
-        if name != key and isinstance(part, int | float):
-            record(str(name), part)
-    return value[key]
+    return value[key], {str(name): part for name, part in value.items() if name != key and isinstance(part, int | float)}

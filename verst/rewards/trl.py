@@ -1,8 +1,8 @@
 """Reward functions written for TRL's `GRPOTrainer`, as they are: `trl:module:function`.
 
 TRL calls a function with the lists of a batch; here it is called with lists of one. So a trajectory that breaks a function fails alone and
-has its own deadline, and async functions wait for many trajectories at a time. A function that compares completions with one another
-would see one only, and does not fit. Signature: https://huggingface.co/docs/trl/grpo_trainer, "Using a custom reward function".
+has its own deadline, and async functions wait for many trajectories at a time. A function that compares completions with one another gets
+those of a group with the option `whole_group`. Signature: https://huggingface.co/docs/trl/grpo_trainer, "Using a custom reward function".
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from verst.errors import ExtensionError, RewardFailure
 from verst.extend import is_async
 from verst.rewards.conversation import as_dicts, as_text, split
+from verst.rewards.grouped import one_each
 from verst.rewards.metrics import record
 from verst.types import NO_VERSION, Trajectory
 
@@ -34,11 +35,17 @@ def check_signature(name: str, signature: inspect.Signature) -> None:
         raise ExtensionError(f"reward {name!r} is {signature}, which TRL could not call either; expected: {EXPECTED}")
 
 
-def adapt(functions: Mapping[str, Callable[..., Any]], conversational: bool = True, weights: Sequence[float] | None = None) -> Any:
+def adapt(
+    functions: Mapping[str, Callable[..., Any]],
+    conversational: bool = True,
+    weights: Sequence[float] | None = None,
+    whole_group: bool = False,
+) -> Any:
     """One reward of Verst: the sum of what the functions return, each times its weight.
 
     conversational: prompts and completions are lists of messages, as in TRL's conversational format; otherwise plain text, joined.
     weights: one for each function, as `GRPOConfig.reward_weights`. Default: 1 each.
+    whole_group: functions are called once for a group, with lists of its completions, and not once for each.
     """
     weights = [1.0] * len(functions) if weights is None else weights
     if len(weights) != len(functions):
@@ -48,37 +55,55 @@ def adapt(functions: Mapping[str, Callable[..., Any]], conversational: bool = Tr
         check_signature(name, signature)
     calls = [(name, function, signatures[name], float(weight)) for (name, function), weight in zip(functions.items(), weights, strict=True)]
 
-    def scores(trajectory: Trajectory, fields: Mapping[str, Any]) -> list[tuple[str, float, Any]]:
-        given = _arguments(trajectory, fields, conversational)
-        return [(name, weight, function(**_taken(name, signature, given))) for name, function, signature, weight in calls]
+    def scores(trajectories: Sequence[Trajectory], fields: Mapping[str, Any]) -> list[Score]:
+        given = _arguments(trajectories, fields, conversational)
+        return [Score(name, weight, function(**_taken(name, signature, given))) for name, function, signature, weight in calls]
+
+    async def waited(trajectories: Sequence[Trajectory], fields: Mapping[str, Any]) -> list[Score]:
+        found = scores(trajectories, fields)
+        values = await asyncio.gather(*(_awaited(score.values) for score in found))
+        return [score._replace(values=value) for score, value in zip(found, values, strict=True)]
 
     def plain(trajectory: Trajectory, fields: Mapping[str, Any]) -> float:
-        return _sum(scores(trajectory, fields))
+        return _only(_sums(scores([trajectory], fields), 1))
 
     async def waiting(trajectory: Trajectory, fields: Mapping[str, Any]) -> float:
-        found = scores(trajectory, fields)
-        values = await asyncio.gather(*(_awaited(value) for _, _, value in found))
-        return _sum([(name, weight, value) for (name, weight, _), value in zip(found, values, strict=True)])
+        return _only(_sums(await waited([trajectory], fields), 1))
 
-    return waiting if any(is_async(function) for function in functions.values()) else plain
+    def plain_group(trajectories: Sequence[Trajectory], fields: Mapping[str, Any]) -> list[float | None]:
+        return _sums(scores(trajectories, fields), len(trajectories))
+
+    async def waiting_group(trajectories: Sequence[Trajectory], fields: Mapping[str, Any]) -> list[float | None]:
+        return _sums(await waited(trajectories, fields), len(trajectories))
+
+    kinds = {False: (plain, waiting), True: (plain_group, waiting_group)}
+    return kinds[whole_group][any(is_async(function) for function in functions.values())]
+
+
+class Score(NamedTuple):
+    """What one function returned for all completions."""
+
+    name: str
+    weight: float
+    values: Any
 
 
 async def _awaited(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
-def _arguments(trajectory: Trajectory, fields: Mapping[str, Any], conversational: bool) -> dict[str, Any]:
-    opening, answer = split(trajectory)
+def _arguments(trajectories: Sequence[Trajectory], fields: Mapping[str, Any], conversational: bool) -> dict[str, Any]:
     show = as_dicts if conversational else as_text
-    first = trajectory.turns[0].generated if trajectory.turns else 0
-    versions_T = trajectory.versions_T[trajectory.versions_T != NO_VERSION]
+    parts = [split(trajectory) for trajectory in trajectories]
+    firsts = [t.turns[0].generated if t.turns else 0 for t in trajectories]
+    newest = [int(t.versions_T[t.versions_T != NO_VERSION].max(initial=0)) for t in trajectories]
     return {
-        **{name: [value] for name, value in fields.items() if name not in ("prompt", "completion")},
-        "prompts": [show(opening)],
-        "completions": [show(answer)],
-        "completion_ids": [trajectory.tokens_T[first:].tolist()],
+        **{name: [value] * len(trajectories) for name, value in fields.items() if name not in ("prompt", "completion")},
+        "prompts": [show(opening) for opening, _ in parts],
+        "completions": [show(answer) for _, answer in parts],
+        "completion_ids": [t.tokens_T[first:].tolist() for t, first in zip(trajectories, firsts, strict=True)],
         # steps are what a trainer counts, and a version is the steps before it
-        "trainer_state": SimpleNamespace(global_step=int(versions_T.max(initial=0))),
+        "trainer_state": SimpleNamespace(global_step=max(newest)),
         "log_metric": record,
         "log_extra": _ignore,
     }
@@ -102,22 +127,32 @@ def _taken(name: str, signature: inspect.Signature, given: Mapping[str, Any]) ->
     return taken
 
 
-def _sum(scores: Sequence[tuple[str, float, Any]]) -> float:
-    """As TRL: what is None does not count. Of one function alone the worker checks the number."""
-    found: list[float] = []
-    for name, weight, value in scores:
-        if not isinstance(value, Sequence) and hasattr(value, "tolist"):
-            value = value.tolist()  # an array or a tensor, which TRL would take
-        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 1:
-            raise RewardFailure(f"{name} returned {str(value)[:60]!r} for one completion: return a list with one number or None")
-        if value[0] is None:
-            continue
-        number = value[0].item() if hasattr(value[0], "item") else value[0]
-        if not isinstance(number, int | float):
-            raise RewardFailure(f"{name} returned {str(value)[:60]!r}: return a list with one number or None")
-        if len(scores) > 1:
-            record(name.rpartition(":")[2], number)
-        found.append(weight * number)
-    if not found:
+def _sums(scores: Sequence[Score], count: int) -> list[float | None]:
+    """Of each completion, as TRL: what is None does not count. None: no function says what it is worth."""
+    columns = [(score, _numbers(score, count)) for score in scores]
+    if len(scores) > 1:
+        for score, column in columns:
+            known = [number for number in column if number is not None]
+            if known:
+                record(score.name.rpartition(":")[2], sum(known) / len(known))
+    found = [[score.weight * column[i] for score, column in columns if column[i] is not None] for i in range(count)]
+    return [sum(parts) if parts else None for parts in found]
+
+
+def _numbers(score: Score, count: int) -> list[Any]:
+    """One number or None for each completion. Of those of the only function the worker checks that they are finite."""
+    try:
+        values = one_each(score.values, count, "completion(s)")
+    except RewardFailure as failure:
+        raise RewardFailure(f"{score.name} {failure}") from None
+    numbers = [value.item() if hasattr(value, "item") else value for value in values]
+    if any(number is not None and not isinstance(number, int | float) for number in numbers):
+        raise RewardFailure(f"{score.name} returned {str(score.values)[:60]!r}: return a list of numbers or None")
+    return numbers
+
+
+def _only(sums: Sequence[float | None]) -> float:
+    (found,) = sums
+    if found is None:
         raise RewardFailure("returned None for this prompt: no function says what it is worth; leave such prompts out, or add a function")
-    return sum(found)
+    return found

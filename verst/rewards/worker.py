@@ -2,7 +2,8 @@
 
 In (`verst.isolated.served`): first (`RewardSpec`, deadline), then (number, fields, trajectories). Out: first whether the reward loaded,
 then for each request one reply when it begins and one for each trajectory as soon as it is scored, so that whoever waits knows what it
-waits for. A plain reward takes one request after the other, an async one all that come.
+waits for. A plain reward takes one request after the other, an async one all that come. One that scores groups takes each request
+whole, one after the other also if it is async.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from verst.errors import DeadlineExceeded, RewardFailure
 from verst.extend import is_async, origin
 from verst.fields import Score, checked, to_json
 from verst.isolated.served import Channel, attempt
+from verst.rewards.grouped import one_each, scores_groups
 from verst.rewards.metrics import recording
 from verst.types import Trajectory
 
@@ -51,14 +53,16 @@ class Worker:
             self._send_unloaded(error)
             return
         self._reward: Callable[..., Any] = reward
-        concurrent = is_async(reward)
-        self._send(concurrent=concurrent)
+        self._grouped = scores_groups(reward)
+        concurrent = is_async(reward) and not self._grouped
+        self._send(concurrent=concurrent, grouped=self._grouped)
         with self._runner:
             if concurrent:
                 self._runner.run(self._score_together())
                 return
+            score = self._score_group if self._grouped else self._score_in_order
             while (request := self._receive()) is not None:
-                self._score_in_order(*request)
+                score(*request)
 
     def _score_in_order(self, number: int, fields: Mapping[str, Any], trajectories: Sequence[Trajectory]) -> None:
         self._send(number=number, begun=True)
@@ -67,11 +71,23 @@ class Worker:
                 reward, error = attempt(partial(self._score, trajectory, fields))
             self._report(number, index, recorded, reward, error)
 
+    def _score_group(self, number: int, fields: Mapping[str, Any], trajectories: Sequence[Trajectory]) -> None:
+        """In one call. What it records is of the group, so of each trajectory."""
+        self._send(number=number, begun=True)
+        with recording() as recorded:
+            values, error = attempt(lambda: one_each(self._called(list(trajectories), fields), len(trajectories), "trajectories"))
+        for index, trajectory in enumerate(trajectories):
+            score, wrong = (None, error) if error is not None else attempt(partial(_scored, values[index], trajectory))
+            self._report(number, index, recorded, score, wrong)
+
     def _score(self, trajectory: Trajectory, fields: Mapping[str, Any]) -> Score:
-        value = self._reward(trajectory, fields)
+        return _scored(self._called(trajectory, fields), trajectory)
+
+    def _called(self, scored: Trajectory | list[Trajectory], fields: Mapping[str, Any]) -> Any:
+        value = self._reward(scored, fields)
         if inspect.isawaitable(value):  # in this context: the runner has one of its own, in which nothing would be recorded
             value = self._runner.run(_wait_for(value), context=contextvars.copy_context())
-        return _scored(value, trajectory)
+        return value
 
     async def _score_together(self) -> None:
         """Async rewards mostly wait (for a judge, a sandbox), so all that have come wait at the same time."""

@@ -1,5 +1,5 @@
-"""What may change between two starts of one run: where and how fast it computes, for how long, and what `run.changes` says of later steps;
-never what it has learned from.
+"""What may change between two starts of one run: where and how fast it computes, for how long, and what changes at steps to come; never
+what it has learned from.
 """
 
 from __future__ import annotations
@@ -92,7 +92,12 @@ def unrecorded(run: RunDirectory, before: Mapping[str, Any], config: Config) -> 
     """
     known = {key for change in run.changes for key in change["options"]}
     found = differences(before, config.model_dump(mode="json"))
-    return {key: values for key, values in found.items() if key not in known and (_reorders_sums(key) or _reason(key, config) is not None)}
+    return {key: values for key, values in found.items() if key not in known and _decides(key, config)}
+
+
+def _decides(key: str, config: Config) -> bool:
+    """Whether a step that was made comes out otherwise with another value."""
+    return key == "run.changes" or _reorders_sums(key) or _reason(key, config) is not None
 
 
 def journal_changes(run: RunDirectory, journal: Journal) -> None:

@@ -27,11 +27,12 @@ SAMPLES = np.array([0, 0, 0, 1, 1, 2])
 """Three samples, of three, two and one loss tokens."""
 LENGTHS = np.array([3, 2, 1])
 LIMIT = 4
-POLICY_GRADIENTS = [name for name in PRESETS if name not in ("best_of_n", "sft")]
+POLICY_GRADIENTS = [name for name in PRESETS if name not in ("distill", "best_of_n", "sft")]
 
 
 def options_of(name: str, **asked: Any) -> Any:
-    return PRESETS[name].model_validate({"name": name, **asked})
+    needed = {"teacher": "m"} if name == "distill" else {}
+    return PRESETS[name].model_validate({"name": name, **needed, **asked})
 
 
 def loss_of(name: str, log_ratios: Any, values: Any, samples: Any = SAMPLES, **asked: Any) -> tuple[Any, torch.Tensor]:
@@ -94,6 +95,7 @@ ADVANTAGES: dict[str, Any] = {
     "reinforce_plus_plus": np.array([3, 1, 0, -1, -1, -2]) / np.sqrt(16 / 5),
     # Less the group's means: 1 −1 1 0 0 −1, mean 0, squares 4 in all, divisor 5.
     "reinforce_plus_plus_baseline": np.array([1, -1, 1, 0, 0, -1]) / np.sqrt(4 / 5),
+    "distill": [0] * 6,  # the loss has those of the tokens
     **dict.fromkeys(["best_of_n", "sft"], [1] * 6),
 }
 
@@ -157,7 +159,7 @@ def test_which_groups_have_nothing_to_teach(name: str):
         assert dropped([0.0, -1.0]) == "its best reward (0.0) is not above 0.0"
         assert dropped([0.5, 0.0], reward_above=0.5) == "its best reward (0.5) is not above 0.5"
         assert dropped([1.0, 1.0]) is None  # right answers are to be imitated, also if all are
-    elif name in ("sft", "reinforce_plus_plus"):
+    elif name in ("sft", "distill", "reinforce_plus_plus"):
         assert dropped([1.0, 1.0]) is None
     else:
         assert dropped([1.0, 1.0], dynamic_sampling=True) == "all its rewards are equal (1.0)"

@@ -29,8 +29,9 @@ def test_every_option_has_earned_its_place():
     # Not a limit of taste: each option is documented, honoured and tested. Raise the number together with the reason, in the changelog.
     # of the newest seven: which filters and hooks, how long each may take, and whether a run goes on without a hook; what is evaluated
     # beside the held-out share, and by which figure a checkpoint is the best, are a run's owner's to say
+    # of the one after: whom a policy learns from by distillation has no default
     # of the two before: whose advantages and whose loss are an experiment's to say
-    assert len({name for preset in PRESETS for name in option_names(preset)}) == 100
+    assert len({name for preset in PRESETS for name in option_names(preset)}) == 101
 
 
 def test_resolved_config_reads_back_to_itself(tmp_path: Path):
@@ -260,7 +261,7 @@ def test_overrides_win_over_a_preset():
 COMPARING = [name for name, preset in PRESETS.items() if issubclass(preset, ComparingConfig)]
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"sft"}))
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"sft", "distill"}))
 def test_a_group_of_one_is_refused_where_the_baseline_is_the_groups(name: str):
     asked = [f"algorithm.name={name}", "rollout.group_size=1"]
     assert len(COMPARING) == 7
@@ -271,7 +272,7 @@ def test_a_group_of_one_is_refused_where_the_baseline_is_the_groups(name: str):
         load_config(MINIMAL, asked)
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"sft", "best_of_n"}))
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"sft", "best_of_n", "distill"}))
 def test_every_policy_gradient_needs_to_know_of_staleness(name: str):
     with pytest.raises(ConfigError, match=r"capacity_groups \(32\) lets tokens be 1 versions old.*set algorithm.old_logprobs=behaviour"):
         load_config(MINIMAL, ["rollout.capacity_groups=32", f"algorithm.name={name}"])
@@ -286,6 +287,10 @@ def test_running_ahead_needs_a_loss_that_knows_of_it():
         load_config(MINIMAL, AHEAD)
     load_config(MINIMAL, [*AHEAD, "algorithm={name: grpo, old_logprobs: behaviour}"])
     load_config(MINIMAL, [*AHEAD, "algorithm={name: grpo, corrections: [{kind: truncate, level: token, upper: 2}]}"])
+    distill = "name: distill, teacher: m"
+    with pytest.raises(ConfigError, match=r"set algorithm\.old_logprobs=behaviour"):
+        load_config(MINIMAL, [*AHEAD, f"algorithm={{{distill}}}"])
+    load_config(MINIMAL, [*AHEAD, f"algorithm={{{distill}, old_logprobs: behaviour}}", "rollout.group_size=1"])
     load_config(MINIMAL, [*AHEAD, "algorithm.name=sft"])
     load_config(MINIMAL, [*AHEAD, "algorithm.name=best_of_n"])  # imitates an older policy's answers, and has no ratio
 

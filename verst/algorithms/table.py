@@ -24,6 +24,7 @@ from verst.algorithms.losses import (
     LossInputs,
     LossOutput,
     cispo_loss,
+    distill_loss,
     grpo_loss,
     gspo_loss,
     likelihood_loss,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         ComparingConfig,
         GroupRelativeConfig,
         PolicyGradientConfig,
+        RatioConfig,
         ReinforcePlusPlusConfig,
     )
     from verst.config.schema import Config
@@ -140,6 +142,12 @@ def _all_alike(rewards_N: ArrayLike, groups_N: NDArray[np.integer], options: Any
     return np.ones(np.shape(rewards_N), dtype=np.float64)
 
 
+def _of_the_tokens(rewards_N: ArrayLike, groups_N: NDArray[np.integer], options: Any) -> NDArray[np.float64]:
+    """Of samples there are none: the loss has one for each token."""
+    del groups_N, options
+    return np.zeros(np.shape(rewards_N), dtype=np.float64)
+
+
 # ---- what is computed before the first update
 
 
@@ -152,6 +160,10 @@ def _for_the_ratio(options: PolicyGradientConfig, num_updates: int) -> bool:
     # A KL term in the reward is part of the advantages, so it must be known before any gradient is.
     kl_in_reward = options.kl_coefficient > 0 and options.kl_in == "reward"
     return options.old_logprobs == "trainer" and (num_updates > 1 or kl_in_reward)
+
+
+def _after_the_first(options: RatioConfig, num_updates: int) -> bool:
+    return options.old_logprobs == "trainer" and num_updates > 1
 
 
 def _never(*options: Any) -> bool:
@@ -207,6 +219,18 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         _policy_gradient("rloo", reinforce_loss, _of_the_others),
         _policy_gradient("reinforce_plus_plus", grpo_loss, _of_the_batch, compares=False),
         _policy_gradient("reinforce_plus_plus_baseline", grpo_loss, _of_group_and_batch),
+        Algorithm(
+            name="distill",
+            learns_from="policy",
+            min_members=1,
+            without_signal=_every_group,
+            trained=_all,
+            loss=distill_loss,
+            shape_rewards=_given_rewards,
+            advantages=_of_the_tokens,
+            needs_reference=_never,
+            needs_old_logprobs=_after_the_first,
+        ),
         _imitation("best_of_n", "policy", _nothing_good, best),
         _imitation("sft", "demonstrations", _every_group, _all),
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verst.config.algorithms import PolicyGradientConfig, SftConfig
+from verst.config.algorithms import DistillConfig, PolicyGradientConfig, SftConfig
 from verst.config.hub import model_directory
 from verst.config.schema import Config
 from verst.errors import ModelError
@@ -177,9 +177,18 @@ def _memory_plan(config: Config, facts: ModelFacts) -> list[str]:
         f"memory of a trainer rank: {_size(trainer)} (weights, optimizer, gradients{', reference' if reference else ''}) and activations",
         f"memory of each replica: {_size(weights)} weights + {_size(cache)} KV cache "
         f"({config.rollout.max_running} sequences x {config.max_trajectory_tokens:,} tokens)",
+        *_teacher_plan(config, element),
         *_shared_plan(config, trainer, weights, weights + cache),
         f"published weights: {_size(weights)} in shared memory, twice while a version replaces another",
     ]
+
+
+def _teacher_plan(config: Config, element: int) -> list[str]:
+    if not isinstance(config.algorithm, DistillConfig):
+        return []
+    facts = read_model(config.algorithm.teacher)
+    cache = config.max_trajectory_tokens * facts.kv_elements_per_token * element
+    return [f"memory of the teacher beside each replica: {_size(facts.parameters * element + cache)} ({facts.parameters:,} parameters)"]
 
 
 def _shared_plan(config: Config, trainer: float, weights: int, replica: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from verst.config.algorithms import DistillConfig
 from verst.config.schema import Config
 from verst.errors import ConfigError
 
@@ -23,9 +24,16 @@ class Placement:
     def device(self) -> str:
         return "cuda" if self.trainer_gpus else "cpu"
 
+    @property
+    def teacher_device(self) -> str:
+        """Of the teacher, if there is one: the replica's second GPU, else the engine's device."""
+        return "cuda:1" if self.replica_gpus > 1 else self.device
+
 
 def place(config: Config, gpus: int) -> Placement:
     """One GPU for each rank and replica; with a GPU for each rank only, the replicas share them; without GPUs everything runs on the CPU.
+
+    A replica with a teacher has a second GPU for it, where there are as many; else both are on one.
 
     Raises:
         ConfigError: there are GPUs, but too few; or the transport of weights does not work within one GPU.
@@ -33,6 +41,8 @@ def place(config: Config, gpus: int) -> Placement:
     ranks, replicas = config.train.ranks, config.rollout.replicas
     if gpus == 0:
         return Placement(0.0, 0.0)
+    if isinstance(config.algorithm, DistillConfig) and gpus >= ranks + 2 * replicas:
+        return Placement(1.0, 2.0)
     if gpus >= ranks + replicas:
         return Placement(1.0, 1.0)
     if gpus != ranks or replicas % ranks:

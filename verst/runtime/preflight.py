@@ -13,6 +13,7 @@ from typing import Any
 
 from verst import extend
 from verst.algorithms.table import algorithm_for, records_routes
+from verst.config.algorithms import DistillConfig
 from verst.config.checks import is_given, warnings
 from verst.config.evaluated import evaluated
 from verst.config.hub import with_local_model
@@ -53,6 +54,7 @@ def preflight(config: Config, extensions: Extensions) -> Findings:
         VerstError: what is missing, malformed or does not fit.
     """
     _check_model(config)
+    _check_teacher(config)
     check_stack(config)
     check_trackers(config.tracking)
     _check_algorithm(config.algorithm)
@@ -86,6 +88,21 @@ def _check_model(config: Config) -> None:
         raise ConfigError(
             f"train.routes: {config.model.path} has experts ({key} in its config.json), but it is not known how that family says which "
             "layers route and how many experts a token gets, so routes could not be replayed: set train.routes=ignore"
+        )
+
+
+def _check_teacher(config: Config) -> None:
+    if not isinstance(config.algorithm, DistillConfig):
+        return
+    path = config.algorithm.teacher
+    try:
+        limit = read_model(path).max_positions
+    except ModelError as error:
+        raise ModelError(f"algorithm.teacher: {str(error).removeprefix('model.path: ')}") from error
+    if limit is not None and config.max_trajectory_tokens > limit:
+        raise ModelError(
+            f"algorithm.teacher: a trajectory may have {config.max_trajectory_tokens} tokens, but {path} is made for {limit} "
+            "(max_position_embeddings): lower data.max_prompt_tokens or rollout.max_new_tokens, or take another teacher"
         )
 
 

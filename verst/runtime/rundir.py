@@ -30,6 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from verst.config.algorithms import AlgorithmConfig, DistillConfig
 from verst.config.hub import pinned
 from verst.config.load import dump_config, load_config
 from verst.config.schema import Config, EvalSetConfig
@@ -323,12 +324,17 @@ def _anchored_set(chosen: EvalSetConfig) -> EvalSetConfig:
     return chosen.model_copy(update={"path": _absolute(chosen.path), "dataset": _dataset(chosen.dataset)})
 
 
+def _anchored_algorithm(algorithm: AlgorithmConfig) -> AlgorithmConfig:
+    return algorithm.model_copy(update={"teacher": pinned(algorithm.teacher)}) if isinstance(algorithm, DistillConfig) else algorithm
+
+
 def _anchored(config: Config) -> Config:
     """The configuration with absolute paths, so that the run can be resumed from any directory, and with the commits of hub ids."""
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": _absolute(config.run.dir)}),
             "model": config.model.model_copy(update={"path": pinned(config.model.path)}),
+            "algorithm": _anchored_algorithm(config.algorithm),
             "data": config.data.model_copy(update={"path": _absolute(config.data.path), "dataset": _dataset(config.data.dataset)}),
             "eval": config.eval.model_copy(update={"sets": {name: _anchored_set(one) for name, one in config.eval.sets.items()}}),
             "weights": config.weights.model_copy(update={"location": _absolute(config.weights.location)}),

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("_one_thread")
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("teacher") / "tiny", seed=7, initializer_range=0.1)
+    return tiny_model(tmp_path_factory.mktemp("teacher") / "tiny", seed=7, initializer_range=0.3)
 
 
 def distilled(directory: Path, model: Path, teacher: Path, values: dict[str, Any] | None = None, **extensions: Any) -> LocalRun:
@@ -42,12 +42,12 @@ def digests(run: LocalRun, steps: int) -> list[str]:
 
 
 async def test_the_student_comes_closer_to_its_teacher_without_a_reward(tmp_path: Path, model: Path, teacher: Path):
-    steps = 8
-    values = {"run": {"name": "run", "dir": str(tmp_path), "steps": steps, "seed": 1}, "train": {"groups_per_step": 4, "lr": 1e-2}}
-    run = await distilled(tmp_path, model, teacher, values | {"rollout": {"group_size": 4, "max_new_tokens": 8}}).go()
+    steps = 10
+    values = {"run": {"name": "run", "dir": str(tmp_path), "steps": steps, "seed": 1}, "train": {"groups_per_step": 8, "lr": 1e-2}}
+    run = await distilled(tmp_path, model, teacher, values | {"rollout": {"group_size": 8, "max_new_tokens": 16, "max_running": 64}}).go()
     divergence = run.metric("policy/teacher_kl")
     assert len(divergence) == steps
-    assert np.mean(divergence[-2:]) < 0.7 * np.mean(divergence[:2])
+    assert np.mean(divergence[-3:]) < 0.92 * np.mean(divergence[:3])  # 3,072 tokens each
     journal = JournalReader(run.run.journal)
     for found in journal.group(0).trajectories:
         given = found.fields[TEACHER]
@@ -97,6 +97,17 @@ async def test_a_teacher_that_breaks_is_replaced_with_its_replica(
     assert broken == [2]
     assert any("replica 0" in line and "the teacher failed: told to" in line for line in run.lines)
     assert JournalReader(run.run.journal).index.last_commit == 3
+
+
+async def test_a_teacher_that_always_breaks_ends_the_run_with_the_reason(
+    tmp_path: Path, model: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+):
+    async def breaks(self: Teacher, group: Group) -> Group:
+        raise EngineFailure("the teacher failed: told to")
+
+    monkeypatch.setattr(Teacher, "judge", breaks)
+    with pytest.raises(VerstError, match="the teacher failed: told to"):
+        await distilled(tmp_path, model, teacher).go()
 
 
 async def test_a_teacher_with_other_tokens_is_refused_as_the_run_starts(tmp_path: Path, model: Path):

@@ -98,6 +98,7 @@ def test_a_group_has_time_for_its_teacher():
 
 def test_the_plan_has_the_teachers_memory(tmp_path: Path):
     path = str(tiny_model(tmp_path / "m"))
+    # 35,168 parameters, and keys and values of 2 layers x 2 heads x 8 for each of 1,280 tokens, in float32.
     (line,) = [line for line in plan_lines(config(path)) if "teacher" in line]
-    assert line.startswith("memory of the teacher beside each replica: ")
+    assert line == f"memory of the teacher beside each replica: {(35_168 + 2 * 2 * 2 * 8 * 1_280) * 4 / 1024:.1f} KiB ({path})"
     assert not [line for line in plan_lines(config(path, name="grpo")) if "teacher" in line]

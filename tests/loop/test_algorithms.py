@@ -45,17 +45,22 @@ def test_every_algorithm_has_an_example():
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
 async def test_one_step_of_each_example(tmp_path: Path, quickstart: Path, example: Path):
+    """A teacher is the model itself here; `tests/loop/test_distill.py` has another."""
     scored: dict[str, Any] = {} if example.stem == "dpo" else {"reward": spread}
-    run = await local_run(tmp_path, quickstart, values_of(example, tmp_path), **scored).go()
+    run = await local_run(tmp_path, quickstart, values_of(example, tmp_path, **_taught(example, quickstart)), **scored).go()
     (row,) = [row for row in run.rows if row.get("loss/total") is not None]
     assert np.isfinite(row["loss/total"])
-    assert row["update/grad_norm"] > 0
+    assert (row["update/grad_norm"] > 0) == (example.stem != "distill")
     assert row["update/skipped"] == 0
     compares = example.stem in ("dpo", "online_dpo")
     assert ("policy/reward_margin" in row) == compares
     weighs = not compares and example.stem != "best_of_n"
     assert ("policy/ratio" in row) == weighs
-    assert ("policy/clipped_high" in row) == (weighs and example.stem != "rloo")
+    assert ("policy/clipped_high" in row) == (weighs and example.stem not in ("rloo", "distill"))
+
+
+def _taught(example: Path, teacher: Path) -> dict[str, dict[str, Any]]:
+    return {"algorithm": {"teacher": str(teacher), "old_logprobs": "behaviour"}} if example.stem == "distill" else {}
 
 
 def trained(run: LocalRun) -> list[tuple[list[float], list[float]]]:

@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from verst.errors import EnvironmentFailure, ExtensionError
+from verst.fields import Opaque, PerToken
 from verst.rollout.agent import AgentEnvironment, Agents
 from verst.rollout.boundary import GuardedEnvironment
 from verst.rollout.endpoint import LARGEST_REQUEST
@@ -68,6 +69,17 @@ async def test_an_agent_that_knows_base_url_and_key_is_an_environment(opened: Op
     assert await environment.reply(said("4", FinishReason.LENGTH)) == Reply(
         info={"changed": True, "why": "length", "not_heeded": ["temperature"]}
     )
+
+
+async def test_fields_that_an_agent_returns_are_in_the_info_of_its_last_reply(opened: Open):
+    async def solve(session: Session, prompt: Prompt) -> dict[str, Any]:
+        async with client(session) as api:
+            await api.chat.completions.create(model="any", messages=[ASK])  # type: ignore[list-item]
+        return {"tries": 1, "each": PerToken([0.5, 1]), "note": Opaque(("a", 1))}
+
+    environment = opened(solve)
+    await environment.start(PROMPT)
+    assert await environment.reply(said("4")) == Reply(info={"tries": 1, "each": PerToken([0.5, 1]), "note": Opaque(["a", 1])})
 
 
 async def test_a_plain_function_with_a_plain_client(opened: Open):

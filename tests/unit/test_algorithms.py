@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +15,9 @@ from verst.algorithms.advantages import group_advantages, penalised_rewards
 from verst.algorithms.aggregate import token_weights
 from verst.algorithms.fidelity import mismatch_tokens, tally_mismatch
 from verst.algorithms.kl import Estimator, kl_per_sample, kl_per_token
-from verst.algorithms.losses import LossInputs, grpo_loss, likelihood_loss
+from verst.algorithms.losses import TEACHER, LossInputs, distill_loss, grpo_loss, likelihood_loss
 from verst.algorithms.table import ALGORITHMS, algorithm_for
-from verst.config.algorithms import PRESETS, GrpoConfig, SftConfig
+from verst.config.algorithms import PRESETS, CorrectionConfig, DistillConfig, GrpoConfig, SftConfig
 from verst.errors import InvariantViolation
 from verst.observe.metrics import Tally, merged
 
@@ -179,6 +181,42 @@ def test_grpo_worked_by_hand():
     np.testing.assert_allclose(gradient_of(output.per_token.sum(), inputs.logprobs), [0, -1, 3, 0, -1.1])
 
 
+def distilled(teacher, **given):
+    return replace(loss_inputs(given.pop("logprobs"), [0.0] * len(teacher), **given), fields={TEACHER: torch.tensor(teacher).double()})
+
+
+def test_distillation_worked_by_hand():
+    # Advantages teacher − old: −1 − (−2) = 1, −3 − (−2) = −1, −2 − (−2) = 0; ratios 1.5, 0.5, 2.
+    old = [-2.0, -2.0, -2.0]
+    inputs = distilled([-1.0, -3.0, -2.0], logprobs=-2 + np.log([1.5, 0.5, 2.0]), old=old, behaviour=[-2.5, -2.0, -2.0])
+    output = distill_loss(inputs, DistillConfig(teacher="m"))
+    np.testing.assert_allclose(output.per_token.detach(), [-1.5, 0.5, 0])
+    np.testing.assert_allclose(gradient_of(output.per_token.sum(), inputs.logprobs), [-1.5, 0.5, 0])
+    assert output.metrics["teacher_kl"].tolist() == [-1, 1, 0]
+    np.testing.assert_allclose(output.metrics["ratio"], [1.5, 0.5, 2])
+    # As sampled: the first token had −2.5, so its advantage is 1.5 and its ratio e^0.5 times as large.
+    sampled = distill_loss(inputs, DistillConfig(teacher="m", old_logprobs="behaviour"))
+    np.testing.assert_allclose(sampled.per_token.detach(), [-1.5 * 1.5 * np.exp(0.5), 0.5, 0])
+    # A correction weighs the loss by old over behaviour probability, e^0.5 for the first token, up to 1.2.
+    correction = CorrectionConfig(kind="truncate", level="token", upper=1.2)
+    corrected = distill_loss(inputs, DistillConfig(teacher="m", corrections=[correction]))
+    np.testing.assert_allclose(corrected.per_token.detach(), [-1.5 * 1.2, 0.5, 0])
+
+
+def test_the_gradient_of_distillation_is_that_of_the_reverse_divergence():
+    """In expectation over the policy's own samples: Σ p · (gradient of −r·A) is the gradient of KL(policy, teacher), by autograd."""
+    logits = torch.tensor([0.3, -1.0, 0.7, 0.1], dtype=torch.float64, requires_grad=True)
+    teacher = torch.log_softmax(torch.tensor([1.0, 0.0, -0.5, 0.2], dtype=torch.float64), 0)
+    logprobs = torch.log_softmax(logits, 0)
+    inputs = LossInputs(logprobs, logprobs.detach(), logprobs.detach(), None, torch.zeros(4), torch.zeros(4).long(), {TEACHER: teacher})
+    output = distill_loss(inputs, DistillConfig(teacher="m"))
+    found = gradient_of((logprobs.detach().exp() * output.per_token).sum(), logits)
+    again = torch.log_softmax(logits, 0)
+    np.testing.assert_allclose(found, gradient_of((again.exp() * (again - teacher)).sum(), logits), atol=1e-12)
+    estimated = (logprobs.detach().exp() * output.metrics["teacher_kl"]).sum().item()
+    assert estimated == pytest.approx((again.exp() * (again - teacher)).sum().item())
+
+
 def test_on_policy_gradient_is_minus_the_advantage():
     # The ratio is 1, where both branches of the minimum tie: neither half of the gradient may be lost.
     inputs = loss_inputs([-1.0, -2.0, -3.0], [1.5, -0.5, 0.0])
@@ -330,7 +368,8 @@ def test_broken_log_probabilities_are_not_hidden():
 def test_every_algorithm_of_the_schema_is_in_the_table():
     assert list(ALGORITHMS) == list(PRESETS)
     for name, preset in PRESETS.items():
-        assert algorithm_for(preset()).name == ALGORITHMS[name].name == name  # type: ignore[arg-type]
+        options: Any = preset(**({"teacher": "m"} if name == "distill" else {}))
+        assert algorithm_for(options).name == ALGORITHMS[name].name == name
 
 
 @pytest.mark.parametrize(

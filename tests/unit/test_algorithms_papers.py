@@ -27,11 +27,12 @@ SAMPLES = np.array([0, 0, 0, 1, 1, 2])
 """Three samples, of three, two and one loss tokens."""
 LENGTHS = np.array([3, 2, 1])
 LIMIT = 4
-POLICY_GRADIENTS = [name for name in PRESETS if name not in ("best_of_n", "sft", "dpo", "online_dpo")]
+POLICY_GRADIENTS = [name for name in PRESETS if name not in ("distill", "best_of_n", "sft", "dpo", "online_dpo")]
 
 
 def options_of(name: str, **asked: Any) -> Any:
-    return PRESETS[name].model_validate({"name": name, **asked})
+    needed = {"teacher": "m"} if name == "distill" else {}
+    return PRESETS[name].model_validate({"name": name, **needed, **asked})
 
 
 def loss_of(name: str, log_ratios: Any, values: Any, samples: Any = SAMPLES, **asked: Any) -> tuple[Any, torch.Tensor]:
@@ -95,6 +96,7 @@ ADVANTAGES: dict[str, Any] = {
     # Less the group's means: 1 −1 1 0 0 −1, mean 0, squares 4 in all, divisor 5.
     "reinforce_plus_plus_baseline": np.array([1, -1, 1, 0, 0, -1]) / np.sqrt(4 / 5),
     "ppo": [4, 2, 1, 0, 0, -1],  # what the last token has earned: the critic's values make it advantages
+    "distill": [0] * 6,  # the loss has those of the tokens
     **dict.fromkeys(["best_of_n", "sft"], [1] * 6),
     "online_dpo": [1, -1, 1, 0, 0, -1],  # signs; batches have groups of two
     "dpo": [1, -1, 1, 0, 0, -1],
@@ -163,7 +165,7 @@ def test_which_groups_have_nothing_to_teach(name: str):
     elif name in ("online_dpo", "dpo"):
         assert dropped([1.0, 1.0]) == "all its rewards are equal (1.0), so no two make a pair"
         assert dropped([1.0, 0.0]) is None
-    elif name in ("sft", "reinforce_plus_plus", "ppo"):
+    elif name in ("sft", "distill", "reinforce_plus_plus", "ppo"):
         assert dropped([1.0, 1.0]) is None
     else:
         assert dropped([1.0, 1.0], dynamic_sampling=True) == "all its rewards are equal (1.0)"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verst.algorithms.aggregate import token_weights
-from verst.algorithms.losses import LossInputs
+from verst.algorithms.losses import TEACHER, LossInputs
 from verst.algorithms.table import ALGORITHMS, Algorithm, algorithm_for
 from verst.config.algorithms import PRESETS, AlgorithmConfig, DpoConfig, PolicyGradientConfig
 from verst.data.packing import plan_step
@@ -40,12 +40,15 @@ class Update:
     advantages: torch.Tensor
     embedding: torch.Tensor
     head: torch.Tensor
+    teacher: list[torch.Tensor]  # its log-probabilities
 
 
 @cache
 def make_update(name: str, mode: str, dtype: torch.dtype) -> Update:
     draw = np.random.default_rng(0)
-    preset, asked = PRESETS[name], {"aggregate": mode}
+    preset, asked = PRESETS[name], dict[str, Any](aggregate=mode)
+    if name == "distill":
+        asked["teacher"] = "m"
     if issubclass(preset, PolicyGradientConfig):
         asked |= {"kl_coefficient": 0.1, "kl_in": "loss", "kl_estimator": "k3"}
     if "clip_low" in preset.model_fields:
@@ -67,6 +70,7 @@ def make_update(name: str, mode: str, dtype: torch.dtype) -> Update:
         advantages=torch.from_numpy(algorithm.advantages(draw.random(len(LENGTHS)), np.array(GROUPS), options)).to(dtype),
         embedding=torch.from_numpy(draw.normal(size=(VOCAB, HIDDEN))).to(dtype).requires_grad_(),
         head=torch.from_numpy(draw.normal(size=(VOCAB, HIDDEN))).to(dtype).requires_grad_(),
+        teacher=[torch.from_numpy(draw.normal(-2, 0.5, size=n)).to(dtype) for n in LENGTHS],
     )
 
 
@@ -89,7 +93,9 @@ def weighted_loss(update: Update, microbatch: list[int]) -> torch.Tensor:
     logprobs, _ = token_logprobs(hidden[rows, columns - 1], update.head, tokens[mask], chunk_bytes=1)
     samples = torch.tensor(microbatch)[rows]
     shifted: dict[str, Any] = {name: logprobs.detach() + padded(values)[mask] for name, values in update.shifts.items()}
-    inputs = LossInputs(logprobs=logprobs, advantages=update.advantages[samples], samples=samples, **shifted)
+    inputs = LossInputs(
+        logprobs=logprobs, advantages=update.advantages[samples], samples=samples, fields={TEACHER: padded(update.teacher)[mask]}, **shifted
+    )
     per_token = update.algorithm.loss(inputs, update.options).per_token
     return (per_token * padded(update.weights)[mask]).sum()
 

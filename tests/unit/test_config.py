@@ -34,8 +34,9 @@ def test_every_option_has_earned_its_place():
     # what changes at a step, beta of DPO, its one hyperparameter, and which prompts come first is an experiment's to say
     # of the one before: which model transformers does not know is in no file of that model
     # run.secrets: which of their keys somebody's own code may see is nobody else's to say
+    # algorithm.teacher: whom a policy learns from has no default
     # of the two before: whose advantages and whose loss are an experiment's to say
-    assert len({name for preset in PRESETS for name in option_names(preset)}) == 113
+    assert len({name for preset in PRESETS for name in option_names(preset)}) == 114
 
 
 def test_resolved_config_reads_back_to_itself(tmp_path: Path):
@@ -272,7 +273,7 @@ def test_overrides_win_over_a_preset():
 COMPARING = [name for name, preset in PRESETS.items() if issubclass(preset, ComparingConfig)]
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"sft", "dpo", "online_dpo"}))
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"sft", "dpo", "online_dpo", "distill"}))
 def test_a_group_of_one_is_refused_where_the_baseline_is_the_groups(name: str):
     asked = [f"algorithm.name={name}", "rollout.group_size=1"]
     assert len(COMPARING) == 7
@@ -283,7 +284,7 @@ def test_a_group_of_one_is_refused_where_the_baseline_is_the_groups(name: str):
         load_config(MINIMAL, asked)
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"sft", "dpo", "online_dpo", "best_of_n"}))
+@pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"sft", "dpo", "online_dpo", "best_of_n", "distill"}))
 def test_every_policy_gradient_needs_to_know_of_staleness(name: str):
     with pytest.raises(ConfigError, match=r"capacity_groups \(32\) lets tokens be 1 versions old.*set algorithm.old_logprobs=behaviour"):
         load_config(MINIMAL, ["rollout.capacity_groups=32", f"algorithm.name={name}"])
@@ -298,6 +299,10 @@ def test_running_ahead_needs_a_loss_that_knows_of_it():
         load_config(MINIMAL, AHEAD)
     load_config(MINIMAL, [*AHEAD, "algorithm={name: grpo, old_logprobs: behaviour}"])
     load_config(MINIMAL, [*AHEAD, "algorithm={name: grpo, corrections: [{kind: truncate, level: token, upper: 2}]}"])
+    distill = "name: distill, teacher: m"
+    with pytest.raises(ConfigError, match=r"set algorithm\.old_logprobs=behaviour"):
+        load_config(MINIMAL, [*AHEAD, f"algorithm={{{distill}}}"])
+    load_config(MINIMAL, [*AHEAD, f"algorithm={{{distill}, old_logprobs: behaviour}}", "rollout.group_size=1"])
     load_config(MINIMAL, [*AHEAD, "algorithm.name=sft"])
     load_config(MINIMAL, [*AHEAD, "algorithm.name=best_of_n"])  # imitates an older policy's answers, and has no ratio
 

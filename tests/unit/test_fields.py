@@ -170,7 +170,7 @@ async def test_a_reward_gives_fields_beside_its_number(function: str, tmp_path: 
     assert_same(good.fields, {**own, "each": PerToken(third), "all": PerSample(0.1), "why": Opaque({"count": 3})})
     assert long.status is twice.status is Status.FAILED
     assert f"field_rewards:{function} failed: its Score: field 'each' is PerToken with 5 values, not 3" in str(long.error)
-    assert "field 'mine' is the environment's already: give it another name" in str(twice.error)
+    assert "field 'mine' is there already, from the environment or a teacher: give it another name" in str(twice.error)
 
 
 # ---- in the journal, and on the way to the trainer

@@ -57,7 +57,7 @@ def test_types_and_limits_are_in_plain_words():
 
 def test_an_option_that_some_algorithms_lack_says_which():
     rows = {line.split("`")[1]: line for line in PAGE.splitlines() if line.startswith("| `algorithm.")}
-    assert "Not of rloo, best_of_n, online_dpo, dpo, sft." in rows["algorithm.clip_low"]
+    assert "Not of rloo, distill, best_of_n, online_dpo, dpo, sft." in rows["algorithm.clip_low"]
     assert "Only of best_of_n." in rows["algorithm.reward_above"]
     assert "Only of online_dpo, dpo." in rows["algorithm.beta"]
     assert "Not of online_dpo, dpo." in rows["algorithm.aggregate"]
@@ -66,7 +66,8 @@ def test_an_option_that_some_algorithms_lack_says_which():
 
 def test_every_reason_that_an_option_is_not_read_is_there():
     """Over many runs, so that a new rule that the page's few runs do not show is found."""
-    algorithms = (*({"name": preset} for preset in PRESETS), {"name": "grpo", "kl_coefficient": 0.1})
+    needed = {"distill": {"teacher": "m"}}
+    algorithms = (*({"name": preset, **needed.get(preset, {})} for preset in PRESETS), {"name": "grpo", "kl_coefficient": 0.1})
     trackings = ({"trackers": []}, {"trackers": ["wandb"]}, {"trackers": ["tensorboard"], "prometheus_port": "auto"})
     for algorithm, tracking, every, task in product(algorithms, trackings, (0, 5), (None, "chain_sum")):
         data, evaluation = {"holdout": 0.1, "task": task}, {"every_steps": every}

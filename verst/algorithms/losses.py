@@ -16,8 +16,12 @@ from verst.errors import InvariantViolation
 if TYPE_CHECKING:
     import torch
 
-    from verst.config.algorithms import ClippedConfig, PolicyGradientConfig, PreferenceConfig
+    from verst.config.algorithms import ClippedConfig, DistillConfig, PolicyGradientConfig, PreferenceConfig, RatioConfig
     from verst.config.values import Section
+
+
+TEACHER = "teacher_logprobs"
+"""The `PerToken` field in which the teacher's log-probabilities travel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +130,28 @@ def dpo_loss(inputs: LossInputs, options: PreferenceConfig) -> LossOutput:
     return LossOutput(loss_P[pair_N].to(inputs.logprobs.dtype), {}, told)
 
 
+def distill_loss(inputs: LossInputs, options: DistillConfig) -> LossOutput:
+    """Reverse KL divergence to a teacher on the policy's own samples, token by token: GKD, arXiv 2306.13649, and MiniLLM, arXiv 2306.08543.
+
+    −r·A with A = log-probability of the teacher − old log-probability. Where the policy samples a token, −A is an estimate of
+    KL(policy, teacher) at its place, metric `teacher_kl`, and the gradient of the loss one of that divergence's. Each token answers for
+    itself: as in GKD, that it leads to other tokens has no part (discount 0). As in `reinforce_loss`, r is 1 in a step's only update.
+    Further metrics: `ratio`, and those of the corrections.
+    """
+    old = _old(inputs, options)
+    ratio = (inputs.logprobs - old).exp()
+    advantages = inputs.fields[TEACHER] - old
+    per_token, told = corrected(inputs, options, -ratio * advantages)
+    return LossOutput(per_token, {"ratio": ratio.detach(), "teacher_kl": -advantages} | told)
+
+
 def likelihood_loss(inputs: LossInputs, options: Section) -> LossOutput:
     """Negative log-likelihood of the tokens to imitate, in nats."""
     del options  # aggregation is not the loss's business
     return LossOutput(-inputs.logprobs, {})
 
 
-def _old(inputs: LossInputs, options: PolicyGradientConfig) -> torch.Tensor:
+def _old(inputs: LossInputs, options: RatioConfig) -> torch.Tensor:
     return inputs.behaviour_logprobs if options.old_logprobs == "behaviour" else inputs.old_logprobs
 
 
@@ -149,16 +168,22 @@ def _clipped(inputs: LossInputs, options: ClippedConfig, ratio: torch.Tensor) ->
     return completed(inputs, options, per_token, metrics)
 
 
+def corrected(inputs: LossInputs, options: RatioConfig, per_token: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """w · loss, and metrics: the weight w is 1 without `corrections`, else theirs, of old over behaviour probabilities."""
+    if not options.corrections:
+        return per_token, {}
+    weights, told = correct(inputs.old_logprobs, inputs.behaviour_logprobs, inputs.samples, options.corrections)
+    return weights * per_token, told
+
+
 def completed(inputs: LossInputs, options: PolicyGradientConfig, per_token: torch.Tensor, metrics: dict[str, torch.Tensor]) -> LossOutput:
     """w · loss + kl_coefficient · KL estimate, with the metrics of both: those of the corrections, and `kl` where there is a reference.
 
     The weight w is 1 without `corrections`, else theirs, of old over behaviour probabilities (`verst.algorithms.corrections`).
     The KL term is GRPO's (arXiv 2402.03300, eq. 4), and no correction weighs it.
     """
-    if options.corrections:
-        weights, told = correct(inputs.old_logprobs, inputs.behaviour_logprobs, inputs.samples, options.corrections)
-        per_token = weights * per_token
-        metrics |= told
+    per_token, told = corrected(inputs, options, per_token)
+    metrics |= told
     if options.kl_coefficient > 0:
         if inputs.reference_logprobs is None:
             raise InvariantViolation(

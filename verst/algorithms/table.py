@@ -26,6 +26,7 @@ from verst.algorithms.losses import (
     LossInputs,
     LossOutput,
     cispo_loss,
+    distill_loss,
     dpo_loss,
     grpo_loss,
     gspo_loss,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         ComparingConfig,
         GroupRelativeConfig,
         PolicyGradientConfig,
+        RatioConfig,
         ReinforcePlusPlusConfig,
     )
     from verst.config.schema import Config
@@ -164,6 +166,12 @@ def _all_alike(rewards_N: ArrayLike, groups_N: NDArray[np.integer], options: Any
     return np.ones(np.shape(rewards_N), dtype=np.float64)
 
 
+def _of_the_tokens(rewards_N: ArrayLike, groups_N: NDArray[np.integer], options: Any) -> NDArray[np.float64]:
+    """Of samples there are none: the loss has one for each token."""
+    del groups_N, options
+    return np.zeros(np.shape(rewards_N), dtype=np.float64)
+
+
 # ---- what is computed before the first update
 
 
@@ -181,6 +189,10 @@ def _for_the_ratio(options: PolicyGradientConfig, num_updates: int) -> bool:
 def _always(*options: Any) -> bool:
     del options
     return True
+
+
+def _after_the_first(options: RatioConfig, num_updates: int) -> bool:
+    return options.old_logprobs == "trainer" and num_updates > 1
 
 
 def _never(*options: Any) -> bool:
@@ -261,6 +273,20 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         _policy_gradient("reinforce_plus_plus", grpo_loss, _of_the_batch, compares=False),
         _policy_gradient("reinforce_plus_plus_baseline", grpo_loss, _of_group_and_batch),
         _policy_gradient("ppo", grpo_loss, _earned_in_the_end, compares=False, token_advantages=estimated),
+        Algorithm(
+            name="distill",
+            learns_from="policy",
+            min_members=1,
+            without_signal=_every_group,
+            trained=_all,
+            whole_groups=False,
+            loss=distill_loss,
+            shape_rewards=_given_rewards,
+            advantages=_of_the_tokens,
+            token_advantages=None,
+            needs_reference=_never,
+            needs_old_logprobs=_after_the_first,
+        ),
         _preference("online_dpo", "policy"),
         _preference("dpo", "demonstrations"),
         _imitation("best_of_n", "policy", _nothing_good, best),

@@ -58,15 +58,12 @@ KlEstimator = Annotated[
 ]
 
 
-class PolicyGradientConfig(Section):
-    """What all algorithms have that raise the probability of what earned more than a baseline."""
+class RatioConfig(Section):
+    """What all algorithms have whose loss knows which policy sampled a token."""
 
     model_config = _NAMED
     name: Any  # first of the options; each preset narrows it to its own
     aggregate: Aggregate = "token_mean"
-    kl_coefficient: Real = Field(default=0.0, description="Weight of the KL divergence to the reference model. 0: no reference is kept.")
-    kl_in: KlIn = "loss"
-    kl_estimator: KlEstimator = "k3"
     old_logprobs: Literal["trainer", "behaviour"] = Field(
         default="trainer", description="Denominator of the ratio: recomputed by the trainer before the first update, or as sampled."
     )
@@ -74,6 +71,14 @@ class PolicyGradientConfig(Section):
         default_factory=list,
         description="Importance weights of trainer over behaviour probabilities: {kind, level, lower, upper} each; see docs/fidelity.md.",
     )
+
+
+class PolicyGradientConfig(RatioConfig):
+    """What all algorithms have that raise the probability of what earned more than a baseline."""
+
+    kl_coefficient: Real = Field(default=0.0, description="Weight of the KL divergence to the reference model. 0: no reference is kept.")
+    kl_in: KlIn = "loss"
+    kl_estimator: KlEstimator = "k3"
     overlong_share: OverlongShare = 0.0
     loss: Text | None = Field(default=None, description="`module:function(inputs)` in place of the algorithm's own loss.")
 
@@ -197,6 +202,14 @@ class PpoConfig(ClippedConfig):
     critic_warmup_steps: Whole = Field(default=0, description="First steps, which train the critic alone.")
 
 
+class DistillConfig(RatioConfig):
+    """On-policy distillation, arXiv 2306.13649: the policy's own answers, and what a teacher thinks of each of their tokens."""
+
+    model_config = ConfigDict(json_schema_extra={"required": ["name", "teacher"]})
+    name: Literal["distill"] = "distill"
+    teacher: Text = Field(description="The teacher, as `model.path`: a directory or a hub id. Its tokenizer must have the policy's tokens.")
+
+
 class BestOfNConfig(Section):
     """Rejection sampling: imitates the best of the policy's own answers to each prompt (RAFT, arXiv 2304.06767)."""
 
@@ -255,6 +268,7 @@ AlgorithmConfig = Annotated[
     | ReinforcePlusPlusConfig
     | ReinforcePlusPlusBaselineConfig
     | PpoConfig
+    | DistillConfig
     | BestOfNConfig
     | OnlineDpoConfig
     | DpoConfig

@@ -12,11 +12,13 @@ from verst.config import scheduled
 from verst.config.algorithms import (
     ComparingConfig,
     CorrectionConfig,
+    DistillConfig,
     DpoConfig,
     OfflineConfig,
     PolicyGradientConfig,
     PpoConfig,
     PreferenceConfig,
+    RatioConfig,
     SftConfig,
 )
 from verst.config.evaluated import best_metrics, evaluated
@@ -65,6 +67,8 @@ def inapplicable(config: Config) -> dict[str, str]:
         if not evaluated(config):
             why = "sft and dpo generate and score only for evaluation, and there are neither eval.every_steps nor eval.sets"
             reasons |= _each(_ROLLED_AND_SCORED, why)
+    if isinstance(algorithm, DistillConfig) and not is_given(config, "reward.function"):
+        reasons["reward.function"] = "distill learns from its teacher, and scores what it trains only by a reward that is named"
     if isinstance(algorithm, PolicyGradientConfig) and not algorithm.kl_coefficient:
         reasons |= _each(("algorithm.kl_in", "algorithm.kl_estimator"), "algorithm.kl_coefficient is 0, so there is no KL term")
     return reasons
@@ -98,6 +102,7 @@ def problems(config: Config) -> list[str]:
         *_size_problems(config),
         *_engine_problems(config),
         *scheduled.problems(config),
+        *_teacher_problems(config),
     ]
 
 
@@ -122,6 +127,13 @@ def _switched_off(config: Config, key: str) -> bool:
     return any(key.startswith(part) and is_given(config, switch) for part, switch in _SWITCHES.items())
 
 
+def scores(config: Config, *, reward_given: bool) -> bool:
+    """Whether the trajectories to train on are scored. `reward_given`: from Python."""
+    if isinstance(config.algorithm, SftConfig):
+        return False
+    return not isinstance(config.algorithm, DistillConfig) or reward_given or is_given(config, "reward.function")
+
+
 def is_given(config: Config, key: str) -> bool:
     """Whether the option was set, by file, override or mapping, rather than left at its default. `null` is not setting it."""
     section, name = key.split(".")
@@ -138,6 +150,18 @@ def _engine_problems(config: Config) -> list[str]:
     if config.rollout.engine == "sglang" and urls and len(urls) != replicas:
         return [f"rollout.urls names {len(urls)} servers for {replicas} replicas: each replica is one server"]
     return []
+
+
+def _teacher_problems(config: Config) -> list[str]:
+    if not isinstance(config.algorithm, DistillConfig):
+        return []
+    whole = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    return [
+        f"rollout.{name} is {getattr(config.rollout, name):g}, but distill compares with the teacher's distribution over the whole "
+        f"vocabulary at temperature 1: remove it, or set {value:g}"
+        for name, value in whole.items()
+        if getattr(config.rollout, name) != value
+    ]
 
 
 def _data_problems(config: Config) -> list[str]:
@@ -220,12 +244,12 @@ def _group_problems(config: Config) -> list[str]:
             f"rollout.capacity_groups ({rollout.capacity_groups}) is below train.groups_per_step ({config.train.groups_per_step}): "
             "a batch could never be filled"
         )
-    if config.worst_staleness and isinstance(algorithm, PolicyGradientConfig):
+    if config.worst_staleness and isinstance(algorithm, RatioConfig):
         found += _off_policy_problems(config, algorithm)
     return found
 
 
-def _off_policy_problems(config: Config, algorithm: PolicyGradientConfig) -> list[str]:
+def _off_policy_problems(config: Config, algorithm: RatioConfig) -> list[str]:
     """The ratio to log-probabilities that the trainer computes anew says nothing of the weights that the tokens were sampled by."""
     if algorithm.old_logprobs == "behaviour" or algorithm.corrections:
         return []
@@ -248,7 +272,7 @@ def _critic_problems(config: Config) -> list[str]:
 
 
 def _correction_problems(config: Config) -> list[str]:
-    if not isinstance(config.algorithm, PolicyGradientConfig) or not config.algorithm.corrections:
+    if not isinstance(config.algorithm, RatioConfig) or not config.algorithm.corrections:
         return []
     found = []
     if config.algorithm.old_logprobs == "behaviour":

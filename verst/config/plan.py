@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from verst.config import scheduled
-from verst.config.algorithms import DpoConfig, PolicyGradientConfig, PpoConfig, PreferenceConfig, SftConfig
+from verst.config.algorithms import DistillConfig, DpoConfig, PolicyGradientConfig, PpoConfig, PreferenceConfig, SftConfig
 from verst.config.hub import model_directory
 from verst.config.schema import Config
 from verst.errors import ModelError
@@ -179,13 +179,15 @@ def _memory_plan(config: Config, facts: ModelFacts) -> list[str]:
     trainer = (facts.parameters * (trained + (element if reference else 0)) + critic * trained) / config.train.ranks
     beside = f"{', reference' if reference else ''}{', critic' if critic else ''}"
     weights = facts.parameters * element
+    teacher = _teacher_bytes(config, element)
     cache = config.rollout.max_running * config.max_trajectory_tokens * facts.kv_elements_per_token * element
     return [
         f"model: {facts.parameters:,} parameters, {config.model.dtype}, vocabulary {facts.vocabulary:,}",
         f"memory of a trainer rank: {_size(trainer)} (weights, optimizer, gradients{beside}) and activations",
         f"memory of each replica: {_size(weights)} weights + {_size(cache)} KV cache "
         f"({config.rollout.max_running} sequences x {config.max_trajectory_tokens:,} tokens)",
-        *_shared_plan(config, trainer, weights, weights + cache),
+        *_teacher_plan(config, teacher),
+        *_shared_plan(config, trainer, weights, weights + cache, teacher),
         f"published weights: {_size(weights)} in shared memory, twice while a version replaces another",
     ]
 
@@ -200,12 +202,30 @@ def _critic_parameters(config: Config, facts: ModelFacts) -> int:
     return sum(map(_count_parameters, Path(algorithm.critic_path).expanduser().glob("*.safetensors")))
 
 
-def _shared_plan(config: Config, trainer: float, weights: int, replica: int) -> list[str]:
-    """What lies on a GPU in each turn, if there is one for each rank and the replicas share them (`verst.runtime.placement`)."""
+def _teacher_bytes(config: Config, element: int) -> int:
+    """Of the teacher beside each replica, with keys and values of one sequence; 0 without one."""
+    if not isinstance(config.algorithm, DistillConfig):
+        return 0
+    facts = read_model(config.algorithm.teacher)
+    return (facts.parameters + config.max_trajectory_tokens * facts.kv_elements_per_token) * element
+
+
+def _teacher_plan(config: Config, teacher: int) -> list[str]:
+    if not isinstance(config.algorithm, DistillConfig):
+        return []
+    return [f"memory of the teacher beside each replica: {_size(teacher)} ({config.algorithm.teacher})"]
+
+
+def _shared_plan(config: Config, trainer: float, weights: int, replica: int, teacher: int) -> list[str]:
+    """What lies on a GPU in each turn, if there is one for each rank and the replicas share them (`verst.runtime.placement`).
+
+    Teachers lie there in every turn.
+    """
     ranks, transport = config.train.ranks, config.weights.transport
     if config.rollout.replicas % ranks or transport == "group":
         return []
-    rolling = config.rollout.replicas // ranks * replica
+    replicas = config.rollout.replicas // ranks
+    rolling, trainer = replicas * (replica + teacher), trainer + replicas * teacher
     by_file = transport == "file" or (transport is None and ranks > 1)
     transfer = _size(rolling) if by_file else f"{_size(rolling + weights)} (the trainer's weights too)"
     return [

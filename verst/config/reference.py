@@ -13,7 +13,12 @@ from verst.config.schema import Config
 _KEYWORDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 _ANY_VALUE = "JsonValue"  # pydantic's name for what options of other code may be
 _LARGEST = 2**31 - 1  # of every whole number; said once, at the top of the page
-_RUNS: tuple[Mapping[str, Any], ...] = ({}, {"algorithm": {"name": "sft"}}, {"tracking": {"trackers": []}})
+_RUNS: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"algorithm": {"name": "sft"}},
+    {"algorithm": {"name": "distill", "teacher": "teacher"}},
+    {"tracking": {"trackers": []}},
+)
 """Runs in which, between them, every option that can be without effect is without effect, for each of the reasons there are."""
 
 _INTRODUCTION = """\
@@ -129,7 +134,8 @@ def _presets(name: str, presets: Sequence[Mapping[str, Any]], unread: Mapping[st
     merged["name"] = {"enum": kinds, "description": "Which algorithm this is, and so the defaults of the others."}
     lines = [f"`{kind}`: {_linked(preset['description'])}" for kind, preset in zip(kinds, presets, strict=True)]
     what = "The name sets the defaults; docs/algorithms.md has the formulas.\n\n" + "\n".join(f"- {line}" for line in lines)
-    definition = {"description": what, "properties": merged, "required": ["name"]}
+    required = sorted({option for preset in presets for option in preset["required"]})
+    definition = {"description": what, "properties": merged, "required": required}
     return _section(f"`{name}`", f"{name}.", definition, unread, changeable)
 
 

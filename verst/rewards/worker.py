@@ -147,7 +147,7 @@ def _scored(value: Any, trajectory: Trajectory) -> Score:
     fields = checked(value.fields, "its Score", RewardFailure, tokens=int(trajectory.loss_mask_T.sum()))
     for name in fields:
         if name in trajectory.fields:
-            raise RewardFailure(f"its Score: field {name!r} is the environment's already: give it another name")
+            raise RewardFailure(f"its Score: field {name!r} is there already, from the environment or a teacher: give it another name")
     return Score(_number(value.reward), fields)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from verst.algorithms.table import records_routes
+from verst.config.hub import model_directory
 from verst.config.schema import Config
 from verst.protocols import Engine
 
@@ -42,4 +43,18 @@ def make_engine(config: Config, *, slot: int, device: str, shared: bool, log: Pa
         url=rollout.urls[slot] if rollout.urls else None,
         record_routes=record_routes,
         log=log,
+    )
+
+
+def make_teacher(config: Config, path: str, device: str) -> Engine:
+    """The engine of the teacher, not yet started: always `hf`, since all that is asked of it is one prefill at a time."""
+    from verst.rollout.hf import HFEngine
+
+    return HFEngine(
+        str(model_directory(path)),
+        dtype=config.model.dtype,
+        device=device,
+        max_running=1,
+        max_model_tokens=config.max_trajectory_tokens,
+        deterministic=config.run.deterministic,
     )

@@ -7,6 +7,7 @@ What waits its turn is counted in trajectories: a training group has `rolled_per
 
 from __future__ import annotations
 
+from verst.config.algorithms import DistillConfig
 from verst.config.evaluated import HELD_OUT, evaluated
 from verst.config.schema import Config
 from verst.isolated.process import START_DEADLINE_S
@@ -45,8 +46,15 @@ def rolling_deadline_s(config: Config, trajectories: int, samples: int = 1) -> f
     return config.rollout.deadline_s * (1 + before // config.rollout.max_running)
 
 
+def teacher_deadline_s(config: Config) -> float:
+    """Limit of what a teacher says of a group, behind all others that its replica may have; 0 without a teacher."""
+    if not isinstance(config.algorithm, DistillConfig):
+        return 0.0
+    return rolling_deadline_s(config, held_trajectories(config, replicas=1))
+
+
 def group_deadline_s(config: Config, trajectories: int, *, shared: bool) -> float:
-    """Limit of a group among so many trajectories on one replica, from there and back: the versions that come, rolling, scoring.
+    """Limit of a group among so many trajectories on one replica, from there and back: versions that come, rolling, teacher, scoring.
 
     `shared`: the trainer uses the device in between, once for each step that rollout may be ahead.
     """
@@ -56,7 +64,7 @@ def group_deadline_s(config: Config, trajectories: int, *, shared: bool) -> floa
         versions_s = drain_limit_s(config) + _pull_s(config)  # it begins after the one that it finds under way
     else:
         versions_s = config.worst_staleness * (_pull_s(config) + (turn_limit_s(config) if shared else 0.0))
-    return versions_s + rolling_deadline_s(config, before) + _CLOSE_S + scoring_s
+    return versions_s + rolling_deadline_s(config, before) + _CLOSE_S + teacher_deadline_s(config) + scoring_s
 
 
 def step_wait_s(config: Config, *, shared: bool) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from verst.config.algorithms import DistillConfig
 from verst.config.schema import Config
 from verst.errors import ConfigError
 
@@ -24,6 +25,11 @@ class Placement:
     def device(self) -> str:
         return "cuda" if self.trainer_gpus else "cpu"
 
+    @property
+    def teacher_device(self) -> str:
+        """Of the teacher, if there is one: the replica's second GPU, else the engine's device."""
+        return "cuda:1" if self.replica_gpus > 1 else self.device
+
 
 def reward_gpus(config: Config) -> int:
     """Whole GPUs on which nothing else of the run is."""
@@ -33,7 +39,7 @@ def reward_gpus(config: Config) -> int:
 def place(config: Config, gpus: int) -> Placement:
     """One GPU for each rank and replica; with a GPU for each rank only, the replicas share them; without GPUs everything runs on the CPU.
 
-    What the reward needs is not theirs.
+    What the reward needs is not theirs. A replica with a teacher has a second GPU for it, where there are as many; else both are on one.
 
     Raises:
         ConfigError: there are GPUs, but too few; or the transport of weights does not work within one GPU.
@@ -45,6 +51,8 @@ def place(config: Config, gpus: int) -> Placement:
     if gpus == 0:
         return Placement(0.0, 0.0)
     gpus -= reward
+    if isinstance(config.algorithm, DistillConfig) and gpus >= ranks + 2 * replicas:
+        return Placement(1.0, 2.0)
     if gpus >= ranks + replicas:
         return Placement(1.0, 1.0)
     if gpus != ranks or replicas % ranks:

@@ -13,7 +13,7 @@ from typing import Any
 
 from verst import extend
 from verst.algorithms.table import algorithm_for, records_routes
-from verst.config.algorithms import PpoConfig
+from verst.config.algorithms import DistillConfig, PpoConfig
 from verst.config.checks import is_given, warnings
 from verst.config.evaluated import evaluated
 from verst.config.hub import with_local_model
@@ -56,6 +56,7 @@ def preflight(config: Config, extensions: Extensions) -> Findings:
     """
     _check_model(config)
     _check_critic(config)
+    _check_teacher(config)
     check_stack(config)
     check_trackers(config.tracking)
     _check_algorithm(config.algorithm)
@@ -114,6 +115,21 @@ def _check_critic(config: Config) -> None:
 
 def _vocabulary(about: Mapping[str, Any]) -> int:
     return about.get("text_config", about).get("vocab_size", 0)
+
+
+def _check_teacher(config: Config) -> None:
+    if not isinstance(config.algorithm, DistillConfig):
+        return
+    path = config.algorithm.teacher
+    try:
+        limit = read_model(path).max_positions
+    except ModelError as error:
+        raise ModelError(f"algorithm.teacher: {str(error).removeprefix('model.path: ')}") from error
+    if limit is not None and config.max_trajectory_tokens > limit:
+        raise ModelError(
+            f"algorithm.teacher: a trajectory may have {config.max_trajectory_tokens} tokens, but {path} is made for {limit} "
+            "(max_position_embeddings): lower data.max_prompt_tokens or rollout.max_new_tokens, or take another teacher"
+        )
 
 
 def check_stack(config: Config) -> None:

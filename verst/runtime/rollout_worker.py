@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verst import secrets
+from verst.config.algorithms import DistillConfig
+from verst.config.checks import scores
 from verst.config.evaluated import Evaluated, evaluated, samples_of
 from verst.config.hub import with_local_model
 from verst.config.schema import Config
@@ -22,14 +24,17 @@ from verst.rollout.recorded import Piece, Recorded
 from verst.runtime.actors import is_actor
 from verst.runtime.extensions import Extensions
 from verst.runtime.imports import large_imports
-from verst.runtime.limits import drain_limit_s, rolling_deadline_s
+from verst.runtime.limits import drain_limit_s, rolling_deadline_s, teacher_deadline_s
 from verst.runtime.trainer_worker import GROUP
 from verst.runtime.wait import gather_named, within
 from verst.types import Generation, Group, Manifest, PauseMode, Prompt, RoutedExperts
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from verst.protocols import WeightUpdate
     from verst.rewards.scorer import Scorer
+    from verst.rollout.teacher import Teacher
     from verst.runtime.shared_scorer import SharedScorer
     from verst.weights.group import GroupAddress
 
@@ -91,7 +96,7 @@ class RolloutWorker:
     replicas (`verst.runtime.shared_scorer`).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - each is a fact of the replica
         self,
         config: Config,
         extensions: Extensions,
@@ -101,17 +106,23 @@ class RolloutWorker:
         shared: bool = False,
         samples: int = 1,
         slot: int | None = None,
+        teacher_device: str | None = None,
     ) -> None:
-        """`samples`: trajectories of each prompt of the held-out share. `slot`: of its URL and log; default: its number."""
+        """`samples`: trajectories of each prompt of the held-out share. `slot`: of its URL and log; default: its number.
+
+        `teacher_device`: of the teacher, if the algorithm has one. None: it is not asked, as in an evaluation of its own.
+        """
         self._config = config
         self._extensions = extensions
-        self._device = device
+        self._device, self._teacher_device = device, teacher_device
         self._replica, self._slot = replica, replica if slot is None else slot
         self._logs = logs
         self._shared = shared
         self._samples = samples
         self.engine: Any = None
         self._scorer: Scorer | SharedScorer | None = None
+        self._teacher: Teacher | None = None
+        self._scores = scores(config, reward_given=extensions.reward is not None)
         self._environment: Any = None
         self._rolling = self._trajectories = 0  # groups, and what is rolled of them
         self._tasks: set[asyncio.Task[Group]] = set()
@@ -135,6 +146,8 @@ class RolloutWorker:
                 parts["the reward"] = self._start_scorer()
             await gather_named(parts)
             await self.engine.start()
+            if self._teacher is not None:
+                await self._teacher.start()
         self._started = True
         self._rollers = {"policy": self._roller(), **{one.how: self._roller(one) for one in evaluated(self._config)}}
         return self.engine.routed_experts
@@ -155,19 +168,24 @@ class RolloutWorker:
         self._environment = environment_factory(self._extensions.environment or rollout.environment, rollout.environment_options)
         check_machine(self._environment)
         log = self._logs / f"replica-{self._slot}.log"  # by which a server that outlived the one before in this place is found and ended
+        self._teacher = self._make_teacher(tokenizer)
         self.engine = make_engine(config, slot=self._slot, device=self._device, shared=self._shared, log=log)
 
-    async def _start_scorer(self) -> None:
-        from verst.rewards.scorer import Scorer
-        from verst.rewards.spec import RewardSpec
-        from verst.runtime.shared_scorer import SharedScorer
+    def _make_teacher(self, tokenizer: PreTrainedTokenizerBase) -> Teacher | None:
+        from verst.data.chat import load_tokenizer
+        from verst.rollout.engines import make_teacher
+        from verst.rollout.teacher import Teacher, require_same_tokens
 
-        reward, log = self._config.reward, self._logs / "rewards.log"
-        spec = RewardSpec.of(reward, self._extensions.reward)
-        if reward.actor_gpus is None:
-            self._scorer = Scorer(spec, workers=reward.workers, deadline_s=reward.deadline_s, log=log, secrets=self._config.run.secrets)
-        else:
-            self._scorer = SharedScorer(reward, spec, log, self._config.run.secrets)
+        algorithm = self._config.algorithm
+        if not isinstance(algorithm, DistillConfig) or self._teacher_device is None:
+            return None
+        require_same_tokens(tokenizer, load_tokenizer(algorithm.teacher), algorithm.teacher)
+        return Teacher(make_teacher(self._config, algorithm.teacher, self._teacher_device))
+
+    async def _start_scorer(self) -> None:
+        from verst.runtime.shared_scorer import make_scorer
+
+        self._scorer = make_scorer(self._config, self._extensions.reward, self._logs / "rewards.log")
         await self._scorer.start()
 
     def _roller(self, one: Evaluated | None = None) -> Any:
@@ -211,19 +229,28 @@ class RolloutWorker:
 
         if how == "demonstrations":
             return encode_group(self._rollers["policy"].demonstrate(seq, prompt))
-        assert self._scorer is not None
         try:
             if how == "policy":
                 self._recorded[seq] = Recorded(self.engine, known)
-            group = await self._rolled(seq, prompt, how)
-            self._waits.begin(seq, "its rewards")
-            encoded = encode_group(await self._scorer.score(group))
+            group = await self._scored(await self._rolled(seq, prompt, how), how)
+            encoded = encode_group(group)
         finally:
             self._recorded.pop(seq, None)
             self._waits.end(seq)
         if how == "policy":
             self._keep(seq, encoded)
         return encoded
+
+    async def _scored(self, group: Group, how: str) -> Group:
+        """With what teacher and reward say of it, where they are asked."""
+        if how == "policy" and self._teacher is not None:
+            self._waits.begin(group.seq, "its teacher")
+            group = await within(self._teacher.judge(group), teacher_deadline_s(self._config), f"the teacher of replica {self._replica}")
+        if how == "policy" and not self._scores:
+            return group
+        assert self._scorer is not None
+        self._waits.begin(group.seq, "its rewards")
+        return await self._scorer.score(group)
 
     def _keep(self, seq: int, encoded: bytes) -> None:
         """For another loop, if this one dies before the group is in its journal: of the newest groups, as many as there are slots."""
@@ -331,6 +358,8 @@ class RolloutWorker:
         """Answers while its process runs. Raises `EngineFailure` if its engine does not work any more."""
         if self.engine is not None:
             await self.engine.check()
+        if self._teacher is not None and self._started:
+            await self._teacher.check()
 
     async def adopt(self) -> Adopted:
         """Another loop takes over from one that died. What was in flight is given up, what was finished is handed over."""
@@ -363,5 +392,6 @@ class RolloutWorker:
             self._scorer.close()
         if isinstance(self._environment, Agents):
             await self._environment.close()
-        if self.engine is not None:  # None: it could not be started
-            await self.engine.close()
+        for part in (self.engine, self._teacher):
+            if part is not None:  # None: it could not be started, or there is no teacher
+                await part.close()

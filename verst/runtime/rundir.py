@@ -30,7 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from verst.config.algorithms import AlgorithmConfig, PpoConfig
+from verst.config.algorithms import AlgorithmConfig, DistillConfig, PpoConfig
 from verst.config.hub import pinned
 from verst.config.load import dump_config, load_config
 from verst.config.schema import Config, EvalSetConfig
@@ -325,9 +325,9 @@ def _anchored_set(chosen: EvalSetConfig) -> EvalSetConfig:
 
 
 def _anchored_algorithm(algorithm: AlgorithmConfig) -> AlgorithmConfig:
-    if not isinstance(algorithm, PpoConfig):
-        return algorithm
-    return algorithm.model_copy(update={"critic_path": _absolute(algorithm.critic_path)})
+    if isinstance(algorithm, PpoConfig):
+        return algorithm.model_copy(update={"critic_path": _absolute(algorithm.critic_path)})
+    return algorithm.model_copy(update={"teacher": pinned(algorithm.teacher)}) if isinstance(algorithm, DistillConfig) else algorithm
 
 
 def _anchored(config: Config) -> Config:

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from verst.algorithms.table import algorithm_for
+from verst.config.checks import scores
 from verst.data.sources import open_source
 from verst.data.stream import PromptStream
 from verst.errors import ConfigError, VerstError
@@ -136,7 +136,7 @@ class RunService:
                 "replicas and trainer ranks take turns on the same devices, which are divided among them as the run begins; "
                 f"stop it, then: verst resume {self._run.root} rollout.replicas={number}"
             )
-        gpus, needed = _cluster_gpus() - reward_gpus(config), config.train.ranks + number
+        gpus, needed = _cluster_gpus() - reward_gpus(config), config.train.ranks + number * int(placement.replica_gpus)
         if placement.replica_gpus and needed > gpus:
             raise ConfigError(
                 f"{config.train.ranks} trainer rank(s) and {number} replica(s) need {needed} GPUs, the cluster has {gpus} for them"
@@ -189,12 +189,12 @@ class RunService:
             opened.push_async_callback(self._close, part)
         filters, hooks = await self._users(opened)
         stream, eval_sets = await self._prompts(extensions)
-        scores = bool(eval_sets) or algorithm_for(config.algorithm).learns_from == "policy"
+        scored = bool(eval_sets) or scores(config, reward_given=extensions.reward is not None)
         lease = Lease(config, trainers, replicas, shared=placement.shared)
         keep = KeepStacks(lambda: [*trainers.workers, *replicas.workers], self._run.logs)
         losses = Losses(faults, keep, self._run.root)
         starting = Starting(trainers, replicas, self._spawn_replica, losses, faults, journal.index.last_commit)
-        await lease.start(scores, starting, again=again)
+        await lease.start(scored, starting, again=again)
         replicas.require_routes(trainers.routed_experts)
         parts = Parts(
             config=config,
@@ -294,6 +294,7 @@ class RunService:
             placement.shared,
             1,
             slot,
+            placement.teacher_device,
             gpus=placement.replica_gpus,
             **on[slot % len(on)],
         )

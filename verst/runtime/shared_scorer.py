@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from verst.config.schema import RewardConfig
+from verst.config.schema import Config, RewardConfig
 from verst.errors import RewardFailure
 from verst.journal.codec import decode_group, encode_group
 from verst.rewards.scorer import Scorer
@@ -31,6 +31,15 @@ _AGAIN_S = 1.0
 _ASKED_S = 10.0
 _SILENCE_S = 60.0
 """Rewards have their own deadline there, so what is asked every `_ASKED_S` seconds is whether the process answers at all."""
+
+
+def make_scorer(config: Config, given: Callable[..., Any] | None, log: Path) -> Scorer | SharedScorer:
+    """A replica's: of its own, or its end of the one for all. `given`: the reward from Python, in place of the run file's."""
+    reward, secrets = config.reward, config.run.secrets
+    spec = RewardSpec.of(reward, given)
+    if reward.actor_gpus is not None:
+        return SharedScorer(reward, spec, log, secrets)
+    return Scorer(spec, workers=reward.workers, deadline_s=reward.deadline_s, log=log, secrets=secrets)
 
 
 class ScorerHost:

@@ -187,10 +187,13 @@ class HFEngine:
             torch.set_num_threads(self._threads)
         if self._dtype not in _DTYPES:
             raise EngineFailure(f"dtype {self._dtype!r} is none of {', '.join(_DTYPES)}")
+        device = torch.device(self._device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # of this thread: Triton's kernels run on the current one
         model = SlotModel(
             self._path,
             _DTYPES[self._dtype],
-            torch.device(self._device),
+            device,
             slots=self._slots,
             max_tokens=self._max_tokens,
             exact=self._deterministic,

@@ -23,7 +23,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with everything that examples name."""
     place = tmp_path_factory.mktemp("place")
     model = build_tiny_model(place / "runs/quickstart/model")
-    shutil.copytree(model, place / "runs/quickstart/sft/final")
+    for name in ("sft", "grpo"):
+        shutil.copytree(model, place / "runs/quickstart" / name / "final")
     for name in ("models/smollm2", "model"):
         tiny_model(place / name, max_position_embeddings=8192)
     write_demonstrations(place / "runs/quickstart/demonstrations.jsonl")

@@ -160,19 +160,6 @@ def test_how_it_routes_is_the_specs_to_say():
     assert moe_layers(about) == (1, 3)
 
 
-def test_the_table_for_megatron_is_the_specs_to_give():
-    from verst.training.megatron.table.families import FAMILIES, family_of
-
-    class WithTable(Plain):
-        def megatron_family(self) -> Any:
-            return FAMILIES["llama"]
-
-    with pytest.raises(ModelError, match=r"or have a model\.spec give it"):
-        family_of(SimpleNamespace(model_type="plain_spec"), "here")
-    install(WithTable)
-    assert family_of(SimpleNamespace(model_type="plain_spec"), "here") is FAMILIES["llama"]
-
-
 def test_what_is_no_spec_is_refused_with_what_is_expected():
     with pytest.raises(ExtensionError, match=r"has no model_type, or one that is no text; expected: an object, or a class"):
         install(object())

@@ -162,7 +162,7 @@ def test_what_the_placement_does_not_allow_is_refused(run: RunDirectory, monkeyp
     assert shared is not None
     assert shared.endswith(f"stop it, then: verst resume {run.root} rollout.replicas=2")
     monkeypatch.setattr(service, "_cluster_gpus", lambda: 4)
-    assert refusal(run, Placement(1.0, 1.0), 4) == "1 trainer rank(s) and 4 replica(s) need 5 GPUs, the cluster has 4"
+    assert refusal(run, Placement(1.0, 1.0), 4) == "1 trainer rank(s) and 4 replica(s) need 5 GPUs, the cluster has 4 for them"
     assert refusal(run, Placement(1.0, 1.0), 3) is None
     assert refusal(run, Placement(0.0, 0.0), 100) is None
 

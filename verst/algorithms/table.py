@@ -287,9 +287,9 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             needs_reference=_never,
             needs_old_logprobs=_after_the_first,
         ),
+        _imitation("best_of_n", "policy", _nothing_good, best),
         _preference("online_dpo", "policy"),
         _preference("dpo", "demonstrations"),
-        _imitation("best_of_n", "policy", _nothing_good, best),
         _imitation("sft", "demonstrations", _every_group, _all),
     )
 }

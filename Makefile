@@ -23,6 +23,7 @@ $(READY): requirements.txt pyproject.toml
 $(DEV): $(READY) requirements-dev.txt
 	$(INSTALL) -r requirements-dev.txt
 	$(COMPILE)
+	rm -f $(STACK)  # pip puts back what the stack has in another version, such as triton: it is to come last
 	touch $@
 
 # SGLang and Megatron-Core as their wheels ship them, without the CUDA packages their metadata names

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,11 @@ def test_an_example_checks(place: Path, file: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.syspath_prepend(file.parent)
     monkeypatch.setenv("JUDGE_API_KEY", "none")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert main(["check", str(file)]) == 0, capsys.readouterr()
-    name = yaml.safe_load(file.read_text())["run"]["name"]
-    assert f"name: {name}" in capsys.readouterr().out
+    values = yaml.safe_load(file.read_text())
+    if values.get("train", {}).get("backend") == "megatron":  # which checks its own arguments, and changes the process that imports it
+        done = subprocess.run([sys.executable, "-m", "verst.cli", "check", str(file)], capture_output=True, text=True, timeout=120)
+        status, said = done.returncode, done.stdout + done.stderr
+    else:
+        status, said = main(["check", str(file)]), "".join(capsys.readouterr())
+    assert status == 0, said
+    assert f"name: {values['run']['name']}" in said

@@ -6,7 +6,6 @@ The gloo ranks of all layouts of one size run in one set of processes, since sta
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,14 @@ import pytest
 import torch
 import transformers
 
-from tests.processes import copies
+from tests.ranks import saved_by_ranks
 from tests.stack.megatron_cases import make_megatron, save_model
 from tests.stack.test_megatron_ranks import CP2, EP2, PP2, SP, TP2, lend, load, place, save, taken
 from tests.unit.fsdp_cases import largest_difference, make_backend, make_batch, make_config, same_bits, train
 from verst.config.schema import Config
 from verst.errors import CheckpointError, ModelError
 from verst.observe.metrics import merged
-from verst.training.distributed import Rendezvous, init_distributed, leave_distributed
+from verst.training.distributed import init_distributed, leave_distributed
 from verst.training.fsdp_critic import FsdpCritic
 from verst.training.megatron.whole import whole_tensors
 
@@ -88,7 +87,7 @@ def run_resharded(config: Config, arguments: Mapping[str, Any], rank: int, direc
     return {"tallies": tallies, "weights": taken(backend), "critic": critic_of(backend)}
 
 
-def run_rank(rank: int, world: int, directory: str, address: str, paths: Mapping[str, str]) -> None:
+def run_rank(rank: int, directory: str, address: str, world: int, paths: Mapping[str, str]) -> None:
     torch.set_num_threads(1)
     init_distributed(rank, world, address, timeout_s=60)
     results: dict[str, Any] = {}
@@ -105,20 +104,7 @@ def run_rank(rank: int, world: int, directory: str, address: str, paths: Mapping
 
 
 def start(world: int, directory: Path, paths: Mapping[str, str]) -> list[dict[str, Any]]:
-    context = copies(__name__)
-    meeting = Rendezvous()
-    ranks = [context.Process(target=run_rank, args=(r, world, str(directory), meeting.address, paths)) for r in range(world)]
-    for process in ranks:
-        process.start()
-    try:
-        end = time.monotonic() + 600
-        for process in ranks:
-            process.join(max(0.0, end - time.monotonic()))
-        assert [process.exitcode for process in ranks] == [0] * world
-    finally:
-        for process in ranks:
-            process.kill()
-    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+    return saved_by_ranks(run_rank, directory, world, paths, world=world, limit_s=600, preload=(__name__,))
 
 
 @pytest.fixture(autouse=True)

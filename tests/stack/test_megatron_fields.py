@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.processes import copies
+from tests.ranks import saved_by_ranks
 from tests.stack.megatron_cases import make_megatron, save_model
 from tests.unit.field_cases import expected, fields_batch, fields_config, run_steps
 from tests.unit.fsdp_cases import largest_difference
-from verst.training.distributed import Rendezvous, init_distributed, leave_distributed
+from verst.training.distributed import init_distributed, leave_distributed
 
 pytestmark = pytest.mark.slow
 BATCHES = [fields_batch(step) for step in (1, 2)]
@@ -39,19 +38,7 @@ def test_every_layout_sees_them_bit_for_bit(tmp_path: Path):
     seen, weights = run_steps(make_megatron(fields_config(path)), BATCHES)
     wanted = [expected(batch) for batch in BATCHES]
     assert [{(name, sample): values for name, sample, values in step} for step in seen] == wanted
-    meeting, context = Rendezvous(), copies()
-    ranks = [context.Process(target=run_rank, args=(rank, str(tmp_path), meeting.address, path), daemon=True) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    try:
-        end = time.monotonic() + 200
-        for process in ranks:
-            process.join(max(0.0, end - time.monotonic()))
-        assert [process.exitcode for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
-    found = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    found = saved_by_ranks(run_rank, tmp_path, path, limit_s=200)
     for layout in LAYOUTS:
         for step, batch in enumerate(wanted):
             both = [entry for rank in found for entry in rank[layout][0][step]]

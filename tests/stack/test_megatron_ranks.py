@@ -6,7 +6,6 @@ The gloo ranks of all layouts of one size run in one set of processes, since sta
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.processes import copies
+from tests.ranks import saved_by_ranks
 from tests.stack.megatron_cases import delivered, make_megatron, save_model, with_routes
 from tests.unit.fsdp_cases import advantages_of, largest_difference, make_batch, make_config, same_bits
 from verst.config.schema import Config
@@ -23,7 +22,7 @@ from verst.errors import CheckpointError
 from verst.observe.metrics import Tally, merged
 from verst.observe.outliers import LAYER_US
 from verst.training.checkpoints import CheckpointWriter, commit_checkpoint, load_state, step_path
-from verst.training.distributed import Rendezvous, init_distributed, leave_distributed
+from verst.training.distributed import init_distributed, leave_distributed
 from verst.training.megatron.whole import whole_tensors
 from verst.types import Batch
 
@@ -236,7 +235,7 @@ def run_skip(config: Config, rank: int, world: int) -> dict[str, Any]:
     return {"skipped": tally.report()["update/skipped"], "unchanged": same_bits(before, taken(backend)), "notes": list(tally.notes)}
 
 
-def run_rank(rank: int, world: int, directory: str, address: str, paths: Mapping[str, str], former: str) -> None:
+def run_rank(rank: int, directory: str, address: str, world: int, paths: Mapping[str, str], former: str) -> None:
     torch.set_num_threads(1)
     init_distributed(rank, world, address, timeout_s=60)
     cases = TWO if world == 2 else FOUR
@@ -275,20 +274,7 @@ def place(directory: str | Path, saving: str) -> Path:
 
 
 def start(world: int, directory: Path, paths: Mapping[str, str], former: str = "") -> list[dict[str, Any]]:
-    context = copies(__name__)
-    meeting = Rendezvous()
-    ranks = [context.Process(target=run_rank, args=(r, world, str(directory), meeting.address, paths, former)) for r in range(world)]
-    for process in ranks:
-        process.start()
-    try:
-        end = time.monotonic() + 600
-        for process in ranks:
-            process.join(max(0.0, end - time.monotonic()))
-        assert [process.exitcode for process in ranks] == [0] * world
-    finally:
-        for process in ranks:
-            process.kill()
-    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+    return saved_by_ranks(run_rank, directory, world, paths, former, world=world, limit_s=600, preload=(__name__,))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.processes import copies
+from tests.ranks import saved_by_ranks
 from tests.stack.megatron_cases import make_megatron, save_model
 from tests.stack.test_megatron_ranks import run_step
 from tests.unit.fsdp_cases import make_batch, make_config
@@ -18,7 +17,7 @@ from tests.unit.test_rest import flip
 from verst.config.schema import Config
 from verst.errors import CorruptWeights
 from verst.training import rest
-from verst.training.distributed import Rendezvous, init_distributed, leave_distributed
+from verst.training.distributed import init_distributed, leave_distributed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -91,19 +90,7 @@ def run_rank(rank: int, directory: str, address: str, paths: Mapping[str, str]) 
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     directory = tmp_path_factory.mktemp("rest")
     paths = {family: save_model(directory / family, family) for family in ("qwen3", "qwen3_moe")}
-    context, meeting = copies(), Rendezvous()
-    ranks = [context.Process(target=run_rank, args=(rank, str(directory), meeting.address, paths), daemon=True) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    try:
-        end = time.monotonic() + 240
-        for process in ranks:
-            process.join(max(0.0, end - time.monotonic()))
-        assert [process.exitcode for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
-    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return saved_by_ranks(run_rank, directory, paths, limit_s=240)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.processes import copies
+from tests.ranks import saved_by_ranks
 from tests.unit.field_cases import expected, fields_batch, fields_config, run_steps
 from tests.unit.fsdp_cases import largest_difference, make_backend, save_model
 from verst.journal.codec import decode_batch, encode_batch
-from verst.training.distributed import Rendezvous, init_distributed, leave_distributed
+from verst.training.distributed import init_distributed, leave_distributed
 
 pytestmark = pytest.mark.slow
 BATCHES = [fields_batch(step) for step in (1, 2)]
@@ -31,20 +30,7 @@ def run_rank(rank: int, directory: str, address: str, path: str) -> None:
 def test_two_ranks_see_what_one_sees(tmp_path: Path):
     path = save_model(tmp_path / "llama")
     alone, weights = run_steps(make_backend(fields_config(path, minibatches=2)), BATCHES)
-    meeting = Rendezvous()
-    context = copies()
-    ranks = [context.Process(target=run_rank, args=(rank, str(tmp_path), meeting.address, path), daemon=True) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    try:
-        end = time.monotonic() + 120
-        for process in ranks:
-            process.join(max(0.0, end - time.monotonic()))
-        assert [process.exitcode for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
-    (first, weights_of_two), (second, _) = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2))
+    (first, weights_of_two), (second, _) = saved_by_ranks(run_rank, tmp_path, path)
     for step, batch in enumerate(BATCHES):
         seen: dict[tuple[str, int], Any] = {(name, sample): values for name, sample, values in (*first[step], *second[step])}
         assert len(first[step]) + len(second[step]) == len(seen) == 3 * len(batch.samples), "each sample is on one rank"

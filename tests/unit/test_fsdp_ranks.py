@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.processes import copies
+from tests.ranks import saved_by_ranks
 from tests.unit.fsdp_cases import (
     BATCHES,
     advantages_of,
@@ -143,15 +143,15 @@ def run_resume(config: Config, rank: int, single: RankState) -> dict[str, Any]:
     return {"same": same, "taken": taken, "weights": weights_of(resumed)}
 
 
-def run_rank(rank: int, directory: str, addresses: list[str], paths: tuple[str, str, str]) -> None:
+def run_rank(rank: int, directory: str, address: str, again: str, paths: tuple[str, str, str]) -> None:
     torch.set_num_threads(1)
-    init_distributed(rank, 2, addresses[0], timeout_s=60)
+    init_distributed(rank, 2, address, timeout_s=60)
     results: dict[str, Any] = {name: run_scenario(name, config, rank) for name, config in configs(*paths).items()}
     results["skips"] = run_skips(configs(*paths)["plain"], rank)
     single = torch.load(f"{directory}/single.pt", weights_only=False)
     # As after the death of a peer: the group goes, the process stays, and a new backend is built on a new group.
     leave_distributed()
-    init_distributed(rank, 2, addresses[1], timeout_s=60)
+    init_distributed(rank, 2, again, timeout_s=60)
     results["resume"] = run_resume(configs(*paths)["plain"], rank, single)
     torch.save(results, f"{directory}/rank{rank}.pt")
     leave_distributed()
@@ -181,21 +181,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     backend = make_backend(config)
     train(backend, config, BATCHES[:1])
     torch.save(backend.state(), directory / "single.pt")
-    meetings = Rendezvous(), Rendezvous()
-    addresses = [meeting.address for meeting in meetings]
-    context = copies()
-    ranks = [context.Process(target=run_rank, args=(rank, str(directory), addresses, paths), daemon=True) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    try:
-        end = time.monotonic() + 200
-        for process in ranks:
-            process.join(max(0.0, end - time.monotonic()))
-        assert [process.exitcode for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
-    return Results(paths, [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)])
+    again = Rendezvous()
+    return Results(paths, saved_by_ranks(run_rank, directory, again.address, paths, limit_s=200))
 
 
 def single_rank(config: Config, batches: list[Batch]) -> tuple[FsdpBackend, list[Any]]:

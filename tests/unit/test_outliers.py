@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.processes import copies
+from tests.ranks import saved_by_ranks
 from tests.unit.fsdp_cases import BATCHES, make_backend, make_config, path, train
 from verst.observe.metrics import Tally
 from verst.observe.outliers import LAYER_US, Outliers, Progress, replica_paces, slowest
@@ -22,7 +22,7 @@ from verst.runtime.actors import Host, LocalWorker
 from verst.runtime.overdue import Overdue, behind
 from verst.runtime.trainer_worker import TrainerWorker
 from verst.runtime.trainers import Trainers
-from verst.training.distributed import Rendezvous, init_distributed, leave_distributed
+from verst.training.distributed import init_distributed, leave_distributed
 from verst.training.pace import Pace
 
 __all__ = ["path"]  # a fixture
@@ -213,19 +213,7 @@ def run_rank(rank: int, directory: str, address: str, path: str) -> None:
 @pytest.mark.slow
 def test_of_two_ranks_the_one_that_sleeps_is_the_slow_one(path: str, tmp_path: Path) -> None:
     """The other waits for it in every layer, so both take equally long for a step."""
-    meeting, context = Rendezvous(), copies()
-    ranks = [context.Process(target=run_rank, args=(rank, str(tmp_path), meeting.address, path), daemon=True) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    try:
-        end = time.monotonic() + 120
-        for process in ranks:
-            process.join(max(0.0, end - time.monotonic()))
-        assert [process.exitcode for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
-    found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    found = saved_by_ranks(run_rank, tmp_path, path)
     ratio, who = cast(Any, slowest({rank: results[2] for rank, results in enumerate(found)}))
     assert who == 1
     assert ratio > 1.5

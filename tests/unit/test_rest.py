@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,12 @@ import pytest
 import torch
 import transformers
 
-from tests.processes import copies
+from tests.ranks import saved_by_ranks
 from tests.unit.fsdp_cases import BATCHES, VOCABULARY, make_backend, make_config, path, same_bits, train, weights_of, write_model
 from verst.config.schema import Config
 from verst.errors import CorruptWeights
 from verst.training import rest as module
-from verst.training.distributed import Rendezvous, init_distributed, leave_distributed
+from verst.training.distributed import init_distributed, leave_distributed
 from verst.training.fsdp import FsdpBackend
 from verst.training.rest import AtRest, Held, _differ, _disagreements, unique
 
@@ -206,20 +205,7 @@ def run_rank(rank: int, directory: str, address: str, path: str) -> None:
 
 @pytest.mark.slow
 def test_every_rank_names_the_rank_whose_shard_changed(path: str, tmp_path: Path) -> None:
-    meeting = Rendezvous()
-    context = copies()
-    ranks = [context.Process(target=run_rank, args=(rank, str(tmp_path), meeting.address, path), daemon=True) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    try:
-        end = time.monotonic() + 120
-        for process in ranks:
-            process.join(max(0.0, end - time.monotonic()))
-        assert [process.exitcode for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
-    results = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    results = saved_by_ranks(run_rank, tmp_path, path)
     assert results[0] == results[1], "ranks disagree about what happened"
     for (bad, kind), found in results[0].items():
         name = "weights/model.embed_tokens.weight" if kind == "model" else f"{kind}/model.embed_tokens.weight"

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from verst.config.algorithms import PRESETS, ComparingConfig, DapoConfig
-from verst.config.checks import warnings
+from verst.config.checks import scores, warnings
 from verst.config.evaluated import best_metrics, due
 from verst.config.load import dump_config, load_config, option_names
 from verst.config.schema import Config
@@ -365,6 +365,22 @@ def test_the_shipped_examples_are_valid_and_read_back(tmp_path: Path, file: Path
     config = load_config(file)
     assert load_config(write(tmp_path, dump_config(config))) == config
     assert warnings(config) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "scored"),
+    [
+        ("grpo", False, True),
+        ("online_dpo", False, True),
+        ("sft", True, False),
+        ("dpo", True, False),
+        ("distill", False, False),
+        ("distill", True, True),
+    ],
+)
+def test_whether_what_is_trained_is_scored(name: str, given: bool, scored: bool):
+    values = {"run": {"steps": 1}, "model": {"path": "m"}, "algorithm": {"name": name} | ({"teacher": "t"} if name == "distill" else {})}
+    assert scores(load_config(values), reward_given=given) == scored
 
 
 SETS: dict[str, Any] = {"run": {"steps": 3}, "model": {"path": "m"}, "eval": {"sets": {"math": {"path": "a.jsonl", "every_steps": 2}}}}

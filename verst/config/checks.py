@@ -129,7 +129,7 @@ def _switched_off(config: Config, key: str) -> bool:
 
 def scores(config: Config, *, reward_given: bool) -> bool:
     """Whether the trajectories to train on are scored. `reward_given`: from Python."""
-    if isinstance(config.algorithm, SftConfig):
+    if isinstance(config.algorithm, OfflineConfig):
         return False
     return not isinstance(config.algorithm, DistillConfig) or reward_given or is_given(config, "reward.function")
 

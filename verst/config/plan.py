@@ -7,7 +7,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def read_model(path: str | Path) -> ModelFacts:
         )
     if not (root / "tokenizer.json").is_file() and not (root / "tokenizer_config.json").is_file():
         raise ModelError(f"model.path: {root} has no tokenizer (tokenizer.json); save the tokenizer beside the model with save_pretrained")
-    text = about.get("text_config", about)  # multimodal configs keep the language model's part below this key
+    text = language_part(about)
     where = root / "config.json"
     heads = _count(text, "num_attention_heads", where)
     return ModelFacts(
@@ -97,6 +97,11 @@ def loading(what: str, remedy: str) -> Iterator[None]:
         if type(error) is Exception or type(error).__name__ == "SafetensorError":
             raise ModelError(f"{what}: {error}; {remedy}") from error  # tokenizers and safetensors are in Rust, and no more precise
         raise
+
+
+def language_part(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a `config.json`: multimodal ones keep the language model's part below a key."""
+    return about.get("text_config", about)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from verst.config.algorithms import DistillConfig, PpoConfig
 from verst.config.checks import is_given, warnings
 from verst.config.evaluated import evaluated
 from verst.config.hub import with_local_model
-from verst.config.plan import read_config, read_model
+from verst.config.plan import language_part, read_config, read_model
 from verst.config.schema import Config
 from verst.data.sources import Source, open_source
 from verst.data.stream import PromptStream
@@ -105,16 +105,12 @@ def _check_critic(config: Config) -> None:
     root = Path(path).expanduser()
     if not (root / "config.json").is_file() or not list(root.glob("*.safetensors")):
         raise ModelError(f"algorithm.critic_path: {root} has no config.json and *.safetensors; give a Hugging Face model directory")
-    own, policy = (_vocabulary(read_config(directory)) for directory in (root, config.model.path))
+    own, policy = (language_part(read_config(directory)).get("vocab_size", 0) for directory in (root, config.model.path))
     if own < policy:
         raise ModelError(
             f"algorithm.critic_path: {root} knows {own} tokens, {config.model.path} {policy}: the critic reads the policy's tokens, so "
             "give a model of the same tokenizer"
         )
-
-
-def _vocabulary(about: Mapping[str, Any]) -> int:
-    return about.get("text_config", about).get("vocab_size", 0)
 
 
 def _check_teacher(config: Config) -> None:

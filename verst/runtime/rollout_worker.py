@@ -67,10 +67,9 @@ class Seat:
 
 def _require_vocabulary(tokens: int, path: str) -> None:
     """Raises `ModelError` if the tokenizer is of another model. Tokens added to a vocabulary may lie beyond the model's: if never used."""
-    from verst.config.plan import read_config
+    from verst.config.plan import language_part, read_config
 
-    config = read_config(path)
-    known = config.get("text_config", config).get("vocab_size")
+    known = language_part(read_config(path)).get("vocab_size")
     if isinstance(known, int) and tokens > known:
         raise ModelError(
             f"model.path {path}: its tokenizer has {tokens} tokens, its config.json a vocab_size of {known}: give the tokenizer that "

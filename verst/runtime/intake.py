@@ -118,7 +118,7 @@ class Intake:
             raise DataError(
                 f"step {step}: {self._signalless} groups were dropped because they had nothing to teach (the last: {reason}) before a "
                 "batch was whole: the task is too easy or too hard for the model, or a filter too strict. Change the data, or what "
-                "drops them (docs/algorithms.md, docs/extending.md)"
+                f"drops them (docs/algorithms.md, docs/extending.md), then go on with: verst resume {self._parts.run.root}"
             )
         await self._drop_for(group, reason)
 

@@ -140,6 +140,7 @@ def guarded(call: Callable[[], T], what: str, failure: type[VerstError]) -> T:
 def origin(error: BaseException) -> str:
     """One line about an exception: its type, message, and the line of code it came from."""
     text = "".join(traceback.format_exception_only(error)).strip()
+    text = text.encode(errors="backslashreplace").decode()  # halves of surrogate pairs, which no terminal and no file would take
     if isinstance(error, SyntaxError):  # its own report already shows file and line
         return text
     frames = traceback.extract_tb(error.__traceback__)

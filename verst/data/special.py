@@ -39,8 +39,8 @@ class SpecialText:
         self._encoded: dict[int, list[int]] = {}
 
     def written(self, text: str) -> frozenset[str]:
-        """The added tokens, special or not, that a text has."""
-        return frozenset(_one_of(self._added).findall(text))
+        """The added tokens, special or not, that a text has; but not blanks (Gemma's line feeds) and single letters, which are text."""
+        return frozenset(token for token in _one_of(self._added).findall(text) if len(token.strip()) > 1)
 
     def hide(self, text: str, also: Set[str] = frozenset()) -> str:
         """Text for a template, with marks in the place of special tokens, and of the added ones in `also`."""

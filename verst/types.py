@@ -295,7 +295,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The groups one step consumes, as samples in the order of their group's `seq`, then member. Step s trains policy version s - 1."""
+    """The groups one step consumes, as samples in the order of their group's `seq`, then member, then branch.
+
+    Step s trains policy version s - 1.
+    """
 
     step: int
     groups: tuple[int, ...]  # the `seq` of each group
@@ -304,6 +307,11 @@ class Batch:
     @property
     def tokens(self) -> int:
         return sum(len(s.tokens_T) for s in self.samples)
+
+    @property
+    def trajectories(self) -> NDArray[np.int64]:
+        """[samples] which trajectory each sample is of, counted from 0. Those of one follow each other, the first with branch 0."""
+        return np.cumsum([sample.branch == 0 for sample in self.samples], dtype=np.int64) - 1
 
 
 @dataclass(frozen=True, slots=True)

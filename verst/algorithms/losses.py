@@ -78,7 +78,8 @@ def gspo_loss(inputs: LossInputs, options: ClippedConfig) -> LossOutput:
 
     s = exp(mean of logprob − old logprob over the sample): of a trajectory with branches each sequence has its own. Each token has s as
     the value of its ratio, and the gradient of its own log-probability: GSPO-token, eq. 13 and 14. With one advantage for the sample, as
-    here, value and gradient are GSPO's (§4.3), whatever the samples' tokens weigh. Metrics as of `grpo_loss`; where a bound acts, it acts on all tokens of the sample.
+    here, value and gradient are GSPO's (§4.3), whatever the samples' tokens weigh. Metrics as of `grpo_loss`; where a bound acts, it acts
+    on all tokens of the sample.
     """
     sequence_N = ratios(inputs.logprobs, _old(inputs, options), inputs.samples, "geometric").to(inputs.logprobs.dtype)
     return _clipped(inputs, options, sequence_N * (inputs.logprobs - inputs.logprobs.detach()).exp())

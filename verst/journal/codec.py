@@ -2,7 +2,8 @@
 
 A stream holds one record batch with one row for each sequence: a trajectory's own and then those of its branches, or a sample. Token arrays
 are list columns, so decoding returns NumPy views into the buffer, which stay valid after every other reference to it is gone and are
-read-only if the buffer is. Text and nested values are JSON, in the row or in the schema metadata. A tuple inside `info` or `fields` comes back as a list, as JSON has no tuples.
+read-only if the buffer is. Text and nested values are JSON, in the row or in the schema metadata. A tuple inside `info` or `fields` comes
+back as a list, as JSON has no tuples.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ from verst.filters.shipped import Duplicates, Length
 from verst.journal.audit import _oldest_version
 from verst.journal.codec import decode_batch, decode_group, encode_batch, encode_group
 from verst.journal.query import Found
+from verst.observe.recorded import GroupLife
+from verst.observe.timeline import _lived
 from verst.rewards.worker import _scored
 from verst.rollout.teacher import Teacher
 from verst.routing.records import routes_of
@@ -104,6 +106,11 @@ def test_who_looks_at_tokens_sees_those_of_all_branches():
     assert [(branch["tokens"], branch["turns"][0]["generated_tokens"]) for branch in described["branches"]] == [(4, 1), (4, 3)]
     late = group_of(trajectory("0/0", 1.0, "..x", "..x", versions_T=np.array([-1, -1, 5], np.int32)))
     assert _oldest_version(encode_group(late)) == 1  # of the branch
+
+
+def test_the_newest_version_of_a_group_may_be_that_of_a_branch():
+    life = GroupLife(0, "p", 0, posted=0, began=0, scoring=0, ended=0, tokens=0, oldest=0, newest=0)
+    assert _lived(life, two(), 1.0)[-3:] == (7, 0, 2)  # tokens, oldest, newest
 
 
 def test_a_group_that_filters_see_has_no_routes_anywhere():

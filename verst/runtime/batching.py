@@ -155,9 +155,9 @@ def advantages(batch: Batch, config: Config, reference_kl: Mapping[int, float]) 
     firsts = [sample for sample in batch.samples if sample.branch == 0]
     tokens_N = np.bincount(trajectory_S, [sample.loss_mask_T.sum() for sample in batch.samples], minlength=len(firsts))
     kl: dict[int, float] = {}
-    for index, value in reference_kl.items():
+    for index in sorted(reference_kl):  # whichever rank told it: sums have bits that depend on their order
         trajectory = int(trajectory_S[index])
-        kl[trajectory] = kl.get(trajectory, 0.0) + value
+        kl[trajectory] = kl.get(trajectory, 0.0) + reference_kl[index]
     rewards_N = algorithm.shape_rewards([s.reward for s in firsts], kl, tokens_N / config.max_generated_tokens, options)
     groups_N = np.array([s.group for s in firsts])
     found_N = algorithm.advantages(rewards_N, groups_N, options) if own is None else call_advantages(own, rewards_N, groups_N, firsts)

@@ -62,6 +62,7 @@ class LoadedStep:
 
     @cached_property
     def trajectories(self) -> NDArray[np.int64]:
+        """[samples of the batch] the number of each one's trajectory."""
         return self.batch.trajectories
 
     @property

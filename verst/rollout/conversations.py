@@ -21,6 +21,7 @@ from verst.rollout.agent import Agents
 from verst.rollout.boundary import CLOSE_DEADLINE_S, checked_info, result_of
 from verst.rollout.fields import GivenFields
 from verst.rollout.policy import Policy
+from verst.rollout.race import Cut
 from verst.rollout.sessions import FULL, Call, Session, SessionRefused
 from verst.rollout.transcript import Transcript
 from verst.types import FinishReason, Prompt, Status, Trajectory
@@ -64,17 +65,15 @@ class Conversations:
 
     async def roll(self) -> Status:
         """Answers until the agent has ended or a limit ends it. Raises `EnvironmentFailure`, `Cut`, and what an engine raises."""
-        unless_over = self._policy.race.unless_over
         self._session = await self._agents.open()
         self._agent = self._agents.begin(self._session, self._prompt)
         self._think()
-        while (call := await unless_over(self._next())) is not None:
-            if self._turns == self._max_turns:
-                await unless_over(self._answered())
-                self._info |= self._noted()
-                return Status.TRUNCATED
-            self._take(call)
-        return self._ended()
+        try:
+            return await self._policy.race.unless_over(self._serve())
+        except Cut:
+            if self._answering:  # the race has had them aborted: what they have counts
+                await asyncio.wait(self._answering)
+            raise
 
     async def close(self) -> EnvironmentFailure | None:
         """Ends the agent, and what it has asked. One that does not end is a failure, which is returned, so that it hides no other error."""
@@ -99,6 +98,15 @@ class Conversations:
         return own.trajectory(self._policy.name, status, self._policy.seed, others)
 
     # ---- calls
+
+    async def _serve(self) -> Status:
+        while (call := await self._next()) is not None:
+            if self._turns == self._max_turns:
+                await self._answered()
+                self._info |= self._noted()
+                return Status.TRUNCATED
+            self._take(call)
+        return self._ended()
 
     async def _next(self) -> Call | None:
         """The agent's next call; None if it has ended, or should have. Raises what one of its answers raised."""

@@ -135,11 +135,10 @@ async def test_a_reward_function_that_computes_holds_up_nobody_else():
 
 
 async def test_one_that_hangs_costs_its_own_trajectory_and_its_thread(monkeypatch: pytest.MonkeyPatch):
-    from tests.unit import sums_env
-
     monkeypatch.setattr("verst.rollout.verifiers_agent._ANSWER_S", 0.2)
     factory = environment_factory(ENV, {"score": "stuck"})
     await asyncio.to_thread(check_machine, factory)
+    sums_env = sys.modules["tests.unit.sums_env"]  # an import from its package would find that of an earlier test
     engine = FakeEngine(lambda request: [*ids("hang" if request.id.startswith("0/") else "4"), END])
     roller = replace(with_tools(engine, factory), environment_deadline_s=2)  # in which a busy machine must get to the reward function
     try:

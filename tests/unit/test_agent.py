@@ -130,7 +130,7 @@ async def test_a_call_with_nothing_to_answer_is_refused(second: list[Any]):
         (b'{"messages": [{"role": "user"}]}', "message 0 has no text"),
         (b'{"messages": ["hi"]}', "message 0 must be an object"),
         (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "parts that are no text"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "n": 2}', "n must be 1"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "n": 0.5}', "n must be a whole number"),
         (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}', "tool 0 must be of the type function"),
         (b'{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}}', "text only"),
         (b'{"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}', "message 0 has tool_calls"),

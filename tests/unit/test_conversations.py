@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import runpy
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from verst.rollout.sessions import Session, SessionRefused
 from verst.testing import CHATML, FakeEngine, tiny_tokenizer
 from verst.types import NO_VERSION, Branch, GenerateRequest, Prompt, RoutedExperts, Status, Trajectory
 
+EXAMPLE = Path(__file__).parents[2] / "examples/agents/sub_agents.py"
 MANY: Any = {"max_turns": 40}
 
 
@@ -166,6 +169,23 @@ async def test_several_answers_are_asked_of_one_prefix_and_one_goes_on():
     assert [turns(one) for one in trajectory.sequences] == [[0, 2, 4], [0, 1], [0, 3]]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_several_choices_are_as_many_conversations(stream: bool):
+    async def solve(session: Session, prompt: Prompt) -> dict[str, Any]:
+        async with client(session) as api:
+            reply: Any = await api.chat.completions.create(model="policy", messages=[ASK], n=3, stream=stream)
+            if stream:
+                deltas = [chunk.choices[0] async for chunk in reply]
+                return {"said": [choice.delta.content for choice in deltas if choice.finish_reason is None]}
+        return {"said": [choice.message.content for choice in reply.choices]}
+
+    engine = naming()
+    trajectory = await rolled(solve, engine=engine)
+    require_exact(trajectory, engine)
+    assert trajectory.info == {"said": ["0/0/0", "0/0/1", "0/0/2"]}
+    assert [turns(one) for one in trajectory.sequences] == [[2], [0], [1]]
+
+
 async def test_of_equal_answers_one_that_nothing_follows_goes_on():
     async def solve(session: Session, prompt: Prompt) -> None:
         first, second = await asyncio.gather(extended(session, [ASK]), extended(session, [ASK]))
@@ -202,6 +222,17 @@ async def test_sub_agents_ask_at_the_same_time_with_openais_client():
     assert [len(branch.turns) for branch in trajectory.branches] == [2, 2, 2]
     assert sorted(branch.messages[1].content for branch in trajectory.branches) == ["a", "b", "c"]
     assert [kind for kind, _ in engine.events][:5] == ["generate", "finish", *["generate"] * 3]
+
+
+async def test_the_example():
+    solve = runpy.run_path(str(EXAMPLE))["solve"]
+    engine = naming(tick_s=0.001)
+    trajectory = await rolled(solve, engine=engine)
+    require_exact(trajectory, engine)
+    assert (trajectory.status, trajectory.info) == (Status.FINISHED, {"agree": False})
+    assert [turns(one) for one in trajectory.sequences] == [[0, 3], [1], [2]]
+    helpers = [branch.messages[0].content for branch in trajectory.branches]
+    assert sorted(helpers) == ["You are helper 1.\n0/0/0", "You are helper 2.\n0/0/0"]
 
 
 async def test_a_client_that_repeats_a_call_is_given_its_answer_and_no_other():

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from verst.errors import DataError, EnvironmentFailure
 from verst.fields import apart
@@ -24,7 +27,7 @@ from verst.rollout.policy import Policy
 from verst.rollout.race import Cut
 from verst.rollout.sessions import FULL, Call, Session, SessionRefused
 from verst.rollout.transcript import Transcript
-from verst.types import FinishReason, Prompt, Status, Trajectory
+from verst.types import FinishReason, Message, Prompt, Status, Trajectory
 
 _ORDERLY_S = 30.0
 """For what an agent has to do once it was told that there is no room, such as scoring. One that does not end is ended."""
@@ -167,21 +170,13 @@ class Conversations:
 
     def _opened(self, call: Call) -> Transcript:
         """The transcript in which a call waits for its answer. Raises `SessionRefused` if it has no room, or cannot be rendered."""
-        renderer, messages = self._policy.renderer, [said.message() for said in call.new]
-        if call.behind is None and not self._transcripts:  # the prompt's: what is wrong with it is said of the data
-            transcript, given_T = Transcript(), renderer.opening(messages, call.tools)
+        messages = [said.message() for said in call.new]
+        if not self._transcripts:  # the first call's: what is wrong with it is said of the prompt
+            transcript, given_T = Transcript(), self._policy.renderer.opening(messages, call.tools)
             self._check_opening(len(given_T))
         else:
             transcript = self._before(call)
-            room = self._policy.max_model_tokens - transcript.length
-            if not renderer.may_fit(messages, room):
-                raise self._no_room()
-            try:
-                given_T = self._rendered(call, messages)
-            except DataError as error:
-                raise SessionRefused(f"these messages cannot be rendered: {error}") from error
-            if len(given_T) >= room:
-                raise self._no_room()
+            given_T = self._given(call, messages, self._policy.max_model_tokens - transcript.length)
         if transcript not in self._transcripts:
             self._transcripts.append(transcript)
         transcript.give(given_T, messages)
@@ -196,7 +191,19 @@ class Conversations:
         transcript, turns = self._ends[call.behind]
         return transcript if transcript.closed and turns == len(transcript.turns) else transcript.first(turns, given=True)
 
-    def _rendered(self, call: Call, messages: Any) -> Any:
+    def _given(self, call: Call, messages: Sequence[Message], room: int) -> NDArray[np.int32]:
+        """`[T]` what a call puts behind the tokens before it, fewer than `room`."""
+        if not self._policy.renderer.may_fit(messages, room):
+            raise self._no_room()
+        try:
+            given_T = self._rendered(call, messages)
+        except DataError as error:
+            raise SessionRefused(f"these messages cannot be rendered: {error}") from error
+        if len(given_T) >= room:  # none would be left for the answer
+            raise self._no_room()
+        return given_T
+
+    def _rendered(self, call: Call, messages: Sequence[Message]) -> NDArray[np.int32]:
         renderer = self._policy.renderer
         if call.behind is None:
             return renderer.opening(messages, call.tools)

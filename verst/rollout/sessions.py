@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from verst.errors import VerstError
 from verst.rollout.tool_calls import Malformed, ToolCall, split_calls
 from verst.types import Completion, FinishReason, Message
+
+Tools = tuple[Mapping[str, Any], ...]
+"""Functions in OpenAI's form."""
 
 ENDED = "this trajectory has ended: a session is good for one"
 FULL = "this model's maximum context length is used up: the conversation, or the answer before, has reached the run's limit of tokens"
@@ -66,14 +69,14 @@ class Call:
     """The whole conversation."""
     behind: Call | None
     """The call whose answer it goes on from."""
-    tools: tuple[Mapping[str, Any], ...]
+    tools: Tools
     """What the policy is told that it can call, in OpenAI's form. They stand in the opening."""
     splits: bool
     """Whether what the policy calls is taken out of its text."""
     future: asyncio.Future[Answer]
     answer: Answer | None = None
-    followed: list[Call] = field(default_factory=list)
-    """The calls that go on from its answer."""
+    followed: bool = False
+    """Whether another call goes on from its answer."""
     repeats: int = 0
 
     @property
@@ -87,7 +90,7 @@ class Call:
         return self.asked[0 if self.behind is None else len(self.behind.asked) + 1 :]
 
     def begins(self, asked: Sequence[Said]) -> bool:
-        """Whether a conversation goes on from its answer. What stands before `new` is known to be the same."""
+        """Whether a conversation goes on from its answer. What stands before `new` is known to be the same, and the tools are."""
         end = len(self.asked)
         if self.answer is None or len(asked) <= end:
             return False
@@ -127,9 +130,9 @@ class Session:
         asked = tuple(messages)
         if self._over:
             raise SessionRefused(ENDED)
-        call = self._repeated(asked, tools) if again else None
+        call = self._repeated(asked, tuple(tools)) if again else None
         if call is None:
-            call = self._take(asked, tools, calls)
+            call = self._take(asked, tuple(tools), calls)
         return await asyncio.shield(call.future)
 
     # ---- the other side
@@ -157,35 +160,31 @@ class Session:
 
     # ---- inside
 
-    def _take(self, asked: tuple[Said, ...], tools: Sequence[Mapping[str, Any]], splits: bool) -> Call:
+    def _take(self, asked: tuple[Said, ...], tools: Tools, splits: bool) -> Call:
         """Raises `SessionRefused` if there is nothing to answer."""
         if not asked or asked[-1].role == "assistant":
             raise SessionRefused("there is nothing new to answer: the last message must be of another role than the assistant's")
         if any(said.calls and said.role != "assistant" for said in asked):
             raise SessionRefused("only the assistant calls tools: a message of another role has tool_calls")
         behind = self._behind(asked, tools)
-        call = Call(asked, behind, tuple(tools), splits and bool(tools), asyncio.get_running_loop().create_future())
+        call = Call(asked, behind, tools, splits and bool(tools), asyncio.get_running_loop().create_future())
         if behind is not None:
-            behind.followed.append(call)
+            behind.followed = True
         self._calls.append(call)
         self._waiting.put_nowait(call)
         return call
 
-    def _behind(self, asked: Sequence[Said], tools: Sequence[Mapping[str, Any]]) -> Call | None:
+    def _behind(self, asked: Sequence[Said], tools: Tools) -> Call | None:
         """The call with whose answer the longest known beginning of a conversation ends. Of several, one that nothing follows yet."""
-        told = _text(tools)
-        open_ = [call for call in self._calls if call.behind is None and _text(call.tools) == told]
         found: list[Call] = []
-        while open_:
-            call = open_.pop()
-            if call.begins(asked):
+        for call in self._calls:  # each comes after the one that it stands behind
+            if (call.tools == tools if call.behind is None else call.behind in found) and call.begins(asked):
                 found.append(call)
-                open_ += call.followed
-        return max(reversed(found), key=lambda call: (len(call.asked), not call.cut, not call.followed), default=None)
+        return max(found, key=lambda call: (len(call.asked), not call.cut, not call.followed), default=None)
 
-    def _repeated(self, asked: tuple[Said, ...], tools: Sequence[Mapping[str, Any]]) -> Call | None:
+    def _repeated(self, asked: tuple[Said, ...], tools: Tools) -> Call | None:
         """The call that a client repeats. Where several said the same, each is repeated before one is repeated twice."""
-        same = [call for call in self._calls if call.asked == asked and _text(call.tools) == _text(tools)]
+        same = [call for call in self._calls if call.asked == asked and call.tools == tools]
         call = min(same, key=lambda call: call.repeats, default=None)
         if call is not None:
             call.repeats += 1
@@ -211,7 +210,3 @@ def _same_json(one: str, other: str) -> bool:
         return one == other or json.loads(one) == json.loads(other)
     except (ValueError, RecursionError):
         return False
-
-
-def _text(tools: Sequence[Mapping[str, Any]]) -> str:
-    return json.dumps(list(tools), sort_keys=True)

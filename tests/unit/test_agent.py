@@ -417,6 +417,19 @@ async def test_an_agent_that_never_asks_again_has_its_deadline():
     assert trajectory.completion == "four"
 
 
+async def test_a_trajectory_that_its_deadline_finds_unfinished_says_that_its_agent_thinks():
+    async def thinks(session: Session, prompt: Prompt) -> None:
+        await session.complete([ASK])
+        await asyncio.Event().wait()
+
+    agents = Agents(thinks)
+    (trajectory,) = (await roller(saying("4"), agents, **LIMITS).roll(0, PROMPT, deadline_s=0.3)).trajectories
+    await agents.close()
+    assert trajectory.status is Status.FAILED
+    assert f"not finished after 0.3 s, waiting for agent {thinks.__qualname__} to ask" in str(trajectory.error)
+    assert trajectory.completion == "4"
+
+
 async def test_one_that_heeds_no_cancellation_fails(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("verst.rollout.conversations.CLOSE_DEADLINE_S", 0.1)
     freed = asyncio.Event()

@@ -270,6 +270,20 @@ async def test_a_call_that_cannot_be_rendered_fails_alone():
     assert trajectory.branches == ()
 
 
+async def test_an_opening_without_tokens_fails_alone():
+    async def solve(session: Session, prompt: Prompt) -> dict[str, Any]:
+        await extended(session, [ASK])
+        with pytest.raises(SessionRefused, match="no tokens"):
+            await session.complete([user("")])
+        return {"done": True}
+
+    made = roller(saying("4"), agents := Agents(solve), **LIMITS)
+    object.__setattr__(made, "renderer", ChatRenderer(tiny_tokenizer(None)))
+    (trajectory,) = (await made.roll(0, PROMPT)).trajectories
+    await agents.close()
+    assert (trajectory.status, trajectory.info) == (Status.FINISHED, {"done": True})
+
+
 async def test_a_conversation_without_room_leaves_the_others_theirs():
     async def solve(session: Session, prompt: Prompt) -> dict[str, Any]:
         main = await extended(session, [ASK])

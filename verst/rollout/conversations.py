@@ -206,7 +206,10 @@ class Conversations:
     def _rendered(self, call: Call, messages: Sequence[Message]) -> NDArray[np.int32]:
         renderer = self._policy.renderer
         if call.behind is None:
-            return renderer.opening(messages, call.tools)
+            opening_T = renderer.opening(messages, call.tools)
+            if not len(opening_T):
+                raise SessionRefused("these messages have no tokens: give them some text")
+            return opening_T
         assert call.behind.answer is not None
         after_stop = call.behind.answer.completion.tokens[-1] == renderer.end_of_turn
         return renderer.continuation(messages, after_stop=after_stop, tools=call.tools)

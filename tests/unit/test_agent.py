@@ -135,6 +135,12 @@ async def test_a_call_with_nothing_to_answer_is_refused(second: list[Any]):
         (b'{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}}', "text only"),
         (b'{"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}', "message 0 has tool_calls"),
         (b"\xff\xfe", "codec"),
+        (b'{"messages": ' + b"[" * 100_000, "recursion"),
+        (b'{"messages": [{"role": "user", "content": "a\\ud800"}]}', "half of a surrogate pair"),
+        (
+            b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function": {"name": "a\\udc00"}}]}',
+            "half of a surrogate pair",
+        ),
     ],
 )
 async def test_a_request_that_cannot_be_answered_says_why_and_changes_nothing(body: bytes, reason: str):

@@ -96,7 +96,7 @@ class Endpoint:
         try:
             body = json.loads((await request.read()).decode())
             asked = checked(body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return _error(400, "invalid_request", str(error))
         session.not_heeded |= asked.not_heeded
         again = request.headers.get("x-stainless-retry-count", "0") != "0"  # how OpenAI's clients mark what they send once more

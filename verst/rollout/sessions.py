@@ -166,6 +166,12 @@ class Session:
             raise SessionRefused("there is nothing new to answer: the last message must be of another role than the assistant's")
         if any(said.calls and said.role != "assistant" for said in asked):
             raise SessionRefused("only the assistant calls tools: a message of another role has tool_calls")
+        try:
+            for said in asked:
+                f"{said.role}{said.message().content}".encode()
+            json.dumps(tools, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # JSON has them as escapes
+            raise SessionRefused(f"a message or a tool has half of a surrogate pair, which no tokenizer takes: {error}") from error
         behind = self._behind(asked, tools)
         call = Call(asked, behind, tools, splits and bool(tools), asyncio.get_running_loop().create_future())
         if behind is not None:

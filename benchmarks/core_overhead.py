@@ -41,7 +41,7 @@ from verst.observe.spans import Spans
 from verst.recipes.tiny import build_tiny_model
 from verst.rewards.spec import RewardSpec
 from verst.rollout.hf import HFEngine
-from verst.rollout.roll import stable_seed
+from verst.rollout.policy import stable_seed
 from verst.runtime.batching import advantages, assemble
 from verst.training.fsdp import FsdpBackend
 from verst.types import GenerateRequest, Group, Manifest, Sampling

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,10 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True, slots=True, eq=False, init=False)
 class PerToken:
-    """One number for each generated token, in order: those where `loss_mask_T` is True. Finite, float32."""
+    """One number for each generated token, in order: those where `loss_mask_T` is True. Finite, float32.
+
+    Of a trajectory with branches: those of its own conversation, then of each branch (`Trajectory.sequences`).
+    """
 
     values: NDArray[np.float32]
 
@@ -144,6 +147,18 @@ def kinds_of(samples: Iterable[Sample]) -> dict[str, type[Field]]:
             if isinstance(value, PerToken):
                 require_length(name, value, int(sample.loss_mask_T.sum()), f"sample {sample.id}", ExtensionError)
     return {name: seen[name][0] for name in sorted(seen)}
+
+
+def by_sequence(fields: Mapping[str, Field], tokens: Sequence[int]) -> list[Mapping[str, Field]]:
+    """A trajectory's fields as each of its sequences has them, which have so many loss tokens: `PerToken` are cut, others are of all.
+
+    What is missing or left over in a `PerToken` is so in the last ones: see `kinds_of`.
+    """
+    if len(tokens) == 1:
+        return [fields]
+    ends = np.cumsum(tokens)[:-1]
+    cut = {name: np.split(value.values, ends) for name, value in fields.items() if isinstance(value, PerToken)}
+    return [{**fields, **{name: PerToken(parts[i]) for name, parts in cut.items()}} for i in range(len(tokens))]
 
 
 # ---- as bytes

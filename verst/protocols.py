@@ -93,10 +93,11 @@ class Reward(Protocol):
 
 @runtime_checkable
 class Advantages(Protocol):
-    """How much better each sample was than expected: what its tokens are weighed by. Named by `algorithm.advantages`."""
+    """How much better each trajectory was than expected: what its tokens are weighed by. Named by `algorithm.advantages`."""
 
     def __call__(self, rewards_N: NDArray[np.float64], groups_N: NDArray[np.int64], samples: Sequence[Sample], /) -> Any:
-        """[N] finite numbers, of the samples of one batch.
+        """[N] finite numbers, of the trajectories of one batch. Each is known by the sample of its own conversation, and its branches share
+        the number.
 
         `rewards_N` are those of `samples`, with what `kl_in: reward` and `overlong_share` take away; samples of one prompt have the same
         number in `groups_N`. A function of nothing else: a batch that is trained again must have the same advantages.

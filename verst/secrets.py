@@ -58,6 +58,13 @@ def take(but: Iterable[str] = ()) -> None:
     _erase(names)
 
 
+def give(names: Iterable[str]) -> None:
+    """Puts back those of what was taken that user code is to see. Raises `ExtensionError` as `require`."""
+    names = [*names]
+    require(names)
+    os.environ.update({name: _taken[name] for name in names if name not in os.environ})
+
+
 @contextlib.contextmanager
 def lent() -> Iterator[None]:
     """Puts back what was taken, for a library that looks for it in the environment. No user code may run meanwhile."""

@@ -180,6 +180,23 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class Branch:
+    """Another conversation of a trajectory whose agent did not only append: it went on from an earlier place, or began anew.
+
+    Arrays as those of `Trajectory`. Tokens that it shares with another conversation count as given in all but one of them, so that none
+    is trained twice.
+    """
+
+    tokens_T: NDArray[np.int32]
+    loss_mask_T: NDArray[np.bool_]
+    logprobs_T: NDArray[np.float32]
+    versions_T: NDArray[np.int32]
+    turns: tuple[Turn, ...]
+    messages: tuple[Message, ...]
+    routes: Routes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Trajectory:
     """One rollout, exact to the token. Arrays have one entry for each token of the whole conversation.
 
@@ -200,7 +217,10 @@ class Trajectory:
     info: Mapping[str, Any] = field(default_factory=dict)
     routes: Routes | None = None  # None: of a dense model, or not recorded
     fields: Mapping[str, Field] = field(default_factory=dict)
-    """Of the environment and, once scored, of the reward. A `PerToken` has one value for each token of the loss mask."""
+    """Of the environment and, once scored, of the reward. A `PerToken` has one value for each token of the loss mask, then of those of the
+    branches."""
+    branches: tuple[Branch, ...] = ()
+    """Of agents: conversations beside the one that had the last answer, in the order in which they began."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.tokens_T), len(self.loss_mask_T), len(self.logprobs_T), len(self.versions_T)}
@@ -213,15 +233,20 @@ class Trajectory:
         return self.turns[-1].text if self.turns else ""
 
     @property
+    def sequences(self) -> tuple[Trajectory | Branch, ...]:
+        """All that is trained of it: its own tokens, then those of its branches."""
+        return (self, *self.branches)
+
+    @property
     def generated_tokens(self) -> int:
-        """Tokens that a policy sampled; none of a demonstration."""
-        return int((self.versions_T != NO_VERSION).sum())
+        """Tokens that a policy sampled, in all sequences; none of a demonstration."""
+        return sum(int((one.versions_T != NO_VERSION).sum()) for one in self.sequences)
 
     @property
     def oldest_version(self) -> int | None:
         """Oldest policy version among the tokens that are trained; None if nothing was sampled, as in a demonstration."""
-        versions_T = self.versions_T[self.loss_mask_T]
-        oldest = int(versions_T.min()) if versions_T.size else NO_VERSION
+        versions_N = np.concatenate([one.versions_T[one.loss_mask_T] for one in self.sequences])
+        oldest = int(versions_N.min()) if versions_N.size else NO_VERSION
         return None if oldest == NO_VERSION else oldest
 
     def failed(self, error: str) -> Trajectory:
@@ -255,7 +280,7 @@ class Group:
 class Sample:
     """One trainable token sequence with its reward. `group` numbers the samples of one prompt."""
 
-    id: str
+    id: str  # of its trajectory
     group: int
     tokens_T: NDArray[np.int32]
     loss_mask_T: NDArray[np.bool_]
@@ -264,11 +289,16 @@ class Sample:
     reward: float
     routes: Routes | None = None  # they travel on their own: each trainer rank gets those that it replays
     fields: Mapping[str, Field] = field(default_factory=dict)  # of the trajectory
+    branch: int = 0
+    """Which of `Trajectory.sequences` it is. Samples of one id are one trajectory: they share its reward and its advantage."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The groups one step consumes, as samples in the order of their group's `seq`, then member. Step s trains policy version s - 1."""
+    """The groups one step consumes, as samples in the order of their group's `seq`, then member, then branch.
+
+    Step s trains policy version s - 1.
+    """
 
     step: int
     groups: tuple[int, ...]  # the `seq` of each group
@@ -277,6 +307,11 @@ class Batch:
     @property
     def tokens(self) -> int:
         return sum(len(s.tokens_T) for s in self.samples)
+
+    @property
+    def trajectories(self) -> NDArray[np.int64]:
+        """[samples] which trajectory each sample is of, counted from 0. Those of one follow each other, the first with branch 0."""
+        return np.cumsum([sample.branch == 0 for sample in self.samples], dtype=np.int64) - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from verst.types import Trajectory
 
 def reward(trajectory: Trajectory, fields: Mapping[str, Any]) -> Score:
     """The share of generated tokens that had not been generated before; `fresh` is 1 for each of them."""
-    tokens = trajectory.tokens_T[trajectory.loss_mask_T].tolist()
+    tokens = np.concatenate([one.tokens_T[one.loss_mask_T] for one in trajectory.sequences]).tolist()
     fresh = np.array([token not in tokens[:place] for place, token in enumerate(tokens)], np.float32)
     return Score(float(fresh.mean()), {"fresh": PerToken(fresh)})
 

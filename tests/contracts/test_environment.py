@@ -12,7 +12,7 @@ import pytest
 
 from verst.errors import EnvironmentFailure
 from verst.rollout import contract
-from verst.rollout.environments import SHIPPED, environment_factory
+from verst.rollout.environments import SHIPPED
 from verst.testing import FakeEnvironment, check_environment
 from verst.types import FinishReason, Message, Prompt, Reply
 
@@ -24,7 +24,7 @@ MORE = Reply((Message("user", "more"),), done=False)
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("texts", [["42"], ["41", "42"], ["", "\n", "x"], ["```python\nprint(1)\n```", "42"]])
 async def test_shipped_environments_keep_the_contract(name, texts):
-    replies = await check_environment(environment_factory(name, OPTIONS.get(name, {})), [PROMPT], texts)
+    replies = await check_environment(partial(SHIPPED[name], **OPTIONS.get(name, {})), [PROMPT], texts)
     assert replies[-1][-1].done
 
 

@@ -41,7 +41,7 @@ class Environment(SingleTurn):
 
 
 def reward(trajectory: Any, fields: Any) -> float:
-    return len(seen()) + 10.0 * (os.environ.get(NAMED) == "named")
+    return len(seen()) + len(trajectory.info["seen"]) + 10.0 * (os.environ.get(NAMED) == "named")
 
 
 def keep(group: Any) -> str | None:

@@ -19,6 +19,12 @@ from verst.runtime.rundir import RunDirectory
 pytestmark = pytest.mark.slow
 
 
+def run_command(*words: str, directory: Path, environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "verst.cli", *words]
+    done = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_user_code_of_a_run_sees_no_keys_but_those_that_it_names(tmp_path: Path, model: Path):
     config = {
@@ -37,9 +43,7 @@ def test_user_code_of_a_run_sees_no_keys_but_those_that_it_names(tmp_path: Path,
     file.write_text(json.dumps(config))
     root = Path(__file__).parents[2]
     environment = {**os.environ, **PLANTED, NAMED: "named", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "verst.cli", "train", str(file)]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_command("train", str(file), directory=tmp_path, environment=environment)
     run, _ = RunDirectory.open(tmp_path / "run")
     reader = JournalReader(run.journal)
     found = [trajectory for seq in reader.index.groups for trajectory in reader.group(seq).trajectories]
@@ -52,3 +56,7 @@ def test_user_code_of_a_run_sees_no_keys_but_those_that_it_names(tmp_path: Path,
     assert (step["policy/seen"], step["policy/named"]) == (0, 1)
     text = b"".join(file.read_bytes() for file in run.root.rglob("*") if file.is_file())
     assert not any(value.encode() in text for value in PLANTED.values())
+    words = ["--prompts", "2", "--samples", "2", "--out", str(tmp_path / "eval.json")]
+    run_command("eval", str(run.root), *words, directory=tmp_path, environment=environment)
+    (measured,) = json.loads((tmp_path / "eval.json").read_text())
+    assert [row["rewards"] for row in measured["rows"]] == [[10, 10]] * 2  # in this command's process environments see no more

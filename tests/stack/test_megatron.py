@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.stack.megatron_cases import FAMILIES, make_megatron, save_model, with_routes
-from tests.unit.fsdp_cases import BATCHES, make_backend, make_batch, make_config, same_bits, train, weights_of
+from tests.unit.fsdp_cases import BATCHES, branched, make_backend, make_batch, make_config, same_bits, train, weights_of
 from verst.errors import ConfigError, ModelError
 from verst.training.distributed import leave_distributed
 from verst.training.megatron.table.families import FAMILIES as TABLES
@@ -80,6 +80,18 @@ def test_steps_equal_those_of_the_fsdp_backend(paths: dict[str, str], family: st
             assert report[metric] == pytest.approx(expected[metric], rel=5e-5, abs=5e-5), metric
         for metric, value in expected.items():
             assert report[metric] == pytest.approx(value, rel=2e-3, abs=2e-4), metric
+
+
+def test_branches_are_trained_as_by_the_fsdp_backend(paths: dict[str, str]) -> None:
+    """Sequences of one trajectory lie in different microbatches, and weigh as one."""
+    kl = {"kl_coefficient": 0.1, "kl_in": "reward"}
+    config = make_config(paths["qwen3"], train={"lr": 1e-3, "microbatch_tokens": 12}, algorithm={"name": "gspo", **kl})
+    batches = [branched(make_batch(step)) for step in (1, 2)]
+    ours, theirs = (train(backend, config, batches) for backend in (make_megatron(config), make_backend(config)))
+    for own, other in zip(ours, theirs, strict=True):
+        report, expected = own.report(), other.report()
+        for metric in ("loss/total", "update/grad_norm"):
+            assert report[metric] == pytest.approx(expected[metric], rel=5e-5, abs=5e-5), metric
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's compiler, about torch itself

@@ -109,6 +109,17 @@ def make_batch(step: int, groups: int = 4, longest: int = 11) -> Batch:
     return Batch(step, tuple(range(groups)), tuple(samples))
 
 
+def branched(batch: Batch) -> Batch:
+    """Its eight samples as two groups: a trajectory with a branch and one without; one with two branches and two without."""
+    shape = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 0, 1), (1, 0, 2), (1, 1, 0), (1, 2, 0)]
+    rewards = {(s.group, s.id): s.reward for s in batch.samples}
+    samples = tuple(
+        replace(sample, id=f"{group}/{member}", group=group, branch=branch, reward=rewards[group, f"{group}/{member % 2}"] + member // 2)
+        for sample, (group, member, branch) in zip(batch.samples, shape, strict=True)
+    )
+    return Batch(batch.step, (0, 1), samples)
+
+
 def with_routes(batch: Batch, kind: RoutedExperts) -> Batch:
     """The batch with random routes, which differ from those that any router would choose."""
     rng = np.random.default_rng(batch.step)

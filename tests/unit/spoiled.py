@@ -247,7 +247,8 @@ def environment(start: str = "return prompt.messages", reply: str = "return Repl
     """An environment of the user's, through one turn."""
 
     async def converse(module: str) -> None:
-        guarded = GuardedEnvironment(environment_factory(f"{module}:{name}", options), deadline_s=0.3)
+        make: Any = environment_factory(f"{module}:{name}", options)
+        guarded = GuardedEnvironment(make, deadline_s=0.3)
         await guarded.start(Prompt("rows:0", (Message("user", "?"),)))
         await guarded.reply(Completion("42", (1,), FinishReason.STOP))
 

@@ -36,11 +36,12 @@ def slow(completion: Any) -> float:
     return 1.0
 
 
-FREED = threading.Event()
+HELD, FREED = threading.Event(), threading.Event()
 
 
 def stuck(completion: Any) -> float:
     if str(completion[-1]["content"]) == "hang":
+        HELD.set()
         FREED.wait(60)
     return 1.0
 

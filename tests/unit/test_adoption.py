@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.loop.fakes import group
+from tests.unit.test_trajectory_branches import sequence
 from verst.journal.codec import encode_group
 from verst.journal.log import Journal
 from verst.journal.records import AdmitRecord, BatchRecord, CommitRecord, PublishRecord
@@ -19,7 +21,7 @@ from verst.runtime.actors import LocalWorker, WorkerDied
 from verst.runtime.adoption import adopt_replicas, complete, keep_finished, still_in_flight
 from verst.runtime.kept import KeptHost
 from verst.runtime.rollout_worker import Adopted
-from verst.types import FinishReason, Generation
+from verst.types import Branch, FinishReason, Generation
 
 
 class Left(LocalWorker):
@@ -89,6 +91,8 @@ def test_finished_groups_go_into_the_journal_once_and_only_of_versions_that_were
     journal.append_published(PublishRecord(0, "hash", (0,)))
     journal.append_group(0, encode_group(group(0, 0)))
     found = [encode_group(group(seq, version)) for seq, version in ((0, 0), (1, 0), (2, 1), (9, 0), (1, 0))]
+    known, late = group(3, 0), sequence("..x", version=1)  # of version 1 in a branch alone
+    found.append(encode_group(replace(known, trajectories=(replace(known.trajectories[0], branches=(Branch(**late),)),))))
     assert keep_finished(journal, [Adopted(0, True, (one,), {}) for one in found]) == 1
     assert list(journal.index.groups) == [0, 1], "not twice, not of version 1, which no engine serves yet, not one that was never admitted"
 

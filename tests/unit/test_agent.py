@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import pickle
-from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import cloudpickle
@@ -13,48 +12,48 @@ import httpx
 import openai
 import pytest
 
-from verst.errors import EnvironmentFailure, ExtensionError
-from verst.fields import Opaque, PerToken
-from verst.rollout.agent import AgentEnvironment, Agents
-from verst.rollout.boundary import GuardedEnvironment
+from tests.unit.test_roll import END, ids, roller
+from verst.errors import DataError, EngineFailure, ExtensionError
+from verst.fields import PerToken
+from verst.rollout.agent import Agents
 from verst.rollout.endpoint import LARGEST_REQUEST
 from verst.rollout.environments import environment_factory
-from verst.rollout.sessions import Session, SessionRefused
-from verst.types import Completion, FinishReason, Message, Prompt, Reply
+from verst.rollout.sessions import Said, Session, SessionRefused
+from verst.testing import FakeEngine
+from verst.types import Completion, FinishReason, Message, Prompt, Sampling, Status, Trajectory
 
 PROMPT = Prompt("p", (Message("user", "2 + 2?"),), {"answer": "4"})
-RULES = {"role": "system", "content": "Rules"}
-ASK = {"role": "user", "content": "2 + 2?"}
+RULES: Any = {"role": "system", "content": "Rules"}
+ASK: Any = {"role": "user", "content": "2 + 2?"}
+LONG = "x" * 500
+"""An answer that its limit of tokens cuts."""
+LIMITS: Any = {"sampling": Sampling(max_new_tokens=300), "max_prompt_tokens": 1000, "max_model_tokens": 4000, "max_turns": 4}
 
 
-def said(text: str, finish: FinishReason = FinishReason.STOP) -> Completion:
-    return Completion(text, (1, 2), finish)
+def saying(*texts: str) -> FakeEngine:
+    """An engine that says these texts."""
+    return FakeEngine([[*ids(text), END] for text in texts])
 
 
-Open = Callable[..., GuardedEnvironment]
-
-
-@pytest.fixture
-async def opened() -> AsyncIterator[Open]:
-    """Makes the environment of an agent, and closes all of them."""
-    made: list[tuple[Agents, GuardedEnvironment]] = []
-
-    def open_one(agent: Any, **options: Any) -> GuardedEnvironment:
-        agents = Agents(agent, **options)
-        made.append((agents, GuardedEnvironment(agents, deadline_s=5)))
-        return made[-1][1]
-
-    yield open_one
-    for agents, environment in made:
-        await environment.close()
+async def rolled(agent: Any, *texts: str, engine: FakeEngine | None = None, options: Any = None, **changes: Any) -> Trajectory:
+    """The trajectory of an agent whose policy says these texts, in the order in which it is asked."""
+    agents = Agents(agent, **(options or {}))
+    try:
+        (trajectory,) = (await roller(engine or saying(*texts), agents, **(LIMITS | changes)).roll(0, PROMPT)).trajectories
+    finally:
         await agents.close()
+    return trajectory
+
+
+def contents(trajectory: Trajectory) -> list[str]:
+    return [message.content for message in trajectory.messages]
 
 
 def client(session: Session, **options: Any) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=session.base_url, api_key=session.api_key, max_retries=0, **options)
 
 
-async def test_an_agent_that_knows_base_url_and_key_is_an_environment(opened: Open):
+async def test_an_agent_that_knows_base_url_and_key_makes_a_trajectory():
     async def solve(session: Session, prompt: Prompt) -> dict[str, Any]:
         async with client(session) as api:
             messages: list[Any] = [RULES, {"role": "user", "content": prompt.messages[0].content}]
@@ -63,26 +62,31 @@ async def test_an_agent_that_knows_base_url_and_key_is_an_environment(opened: Op
             second = await api.chat.completions.create(model="any", messages=messages)
         return {"changed": first.choices[0].message.content != second.choices[0].message.content, "why": second.choices[0].finish_reason}
 
-    environment = opened(solve)
-    assert await environment.start(PROMPT) == (Message("system", "Rules"), Message("user", "2 + 2?"))
-    assert await environment.reply(said("5 ")) == Reply((Message("user", "Sure?"),), done=False)
-    assert await environment.reply(said("4", FinishReason.LENGTH)) == Reply(
-        info={"changed": True, "why": "length", "not_heeded": ["temperature"]}
-    )
+    trajectory = await rolled(solve, "5 ", LONG)
+    assert [(m.role, m.content) for m in trajectory.messages] == [
+        ("system", "Rules"),
+        ("user", "2 + 2?"),
+        ("assistant", "5 "),
+        ("user", "Sure?"),
+        ("assistant", "x" * 300),
+    ]
+    assert trajectory.info == {"changed": True, "why": "length", "not_heeded": ["temperature"]}
+    assert (trajectory.status, trajectory.error, trajectory.branches) == (Status.TRUNCATED, None, ())
 
 
-async def test_fields_that_an_agent_returns_are_in_the_info_of_its_last_reply(opened: Open):
+async def test_fields_that_an_agent_returns_are_those_of_its_trajectory():
     async def solve(session: Session, prompt: Prompt) -> dict[str, Any]:
-        async with client(session) as api:
-            await api.chat.completions.create(model="any", messages=[ASK])  # type: ignore[list-item]
-        return {"tries": 1, "each": PerToken([0.5, 1]), "note": Opaque(("a", 1))}
+        await session.complete([ASK])
+        return {"tries": 1, "each": PerToken([0.5, 1])}
 
-    environment = opened(solve)
-    await environment.start(PROMPT)
-    assert await environment.reply(said("4")) == Reply(info={"tries": 1, "each": PerToken([0.5, 1]), "note": Opaque(["a", 1])})
+    trajectory = await rolled(solve, "4")
+    assert (trajectory.info, trajectory.fields) == ({"tries": 1}, {"each": PerToken([0.5, 1])})
+    short = await rolled(solve, "42")
+    assert "field 'each'" in str(short.error)
+    assert "with 2 values, not 3" in str(short.error)
 
 
-async def test_a_plain_function_with_a_plain_client(opened: Open):
+async def test_a_plain_function_with_a_plain_client():
     def solve(session: Session, prompt: Prompt, *, times: int) -> None:
         with openai.OpenAI(base_url=session.base_url, api_key=session.api_key, max_retries=0) as api:
             assert [model.id for model in api.models.list()] == ["policy"]
@@ -93,41 +97,28 @@ async def test_a_plain_function_with_a_plain_client(opened: Open):
                 assert chunks[-1].choices[0].finish_reason == "stop"
                 messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "Again."}]
 
-    environment = opened(solve, times=2)
-    await environment.start(PROMPT)
-    assert (await environment.reply(said("four"))).messages == (Message("user", "Again."),)
-    assert await environment.reply(said("4")) == Reply()
+    trajectory = await rolled(solve, "four", "4", options={"times": 2})
+    assert (contents(trajectory), trajectory.info) == (["2 + 2?", "four", "Again.", "4"], {})
+    assert trajectory.status is Status.FINISHED
 
 
-async def test_an_agent_may_ask_without_http(opened: Open):
+async def test_an_agent_may_ask_without_http():
     async def solve(session: Session, prompt: Prompt) -> dict[str, Any]:
         return {"text": (await session.complete(prompt.messages)).text}
 
-    environment = opened(solve)
-    assert await environment.start(PROMPT) == PROMPT.messages
-    assert await environment.reply(said("4")) == Reply(info={"text": "4"})
+    assert (await rolled(solve, "4")).info == {"text": "4"}
 
 
-@pytest.mark.parametrize(
-    ("second", "reason"),
-    [
-        ([ASK], "nothing new to answer"),
-        ([ASK, {"role": "assistant", "content": "4"}], "nothing new to answer"),
-        ([ASK, {"role": "assistant", "content": "5"}, ASK], "message 1 is assistant '5', but in this session it was assistant '4'"),
-        ([{"role": "user", "content": "3 + 3?"}], "message 0 is user '3"),
-        ([ASK, {"role": "assistant", "content": "4"}, {"role": "assistant", "content": "x"}, ASK], "only the policy speaks"),
-    ],
-)
-async def test_a_call_that_does_not_continue_the_conversation_fails_the_trajectory(opened: Open, second: list[Any], reason: str):
+@pytest.mark.parametrize("second", [[ASK, {"role": "assistant", "content": "4"}], [{"role": "assistant", "content": "4"}]])
+async def test_a_call_with_nothing_to_answer_is_refused(second: list[Any]):
     async def solve(session: Session, prompt: Prompt) -> None:
         async with client(session) as api:
-            await api.chat.completions.create(model="m", messages=[ASK])  # type: ignore[list-item]
+            await api.chat.completions.create(model="m", messages=[ASK])
             await api.chat.completions.create(model="m", messages=second)
 
-    environment = opened(solve)
-    await environment.start(PROMPT)
-    with pytest.raises(EnvironmentFailure, match=reason):
-        await environment.reply(said("4"))
+    trajectory = await rolled(solve, "4")
+    assert trajectory.status is Status.FAILED
+    assert "nothing new to answer" in str(trajectory.error)
 
 
 @pytest.mark.parametrize(
@@ -139,14 +130,20 @@ async def test_a_call_that_does_not_continue_the_conversation_fails_the_trajecto
         (b'{"messages": [{"role": "user"}]}', "message 0 has no text"),
         (b'{"messages": ["hi"]}', "message 0 must be an object"),
         (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "parts that are no text"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "n": 2}', "n must be 1"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "n": 0.5}', "n must be a whole number"),
         (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}', "tool 0 must be of the type function"),
         (b'{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}}', "text only"),
         (b'{"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}', "message 0 has tool_calls"),
         (b"\xff\xfe", "codec"),
+        (b'{"messages": ' + b"[" * 100_000, "recursion"),
+        (b'{"messages": [{"role": "user", "content": "a\\ud800"}]}', "half of a surrogate pair"),
+        (
+            b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function": {"name": "a\\udc00"}}]}',
+            "half of a surrogate pair",
+        ),
     ],
 )
-async def test_a_request_that_cannot_be_answered_says_why_and_changes_nothing(opened: Open, body: bytes, reason: str):
+async def test_a_request_that_cannot_be_answered_says_why_and_changes_nothing(body: bytes, reason: str):
     async def solve(session: Session, prompt: Prompt) -> dict[str, Any]:
         async with httpx.AsyncClient() as http:
             headers = {"Authorization": f"Bearer {session.api_key}"}
@@ -154,73 +151,54 @@ async def test_a_request_that_cannot_be_answered_says_why_and_changes_nothing(op
         await session.complete([ASK])
         return {"status": refused.status_code, "message": refused.json()["error"]["message"]}
 
-    environment = opened(solve)
-    assert await environment.start(PROMPT) == PROMPT.messages
-    info = (await environment.reply(said("4"))).info
-    assert info["status"] == 400
-    assert reason in info["message"]
+    trajectory = await rolled(solve, "4")
+    assert trajectory.info["status"] == 400
+    assert reason in trajectory.info["message"]
+    assert contents(trajectory) == ["2 + 2?", "4"]
 
 
-async def test_keys_are_good_for_one_trajectory_until_it_ends(opened: Open):
+async def test_keys_are_good_for_one_trajectory_until_it_ends():
     sessions: list[Session] = []
 
-    async def solve(session: Session, prompt: Prompt) -> None:
+    async def solve(session: Session, prompt: Prompt) -> dict[str, Any]:
         sessions.append(session)
+        found = [await status("guessed"), await status(session.api_key, "Basic"), await status(session.api_key)]
         await session.complete([ASK])
+        return {"statuses": found}
 
+    agents = Agents(solve)
     async with httpx.AsyncClient() as http:
 
         async def status(key: str, scheme: str = "Bearer") -> int:
             answer = await http.post(f"{sessions[0].base_url}/chat/completions", json={}, headers={"Authorization": f"{scheme} {key}"})
             return answer.status_code
 
-        environment = opened(solve)
-        await environment.start(PROMPT)
+        (trajectory,) = (await roller(saying("4"), agents, **LIMITS).roll(0, PROMPT)).trajectories
+        assert trajectory.info == {"statuses": [401, 401, 400]}  # a key that is known, though its body is no request
         assert len(sessions[0].api_key) >= 32
-        assert await status("guessed") == 401
-        assert await status(sessions[0].api_key, "Basic") == 401
-        assert await status(sessions[0].api_key) == 400  # known; its body is not a request
-        assert await environment.reply(said("4")) == Reply()
-        await environment.close()
         assert await status(sessions[0].api_key) == 410
+    await agents.close()
     with pytest.raises(SessionRefused, match="has ended"):
         await sessions[0].complete([ASK])
 
 
-async def test_a_client_that_leaves_and_tries_again_gets_the_answer_that_was_generated(opened: Open):
-    left = asyncio.Event()
-
+async def test_a_client_that_leaves_and_tries_again_gets_the_answer_that_was_generated():
     async def solve(session: Session, prompt: Prompt) -> dict[str, Any]:
         async with client(session, timeout=0.2) as hasty:
             with pytest.raises(openai.APITimeoutError):
-                await hasty.chat.completions.create(model="m", messages=[ASK])  # type: ignore[list-item]
-        left.set()
+                await hasty.chat.completions.create(model="m", messages=[ASK])
         async with client(session) as api:  # as OpenAI's client does by itself
             header = {"x-stainless-retry-count": "1"}
-            answer = await api.chat.completions.create(model="m", messages=[ASK], extra_headers=header)  # type: ignore[list-item]
+            answer = await api.chat.completions.create(model="m", messages=[ASK], extra_headers=header)
         return {"text": answer.choices[0].message.content}
 
-    environment = opened(solve)
-    await environment.start(PROMPT)
-    await left.wait()
-    assert await environment.reply(said("4")) == Reply(info={"text": "4"})
+    engine = FakeEngine([[*ids("four"), END]], tick_s=0.1)
+    trajectory = await rolled(solve, engine=engine)
+    assert (trajectory.info, trajectory.branches) == ({"text": "four"}, ())
+    assert len(engine.requests) == 1
 
 
-async def test_two_calls_at_once_are_no_conversation(opened: Open):
-    async def solve(session: Session, prompt: Prompt) -> None:
-        await asyncio.gather(session.complete([ASK]), session.complete([RULES]))
-
-    environment = opened(solve)
-
-    async def first_turn() -> None:
-        await environment.start(PROMPT)
-        await environment.reply(said("4"))
-
-    with pytest.raises(EnvironmentFailure, match="still being generated: a session is one conversation"):
-        await first_turn()
-
-
-async def test_an_agent_that_raises_asks_nothing_or_returns_no_mapping_fails_its_trajectory(opened: Open):
+async def test_an_agent_that_raises_asks_nothing_or_returns_no_mapping_fails_its_trajectory():
     async def raises(session: Session, prompt: Prompt) -> None:
         raise LookupError("no such room")
 
@@ -230,17 +208,47 @@ async def test_an_agent_that_raises_asks_nothing_or_returns_no_mapping_fails_its
         await session.complete([ASK])
         return "done"
 
-    with pytest.raises(EnvironmentFailure, match=r"no such room \(.*test_agent.py"):
-        await opened(raises).start(PROMPT)
-    with pytest.raises(EnvironmentFailure, match="ended without asking"):
-        await opened(silent).start(PROMPT)
-    environment = opened(text)
-    await environment.start(PROMPT)
-    with pytest.raises(EnvironmentFailure, match="returned 'done' of type str, not a mapping or None"):
-        await environment.reply(said("4"))
+    async def objects(session: Session, prompt: Prompt) -> Any:
+        await session.complete([ASK])
+        return {"a": object()}
+
+    async def cancelled(session: Session, prompt: Prompt) -> Any:
+        await session.complete([ASK])
+        raise asyncio.CancelledError
+
+    for agent, reason in (
+        (raises, "raises raised LookupError: no such room (" + __file__),
+        (silent, "silent ended without asking for a completion"),
+        (text, "returned 'done' of type str, not a mapping or None"),
+        (objects, "info must hold JSON values"),
+        (cancelled, "awaited something that was cancelled"),
+    ):
+        trajectory = await rolled(agent, "4")
+        assert trajectory.status is Status.FAILED
+        assert str(trajectory.error).startswith(f"agent {agent.__qualname__}")
+        assert reason in str(trajectory.error)
 
 
-async def test_the_end_of_a_trajectory_ends_an_agent_that_waits(opened: Open):
+async def test_an_engines_failure_is_not_the_agents_to_catch():
+    async def careless(session: Session, prompt: Prompt) -> None:
+        try:
+            await session.complete([ASK])
+        except Exception:  # noqa: BLE001 - what many people's code does
+            return
+
+    with pytest.raises(EngineFailure, match="told to fail"):
+        await rolled(careless, engine=FakeEngine([[1, 2]], fail_at=0))
+
+
+async def test_an_opening_that_is_too_long_is_the_datas_fault():
+    async def solve(session: Session, prompt: Prompt) -> None:
+        await session.complete([{"role": "user", "content": LONG}])
+
+    with pytest.raises(DataError, match="above the limit of 64"):
+        await rolled(solve, max_prompt_tokens=64)
+
+
+async def test_the_end_of_a_trajectory_ends_an_agent_that_waits():
     ended = asyncio.Event()
 
     async def solve(session: Session, prompt: Prompt) -> None:
@@ -249,13 +257,17 @@ async def test_the_end_of_a_trajectory_ends_an_agent_that_waits(opened: Open):
         finally:
             ended.set()
 
-    environment = opened(solve)
-    await environment.start(PROMPT)
-    assert await environment.close() is None
+    engine = FakeEngine([[1] * 300], tick_s=0.05)
+    rolling = asyncio.create_task(rolled(solve, engine=engine))
+    await engine.generated(1)
+    rolling.cancel()
+    await asyncio.wait({rolling})
+    assert rolling.cancelled()
     assert ended.is_set()
+    assert not engine._running
 
 
-async def test_a_thread_whose_trajectory_is_over_is_refused(opened: Open):
+async def test_a_thread_whose_trajectory_is_over_is_refused():
     refused: list[str] = []
     done = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -263,15 +275,19 @@ async def test_a_thread_whose_trajectory_is_over_is_refused(opened: Open):
     def solve(session: Session, prompt: Prompt) -> None:
         with openai.OpenAI(base_url=session.base_url, api_key=session.api_key, max_retries=0) as api:
             try:
-                api.chat.completions.create(model="m", messages=[ASK])  # type: ignore[list-item]
+                api.chat.completions.create(model="m", messages=[ASK])
             except openai.APIStatusError as error:
                 refused.append(str(error))
         loop.call_soon_threadsafe(done.set)
 
-    environment = opened(solve)
-    await environment.start(PROMPT)
-    await environment.close()
+    agents = Agents(solve)
+    engine = FakeEngine([[1] * 300], tick_s=0.05)
+    rolling = asyncio.create_task(roller(engine, agents, **LIMITS).roll(0, PROMPT))
+    await engine.generated(1)
+    rolling.cancel()
+    await asyncio.wait({rolling})
     await asyncio.wait_for(done.wait(), 5)
+    await agents.close()
     assert "has ended" in refused[0]
 
 
@@ -285,8 +301,9 @@ def test_a_reference_with_the_prefix_names_an_agent():
     made = environment_factory("agent:tests.unit.test_agent:never", {})
     assert isinstance(made, Agents)
     assert made.function is never
-    assert isinstance(made(), AgentEnvironment)
     assert environment_factory(made, {}) is made
+    with pytest.raises(ExtensionError, match="agent never has its options already"):
+        environment_factory(made, {"a": 1})
     with pytest.raises(ExtensionError, match=r"agent wrong\(session.*cannot be called as wrong\(session, prompt\)"):
         environment_factory("agent:tests.unit.test_agent:wrong", {})
     with pytest.raises(ExtensionError, match="has no 'nobody'"):
@@ -294,7 +311,7 @@ def test_a_reference_with_the_prefix_names_an_agent():
     assert pickle.loads(cloudpickle.dumps(made)).function is never
 
 
-async def test_an_answer_that_was_cut_ends_its_agent_in_order(opened: Open):
+async def test_an_answer_that_was_cut_ends_its_agent_in_order():
     """It is told that the context is used up, as by other servers, and may still say what came of it."""
 
     async def solve(session: Session, prompt: Prompt, *, heeds: bool) -> dict[str, Any]:
@@ -306,17 +323,17 @@ async def test_an_answer_that_was_cut_ends_its_agent_in_order(opened: Open):
                 await api.chat.completions.create(model="m", messages=messages)
             if not heeds:
                 raise refused.value
-        return {"first": first.choices[0].message.content}
+        return {"first": str(first.choices[0].message.content)[:3]}
 
-    for heeds, said_of_it in ((True, {"first": "cut"}), (False, {})):
-        environment = opened(solve, heeds=heeds)
-        await environment.start(PROMPT)
-        reply = await environment.reply(said("cut", FinishReason.LENGTH))
-        assert reply == Reply(info={**said_of_it, "not_heeded": ["temperature"]})
+    for heeds, said_of_it in ((True, {"first": "xxx"}), (False, {})):
+        trajectory = await rolled(solve, LONG, options={"heeds": heeds})
+        assert (trajectory.status, trajectory.error) == (Status.TRUNCATED, None)
+        assert trajectory.info == {**said_of_it, "not_heeded": ["temperature"]}
 
 
-async def test_an_agent_that_goes_on_after_its_answer_was_cut_is_ended(opened: Open, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("verst.rollout.agent._ORDERLY_S", 0.1)
+@pytest.mark.parametrize("pause_s", [0.01, 0])
+async def test_an_agent_that_goes_on_after_its_answer_was_cut_is_ended(monkeypatch: pytest.MonkeyPatch, pause_s: float):
+    monkeypatch.setattr("verst.rollout.conversations._ORDERLY_S", 0.1)
 
     async def stubborn(session: Session, prompt: Prompt) -> None:
         messages: list[Any] = [ASK]
@@ -324,40 +341,75 @@ async def test_an_agent_that_goes_on_after_its_answer_was_cut_is_ended(opened: O
             with contextlib.suppress(SessionRefused):
                 answer = await session.complete(messages)
                 messages += [{"role": "assistant", "content": answer.text}, ASK]
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(pause_s)
 
-    environment = opened(stubborn)
-    await environment.start(PROMPT)
-    assert await environment.reply(said("cut", FinishReason.LENGTH)) == Reply()
+    trajectory = await asyncio.wait_for(rolled(stubborn, LONG), 5)
+    assert (trajectory.status, trajectory.info, trajectory.error) == (Status.TRUNCATED, {}, None)
 
 
-async def test_a_client_that_leaves_in_the_middle_of_a_stream_fails_nobody_elses_trajectory(opened: Open):
-    async def leaves(session: Session, prompt: Prompt) -> dict[str, Any]:
+async def test_the_answers_of_a_trajectory_are_counted():
+    async def endless(session: Session, prompt: Prompt) -> None:
+        messages: list[Any] = [ASK]
+        while True:
+            answer = await session.complete(messages)
+            messages += [{"role": "assistant", "content": answer.text}, ASK]
+
+    trajectory = await rolled(endless, "4", max_turns=3)
+    assert (trajectory.status, len(trajectory.turns), trajectory.error) == (Status.TRUNCATED, 3, None)
+    assert trajectory.loss_mask_T[-1]  # nothing is given that no one answers
+
+
+async def test_a_conversation_that_is_full_is_refused_its_next_call():
+    async def solve(session: Session, prompt: Prompt) -> dict[str, Any]:
+        answer = await session.complete([ASK])
+        messages: list[Any] = [ASK, {"role": "assistant", "content": answer.text}, {"role": "user", "content": LONG}]
+        with pytest.raises(SessionRefused, match="maximum context length"):
+            await session.complete(messages)
+        return {"told": True}
+
+    trajectory = await rolled(solve, "4", max_model_tokens=200)
+    assert (trajectory.status, trajectory.info, len(trajectory.turns)) == (Status.TRUNCATED, {"told": True}, 1)
+
+
+async def hand_over(agent: Any, *texts: str) -> list[tuple[Said, ...]]:
+    """What an agent adds to its conversation with each call, where a hand answers them."""
+    agents = Agents(agent)
+    session = await agents.open()
+    running, heard = agents.begin(session, PROMPT), list[tuple[Said, ...]]()
+    for turn, text in enumerate(texts):
+        call = await session.asked()
+        heard.append(call.new)
+        session.answer(call, turn, Completion(text, (1, 2), FinishReason.STOP))
+    await running
+    agents.forget(session)
+    await agents.close()
+    return heard
+
+
+async def test_a_client_that_leaves_in_the_middle_of_a_stream_fails_nobody_elses_trajectory():
+    long = "x" * 2_000_000
+
+    async def leaves(session: Session, prompt: Prompt) -> None:
         api = client(session)
-        stream = await api.chat.completions.create(model="m", messages=[ASK], stream=True)  # type: ignore[list-item]
+        stream = await api.chat.completions.create(model="m", messages=[ASK], stream=True)
         await anext(stream)
         await api.close()  # with most of the answer unread
         async with client(session) as other:
-            messages: list[Any] = [ASK, {"role": "assistant", "content": "x" * 2_000_000}, ASK]
+            messages: list[Any] = [ASK, {"role": "assistant", "content": long}, ASK]
             again = await other.chat.completions.create(model="m", messages=messages)
-        return {"again": again.choices[0].message.content}
+        assert again.choices[0].message.content == "4"
 
-    environment = opened(leaves)
-    await environment.start(PROMPT)
-    assert (await environment.reply(said("x" * 2_000_000))).messages == (Message("user", "2 + 2?"),)
-    assert await environment.reply(said("4")) == Reply(info={"again": "4"})
+    asked = Said("user", "2 + 2?")
+    assert await hand_over(leaves, long, "4") == [(asked,), (asked,)]
 
 
-async def test_a_client_that_leaves_for_good_ends_with_its_agents_deadline(opened: Open):
+async def test_a_client_that_leaves_for_good_ends_its_trajectory():
     async def leaves(session: Session, prompt: Prompt) -> None:
         async with client(session, timeout=0.1) as hasty:
-            await hasty.chat.completions.create(model="m", messages=[ASK])  # type: ignore[list-item]
+            await hasty.chat.completions.create(model="m", messages=[ASK])
 
-    environment = opened(leaves)
-    await environment.start(PROMPT)
-    await asyncio.sleep(0.5)
-    with pytest.raises(EnvironmentFailure, match=r"raised openai\.APITimeoutError"):
-        await environment.reply(said("4"))
+    trajectory = await asyncio.wait_for(rolled(leaves, engine=FakeEngine([[1]], stall_at=0)), 5)
+    assert "raised openai.APITimeoutError" in str(trajectory.error)
 
 
 async def test_an_agent_that_never_asks_again_has_its_deadline():
@@ -365,20 +417,49 @@ async def test_an_agent_that_never_asks_again_has_its_deadline():
         await session.complete([ASK])
         await asyncio.Event().wait()
 
-    agents = Agents(hangs)
-    environment = GuardedEnvironment(agents, deadline_s=0.3)
-    await environment.start(PROMPT)
-    with pytest.raises(EnvironmentFailure, match=r"reply in turn 1 took longer than 0\.3 s"):
-        await environment.reply(said("4"))
-    assert await environment.close() is None
+    engine = FakeEngine([[*ids("four"), END]], tick_s=0.1)  # whose time is not the agent's
+    trajectory = await rolled(hangs, engine=engine, environment_deadline_s=0.3)
+    assert "hangs took longer than 0.3 s to ask again or to end" in str(trajectory.error)
+    assert trajectory.completion == "four"
+
+
+async def test_a_trajectory_that_its_deadline_finds_unfinished_says_that_its_agent_thinks():
+    async def thinks(session: Session, prompt: Prompt) -> None:
+        await session.complete([ASK])
+        await asyncio.Event().wait()
+
+    agents = Agents(thinks)
+    (trajectory,) = (await roller(saying("4"), agents, **LIMITS).roll(0, PROMPT, deadline_s=0.3)).trajectories
     await agents.close()
+    assert trajectory.status is Status.FAILED
+    assert f"not finished after 0.3 s, waiting for agent {thinks.__qualname__} to ask" in str(trajectory.error)
+    assert trajectory.completion == "4"
 
 
-async def test_a_request_that_is_too_large_says_so(opened: Open):
+async def test_one_that_heeds_no_cancellation_fails(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("verst.rollout.conversations.CLOSE_DEADLINE_S", 0.1)
+    freed = asyncio.Event()
+
+    async def clings(session: Session, prompt: Prompt) -> None:
+        await session.complete([ASK])
+        while not freed.is_set():
+            with contextlib.suppress(asyncio.CancelledError, SessionRefused):
+                await session.complete([ASK])
+            with contextlib.suppress(asyncio.CancelledError):
+                await freed.wait()
+
+    trajectory = await rolled(clings, "4", max_turns=1)
+    freed.set()
+    assert trajectory.status is Status.FAILED
+    assert "clings did not end within 0.1 s of being cancelled" in str(trajectory.error)
+
+
+async def test_a_request_that_is_too_large_says_so():
     async def solve(session: Session, prompt: Prompt) -> None:
         async with client(session) as api:
             messages: list[Any] = [{"role": "user", "content": "x" * (LARGEST_REQUEST + 1)}]
             await api.chat.completions.create(model="m", messages=messages)
 
-    with pytest.raises(EnvironmentFailure, match=r"413 .*at most 16777216 bytes: cut what tools have printed"):
-        await opened(solve).start(PROMPT)
+    trajectory = await rolled(solve)
+    assert "413" in str(trajectory.error)
+    assert "at most 16777216 bytes: cut what tools have printed" in str(trajectory.error)

@@ -10,17 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.test_agent import client, said
+from tests.unit.test_agent import LIMITS, LONG, client, saying
 from tests.unit.test_roll import END, PROMPT, ids, roller
 from verst.data.chat import ChatRenderer
-from verst.errors import EnvironmentFailure, ModelError
+from verst.errors import ModelError
 from verst.rollout.agent import Agents
-from verst.rollout.boundary import GuardedEnvironment
 from verst.rollout.environments import SingleTurn
 from verst.rollout.sessions import Session
 from verst.rollout.tool_calls import Malformed, ToolCall, split_calls
 from verst.testing import CHATML, FakeEngine, tiny_tokenizer
-from verst.types import FinishReason, Message, Prompt, Reply, Sampling, Status
+from verst.types import Message, Prompt, Status, Trajectory
 
 QWEN_TOOLS = (  # as that of Qwen 2.5, with fewer words
     "{%- if tools %}{{- '<|im_start|>system\n# Tools\n<tools>' }}{%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}"
@@ -38,7 +37,6 @@ NUMBERS = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"typ
 ADD: Any = {"type": "function", "function": {"name": "add", "description": "Adds, never says <|im_end|>.", "parameters": NUMBERS}}
 NOW: Any = {"type": "function", "function": {"name": "now", "description": "The time.", "parameters": {"type": "object", "properties": {}}}}
 ASK: Any = {"role": "user", "content": "6x7?"}
-LIMITS: Any = {"sampling": Sampling(max_new_tokens=300), "max_prompt_tokens": 1000, "max_model_tokens": 4000, "max_turns": 4}
 
 
 def call(name: str = "add", **arguments: Any) -> str:
@@ -189,17 +187,14 @@ def test_any_text_is_read(pieces: list[str]):
             assert json.loads(made.arguments) == {}
 
 
-async def answered(agent: Any, *texts: str) -> Reply:
-    """The last reply of an agent's environment to these completions."""
+async def answered(agent: Any, *texts: str) -> Trajectory:
+    """The trajectory of an agent whose policy says these texts."""
     agents = Agents(agent)
-    environment = GuardedEnvironment(agents, deadline_s=5)
     try:
-        await environment.start(PROMPT)
-        replies = [await environment.reply(said(text)) for text in texts]
+        (trajectory,) = (await with_tools(saying(*texts), agents).roll(0, PROMPT)).trajectories
     finally:
-        await environment.close()
         await agents.close()
-    return replies[-1]
+    return trajectory
 
 
 async def test_malformed_calls_come_back_as_text_and_are_counted():
@@ -262,22 +257,45 @@ async def test_an_agent_may_write_the_same_json_in_another_way():
 
 
 @pytest.mark.parametrize(
-    ("tries", "reason"),
+    ("tries", "given"),
     [
-        (again(lambda first: [ASK, rewritten(first, arguments='{"a": 5}'), result(first)]), "message 1 is assistant '' with calls of add"),
-        (
-            again(lambda first: [ASK, rewritten(first, name="now"), result(first)]),
-            "with calls of now, but in this session it was assistant",
-        ),
-        (again(lambda first: [ASK, rewritten(first, arguments="{"), result(first)]), "message 1 is assistant"),
-        (again(lambda first: [ASK, {"role": "assistant", "content": "x"}, result(first)]), "message 1 is assistant 'x'"),
-        (again(lambda first: [ASK, first, result(first)], tools=(ADD, NOW)), "the tools are others than those of the first call"),
-        (again(lambda first: [ASK, first, {**first, "role": "user"}]), "only the policy calls tools"),
+        (again(lambda first: [ASK, rewritten(first, arguments='{"a": 5}'), result(first)]), call(a=5)),
+        (again(lambda first: [ASK, rewritten(first, name="now"), result(first)]), call("now", a=3, b=4)),
+        (again(lambda first: [ASK, {"role": "assistant", "content": "x"}, result(first)]), "x"),
+        (again(lambda first: [ASK, first, result(first)], tools=(ADD, NOW)), call(a=3, b=4)),
     ],
 )
-async def test_what_was_called_stays_as_it_was(tries: Any, reason: str):
-    with pytest.raises(EnvironmentFailure, match=reason):
-        await answered(tries, call(a=3, b=4), "7")
+async def test_another_call_or_other_tools_are_another_conversation(tries: Any, given: str):
+    trajectory = await answered(tries, call(a=3, b=4), "7")
+    (branch,) = trajectory.branches
+    assert [m.content for m in trajectory.messages] == ["6x7?", given, "7", "7"]
+    assert [m.content for m in branch.messages] == ["6x7?", call(a=3, b=4)]
+    assert trajectory.loss_mask_T.sum() == len(ids("7")) + 1
+    assert branch.loss_mask_T.sum() == len(ids(call(a=3, b=4))) + 1
+
+
+async def test_calls_that_nobody_sampled_are_written_as_the_template_writes_them():
+    """Of an agent that keeps its newest messages and sums up those before."""
+
+    def compacted(first: Any) -> Any:
+        return [{"role": "user", "content": "6x7, so far:"}, {**first, "content": "I add."}, result(first)]
+
+    trajectory = await answered(again(compacted), call(a=3, b=4), "7")
+    made = {"type": "function", "function": {"name": "add", "arguments": {"a": 3, "b": 4}}}
+    conversation: list[Any] = [
+        {"role": "user", "content": "6x7, so far:"},
+        {"role": "assistant", "content": "I add.", "tool_calls": [made]},
+        {"role": "tool", "content": "7"},
+        {"role": "assistant", "content": "7"},
+    ]
+    tokenizer = tiny_tokenizer(QWEN_TOOLS)
+    text = tokenizer.apply_chat_template(conversation, tools=[ADD], tokenize=False)
+    assert tokenizer.decode(trajectory.tokens_T) == str(text).removesuffix("\n")
+
+
+async def test_only_the_assistant_calls_tools():
+    tries = again(lambda first: [ASK, first, {**first, "role": "user"}])
+    assert "only the assistant calls tools" in str((await answered(tries, call(a=3, b=4))).error)
 
 
 @pytest.mark.parametrize(
@@ -303,8 +321,7 @@ async def test_requests_that_cannot_be_answered_say_why(extra: Any, reason: str)
         async with client(session) as api:
             await api.chat.completions.create(model="m", messages=[ASK], extra_body=extra)
 
-    with pytest.raises(EnvironmentFailure, match=reason):
-        await answered(tries)
+    assert reason in str((await answered(tries)).error)
 
 
 async def test_a_call_that_was_cut_by_its_limit_is_text():
@@ -313,10 +330,6 @@ async def test_a_call_that_was_cut_by_its_limit_is_text():
             choice = (await api.chat.completions.create(model="m", messages=[ASK], tools=[ADD])).choices[0]
         return {"finish": choice.finish_reason, "calls": choice.message.tool_calls}
 
-    agents = Agents(tries)
-    environment = GuardedEnvironment(agents, deadline_s=5)
-    await environment.start(PROMPT)
-    reply = await environment.reply(said(call()[:-5], FinishReason.LENGTH))
-    assert reply.info == {"finish": "length", "calls": None, "malformed_calls": 1}
-    await environment.close()
-    await agents.close()
+    trajectory = await answered(tries, f"<tool_call>{LONG}")
+    assert trajectory.status is Status.TRUNCATED
+    assert trajectory.info == {"finish": "length", "calls": None, "malformed_calls": 1}

@@ -162,6 +162,7 @@ def loss_inputs(logprobs, advantages, *, old=None, behaviour=None, reference=Non
         reference_logprobs=None if reference is None else torch.as_tensor(reference, dtype=torch.float64),
         advantages=torch.as_tensor(advantages, dtype=torch.float64),
         samples=torch.zeros(len(logprobs), dtype=torch.int64),
+        trajectories=torch.zeros(len(logprobs), dtype=torch.int64),
     )
 
 
@@ -208,7 +209,8 @@ def test_the_gradient_of_distillation_is_that_of_the_reverse_divergence():
     logits = torch.tensor([0.3, -1.0, 0.7, 0.1], dtype=torch.float64, requires_grad=True)
     teacher = torch.log_softmax(torch.tensor([1.0, 0.0, -0.5, 0.2], dtype=torch.float64), 0)
     logprobs = torch.log_softmax(logits, 0)
-    inputs = LossInputs(logprobs, logprobs.detach(), logprobs.detach(), None, torch.zeros(4), torch.zeros(4).long(), {TEACHER: teacher})
+    first = torch.zeros(4).long()
+    inputs = LossInputs(logprobs, logprobs.detach(), logprobs.detach(), None, torch.zeros(4), first, first, {TEACHER: teacher})
     output = distill_loss(inputs, DistillConfig(teacher="m"))
     found = gradient_of((logprobs.detach().exp() * output.per_token).sum(), logits)
     again = torch.log_softmax(logits, 0)
@@ -282,31 +284,43 @@ def test_sft_is_the_negative_log_likelihood():
 
 def test_weights_worked_by_hand():
     masks = [np.array(m, dtype=bool) for m in ([0, 0, 1, 1, 1], [0, 1], [0, 0])]
-    token = token_weights(masks, "token_mean", 8)  # four loss tokens in all
+    token = token_weights(masks, range(3), "token_mean", 8)  # four loss tokens in all
     assert [w.tolist() for w in token] == [[0, 0, 0.25, 0.25, 0.25], [0, 0.25], [0, 0]]
-    sequence = token_weights(masks, "sequence_mean", 8)  # two sequences with loss tokens; the third does not count
+    sequence = token_weights(masks, range(3), "sequence_mean", 8)  # two sequences with loss tokens; the third does not count
     np.testing.assert_allclose(sequence[0], [0, 0, 1 / 6, 1 / 6, 1 / 6], rtol=1e-7)
     assert [w.tolist() for w in sequence[1:]] == [[0, 0.5], [0, 0]]
-    constant = token_weights(masks, "constant", 8)  # two sequences, each of 8 tokens at most
+    constant = token_weights(masks, range(3), "constant", 8)  # two sequences, each of 8 tokens at most
     assert [w.tolist() for w in constant] == [[0, 0, 1 / 16, 1 / 16, 1 / 16], [0, 1 / 16], [0, 0]]
     assert all(w.dtype == np.float32 for w in token + sequence + constant)
 
 
+def test_the_sequences_of_a_trajectory_weigh_as_one():
+    """One of three loss tokens and a branch with a fourth, one of a single loss token, and one that has none, nor has its branch."""
+    masks = [np.array(m, dtype=bool) for m in ([0, 1, 1, 1], [0, 0, 1], [0, 1], [0, 0], [0, 0])]
+    owners = [0, 0, 1, 2, 2]
+    token = token_weights(masks, owners, "token_mean", 8)  # five loss tokens in all
+    np.testing.assert_allclose(np.concatenate(token), [0, 0.2, 0.2, 0.2, 0, 0, 0.2, 0, 0.2, 0, 0, 0, 0], rtol=1e-7)
+    sequence = token_weights(masks, owners, "sequence_mean", 8)  # two trajectories, the first of four tokens
+    assert [w.tolist() for w in sequence] == [[0, 1 / 8, 1 / 8, 1 / 8], [0, 0, 1 / 8], [0, 1 / 2], [0, 0], [0, 0]]
+    constant = token_weights(masks, owners, "constant", 8)  # two trajectories, each of 8 tokens at most
+    assert [w.tolist() for w in constant] == [[0, 1 / 16, 1 / 16, 1 / 16], [0, 0, 1 / 16], [0, 1 / 16], [0, 0], [0, 0]]
+
+
 @pytest.mark.parametrize("mode", ["token_mean", "sequence_mean", "constant"])
 def test_an_update_without_loss_tokens_weighs_nothing(mode):
-    assert [w.tolist() for w in token_weights([np.zeros(3, dtype=bool), np.zeros(0, dtype=bool)], mode, 8)] == [[0, 0, 0], []]
+    assert [w.tolist() for w in token_weights([np.zeros(3, dtype=bool), np.zeros(0, dtype=bool)], range(2), mode, 8)] == [[0, 0, 0], []]
 
 
 def test_a_first_token_cannot_be_predicted():
     with pytest.raises(InvariantViolation, match="sequence 1 of the update has its first token"):
-        token_weights([np.array([False, True]), np.array([True])], "token_mean", 8)
+        token_weights([np.array([False, True]), np.array([True])], range(2), "token_mean", 8)
 
 
 @given(st.lists(st.lists(st.booleans(), max_size=12), min_size=1, max_size=12), st.sampled_from(["token_mean", "sequence_mean"]))
 @settings(max_examples=50, deadline=None)
 def test_weights_sum_to_one(tails, mode):
     masks = [np.array([False, *tail]) for tail in tails]
-    weights = token_weights(masks, mode, 12)
+    weights = token_weights(masks, range(len(masks)), mode, 12)
     assert all(((w > 0) == mask).all() for w, mask in zip(weights, masks, strict=True))
     assert sum(float(w.sum()) for w in weights) == pytest.approx(float(any(map(any, tails))), abs=1e-6)
 

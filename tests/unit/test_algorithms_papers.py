@@ -40,14 +40,16 @@ def loss_of(name: str, log_ratios: Any, values: Any, samples: Any = SAMPLES, **a
     old = -torch.arange(1.0, len(log_ratios) + 1, dtype=torch.float64)
     logprobs = (old + torch.as_tensor(np.asarray(log_ratios), dtype=torch.float64)).requires_grad_()
     each = torch.as_tensor(np.asarray(values, dtype=np.float64)[samples])
-    inputs = LossInputs(logprobs, old, old, None, each, torch.as_tensor(samples))
+    of_N = torch.as_tensor(samples)
+    inputs = LossInputs(logprobs, old, old, None, each, of_N, of_N)
     return ALGORITHMS[name].loss(inputs, options_of(name, **asked)), logprobs
 
 
 def weights_of(mode: Any) -> NDArray[np.float64]:
     """[N] of the loss tokens."""
     masks = [np.array([False, *[True] * n]) for n in LENGTHS]
-    return np.concatenate([w[m] for w, m in zip(token_weights(masks, mode, LIMIT), masks, strict=True)]).astype(np.float64)
+    weights = token_weights(masks, range(len(masks)), mode, LIMIT)
+    return np.concatenate([w[m] for w, m in zip(weights, masks, strict=True)]).astype(np.float64)
 
 
 def update_loss(name: str, log_ratios: Any, values: Any, **asked: Any) -> tuple[float, NDArray[np.float64]]:
@@ -234,7 +236,8 @@ def test_gspo_s_narrow_bounds_survive_float32():
     # 4e-4 beside 1 is 3,355 units of the last place: half of it is inside, twice as much outside.
     old = torch.full((4,), -5.0)
     logprobs = old + torch.log1p(torch.tensor([2e-4, 2e-4, 8e-4, 8e-4]))
-    inputs = LossInputs(logprobs.requires_grad_(), old, old, None, torch.ones(4), torch.tensor([0, 0, 1, 1]))
+    of_N = torch.tensor([0, 0, 1, 1])
+    inputs = LossInputs(logprobs.requires_grad_(), old, old, None, torch.ones(4), of_N, of_N)
     assert ALGORITHMS["gspo"].loss(inputs, options_of("gspo")).metrics["clipped_high"].tolist() == [0, 0, 1, 1]
 
 
@@ -307,7 +310,8 @@ def test_on_policy_every_one_is_the_policy_gradient(name: str):
 @pytest.mark.parametrize("name", POLICY_GRADIENTS)
 def test_every_policy_gradient_takes_corrections_and_a_kl_term(name: str):
     policy, old, behaviour, reference, ones = (torch.full((2,), v, dtype=torch.float64) for v in (-1.0, -1.0, -1.5, -1.2, 1.0))
-    inputs = LossInputs(policy.requires_grad_(), old, behaviour, reference, ones, torch.tensor([0, 0]))
+    first = torch.tensor([0, 0])
+    inputs = LossInputs(policy.requires_grad_(), old, behaviour, reference, ones, first, first)
     plain = ALGORITHMS[name].loss(inputs, options_of(name)).per_token
     correction = {"kind": "truncate", "level": "token", "upper": 1.25}
     output = ALGORITHMS[name].loss(inputs, options_of(name, corrections=[correction], kl_coefficient=0.5, kl_in="loss", kl_estimator="k1"))

@@ -21,6 +21,7 @@ from verst.training.logprobs import token_logprobs
 VOCAB, HIDDEN = 29, 8
 LENGTHS = (3, 9, 5, 2, 12, 7, 4, 11, 6, 8)
 GROUPS = (0, 0, 0, 1, 1, 1, 1, 2, 2, 2)
+TRAJECTORIES = (0, 1, 1, 2, 3, 4, 4, 5, 6, 7)  # the second and the fifth have a branch
 
 # Largest |difference| over the largest |gradient|, about ten times the worst of 800 random divisions: sums in another order.
 TOLERANCE = {torch.float64: 5e-15, torch.float32: 5e-6}
@@ -57,17 +58,19 @@ def make_update(name: str, mode: str, dtype: torch.dtype) -> Update:
     masks = [np.array([False, *(draw.random(n - 1) < 0.7)]) for n in LENGTHS]
     masks[3][:] = False  # one sequence has nothing to learn from
     algorithm = algorithm_for(options)
+    groups_N = np.array([GROUPS[TRAJECTORIES.index(trajectory)] for trajectory in range(max(TRAJECTORIES) + 1)])
+    advantages_N = algorithm.advantages(draw.random(len(groups_N)), groups_N, options)
     return Update(
         algorithm=algorithm,
         options=options,
         tokens=[torch.from_numpy(draw.integers(VOCAB, size=n)) for n in LENGTHS],
         masks=[torch.from_numpy(mask) for mask in masks],
-        weights=[torch.from_numpy(w).to(dtype) for w in token_weights(masks, options.aggregate, 12)],
+        weights=[torch.from_numpy(w).to(dtype) for w in token_weights(masks, TRAJECTORIES, options.aggregate, 12)],
         shifts={
             name: [torch.from_numpy(draw.normal(0, 0.2, size=n)).to(dtype) for n in LENGTHS]
             for name in ("old_logprobs", "behaviour_logprobs", "reference_logprobs")
         },
-        advantages=torch.from_numpy(algorithm.advantages(draw.random(len(LENGTHS)), np.array(GROUPS), options)).to(dtype),
+        advantages=torch.from_numpy(advantages_N[list(TRAJECTORIES)]).to(dtype),
         embedding=torch.from_numpy(draw.normal(size=(VOCAB, HIDDEN))).to(dtype).requires_grad_(),
         head=torch.from_numpy(draw.normal(size=(VOCAB, HIDDEN))).to(dtype).requires_grad_(),
         teacher=[torch.from_numpy(draw.normal(-2, 0.5, size=n)).to(dtype) for n in LENGTHS],
@@ -94,7 +97,12 @@ def weighted_loss(update: Update, microbatch: list[int]) -> torch.Tensor:
     samples = torch.tensor(microbatch)[rows]
     shifted: dict[str, Any] = {name: logprobs.detach() + padded(values)[mask] for name, values in update.shifts.items()}
     inputs = LossInputs(
-        logprobs=logprobs, advantages=update.advantages[samples], samples=samples, fields={TEACHER: padded(update.teacher)[mask]}, **shifted
+        logprobs=logprobs,
+        advantages=update.advantages[samples],
+        samples=samples,
+        trajectories=torch.tensor(TRAJECTORIES)[samples],
+        fields={TEACHER: padded(update.teacher)[mask]},
+        **shifted,
     )
     per_token = update.algorithm.loss(inputs, update.options).per_token
     return (per_token * padded(update.weights)[mask]).sum()
@@ -146,14 +154,14 @@ def test_the_toy_update_exercises_what_it_should():
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-@pytest.mark.parametrize("microbatch_tokens", [24, 60, 1000])
+@pytest.mark.parametrize("microbatch_tokens", [33, 60, 1000])
 def test_planned_pairs_give_the_same_gradient(microbatch_tokens, ranks, packed):
     base = make_update("sft", "sequence_mean", torch.float64)
     masks = [mask if mask.any() else torch.arange(len(mask)) > 0 for mask in base.masks]
-    weights = [torch.from_numpy(w).double() for w in token_weights([mask.numpy() for mask in masks], "sequence_mean", 12)]
-    signs = torch.tensor([1.0, -1.0] * 5).double()
+    weights = [torch.from_numpy(w).double() for w in token_weights([mask.numpy() for mask in masks], TRAJECTORIES, "sequence_mean", 12)]
+    signs = torch.tensor([1.0, -1.0] * 4).double()[list(TRAJECTORIES)]
     update = replace(base, algorithm=ALGORITHMS["dpo"], options=DpoConfig(), masks=masks, weights=weights, advantages=signs)
-    pairs = [i // 2 for i in range(10)]
+    pairs = [trajectory // 2 for trajectory in TRAJECTORIES]
     plan = plan_step(
         LENGTHS, pairs, minibatches=1, epochs=1, ranks=ranks, microbatch_tokens=microbatch_tokens, packed=packed, whole_groups=True
     )

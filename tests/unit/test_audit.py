@@ -173,7 +173,7 @@ def test_records_that_are_none(tmp_path: Path):
             file.write(pack_header(kind, 6, payload, durable_bytes=0) + payload)
     found = [line.partition(": ")[2] for line in audit(directory).violations]
     assert found[0].startswith("a record COMMIT cannot be read")
-    assert "is not a 'group/2' Arrow stream" in found[1]
+    assert "is not a 'group/3' Arrow stream" in found[1]
     assert found[2] == "a segment has its segment record at its start only"
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from verst.errors import DataError, EnvironmentFailure, InvariantViolation, JournalError
 from verst.journal.codec import decode_batch, decode_group, encode_batch, encode_group
-from verst.types import Batch, FinishReason, Group, Message, Prompt, Routes, Sample, Status, Trajectory, Turn
+from verst.types import Batch, Branch, FinishReason, Group, Message, Prompt, Routes, Sample, Status, Trajectory, Turn
 
 
 def assert_same(left: Any, right: Any) -> None:
@@ -93,6 +93,12 @@ some_routes = st.builds(
 
 
 @st.composite
+def branches(draw: st.DrawFn) -> Branch:
+    said = tuple(draw(st.lists(turns, max_size=2)))
+    return Branch(*draw(arrays()), turns=said, messages=draw(messages), routes=draw(st.none() | some_routes))
+
+
+@st.composite
 def trajectories(draw: st.DrawFn) -> Trajectory:
     return Trajectory(
         draw(st.text()),
@@ -105,6 +111,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         reward=draw(st.none() | st.floats()),
         info=draw(json_dicts),
         routes=draw(st.none() | some_routes),
+        branches=tuple(draw(st.lists(branches(), max_size=2))),
     )
 
 
@@ -126,12 +133,12 @@ def test_any_group_comes_back_to_the_bit(group: Group) -> None:
 
 
 @given(
-    st.lists(st.tuples(st.text(), st.integers(-(2**63), 2**63 - 1), arrays(), st.floats()), max_size=4),
+    st.lists(st.tuples(st.text(), st.integers(-(2**63), 2**63 - 1), arrays(), st.floats(), st.integers(0, 9)), max_size=4),
     st.lists(st.integers(0, 2**40), max_size=4),
 )
 @settings(max_examples=40, deadline=None)
 def test_any_batch_comes_back_to_the_bit(rows: list[tuple[Any, ...]], seqs: list[int]) -> None:
-    samples = tuple(Sample(name, group, *tokens, reward=reward) for name, group, tokens, reward in rows)
+    samples = tuple(Sample(name, group, *tokens, reward=reward, branch=branch) for name, group, tokens, reward, branch in rows)
     batch = Batch(7, tuple(seqs), samples)
     assert_same(decode_batch(encode_batch(batch)), batch)
 
@@ -201,11 +208,11 @@ def test_a_wrong_dtype_is_refused_not_converted():
 
 def test_other_bytes_are_refused():
     batch = encode_batch(Batch(1, (), ()))
-    with pytest.raises(JournalError, match=r"schema 'batch/2' where 'group/2' is needed"):
+    with pytest.raises(JournalError, match=r"schema 'batch/3' where 'group/3' is needed"):
         decode_group(batch)
-    with pytest.raises(JournalError, match="not a 'batch/2' Arrow stream"):
+    with pytest.raises(JournalError, match="not a 'batch/3' Arrow stream"):
         decode_batch(b"nonsense")
-    with pytest.raises(JournalError, match="not a 'batch/2' Arrow stream"):
+    with pytest.raises(JournalError, match="not a 'batch/3' Arrow stream"):
         decode_batch(batch[: len(batch) // 2])
-    with pytest.raises(JournalError, match="not a 'group/2' Arrow stream"):
+    with pytest.raises(JournalError, match="not a 'group/3' Arrow stream"):
         decode_group(b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -170,6 +171,7 @@ def loss_inputs(places: list[int] | None = None) -> LossInputs:
         reference_logprobs=(TRAINER[at] - 0.3).float(),
         advantages=torch.tensor([1.0, -2.0, 1.0, -2.0, 3.0])[at],
         samples=SAMPLES[at],
+        trajectories=SAMPLES[at],
     )
 
 
@@ -205,7 +207,7 @@ def test_the_kl_term_is_not_weighed():
 
 def test_without_mismatch_no_correction_changes_a_bit():
     inputs = loss_inputs()
-    same = LossInputs(inputs.logprobs, inputs.old_logprobs, inputs.old_logprobs, None, inputs.advantages, inputs.samples)
+    same = replace(inputs, behaviour_logprobs=inputs.old_logprobs, reference_logprobs=None)
     for level in ("token", "geometric", "sequence"):
         bounds = {"level": level, "lower": 1.0, "upper": 1.0}
         for kind in ("truncate", "mask", "reject"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from verst.errors import ExtensionError
@@ -55,11 +57,12 @@ async def test_second_try_wants_the_answer_as_the_last_word(text, solved):
 
 
 def test_factory_binds_options_and_makes_a_fresh_one_each_time():
-    make = environment_factory("second_try", {"tries": 5})
+    make: Any = environment_factory("second_try", {"tries": 5})
     assert isinstance(make(), SecondTry)
     assert make() is not make()
-    assert isinstance(environment_factory("verst.rollout.environments:SingleTurn", {})(), SingleTurn)
-    assert isinstance(environment_factory(SingleTurn, {})(), SingleTurn)
+    for reference in ("verst.rollout.environments:SingleTurn", SingleTurn):
+        make = environment_factory(reference, {})
+        assert isinstance(make(), SingleTurn)
 
 
 @pytest.mark.parametrize(

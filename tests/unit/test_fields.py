@@ -188,16 +188,21 @@ def test_groups_and_batches_keep_fields_to_the_bit():
     assert_same(decode_batch(encode_batch(batch)), batch)
 
 
-def test_a_group_of_before_there_were_fields_is_read(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("form", "missing", "meta_of_then"), [("group/1", 2, False), ("group/2", 1, True)])
+def test_a_group_of_before_there_were_fields_or_branches_is_read(
+    form: str, missing: int, meta_of_then: bool, monkeypatch: pytest.MonkeyPatch
+):
     group = group_of(trajectory("0/0", 6), trajectory("0/1", 4))
     write = codec._write
 
     def as_it_was(schema: str, fields: Any, columns: Any, meta: Any) -> bytes:
-        return write("group/1", fields[:-1], columns[:-1], {name: value for name, value in meta.items() if name != "fields"})
+        kept = {name: value for name, value in meta.items() if meta_of_then or name != "fields"}
+        return write(form, fields[:-missing], columns[:-missing], kept)
 
     monkeypatch.setattr(codec, "_write", as_it_was)
     old = encode_group(group)
-    assert "per_token" not in pa.ipc.open_stream(old).schema.names
+    names = pa.ipc.open_stream(old).schema.names
+    assert ("per_token" in names, "branch" in names) == (meta_of_then, False)
     assert_same(decode_group(old), group)
 
 

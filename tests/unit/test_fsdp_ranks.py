@@ -18,6 +18,7 @@ from tests.ranks import saved_by_ranks
 from tests.unit.fsdp_cases import (
     BATCHES,
     advantages_of,
+    branched,
     largest_difference,
     make_backend,
     make_batch,
@@ -46,6 +47,7 @@ def uneven_batch(step: int) -> Batch:
 
 
 UNEVEN = [uneven_batch(step) for step in (1, 2, 3)]
+BRANCHED = [branched(batch) for batch in BATCHES]
 ROUTED = [with_routes(batch, RoutedExperts(layers=2, experts=4, chosen=2)) for batch in (*BATCHES[:2], UNEVEN[2])]
 TOLERANCE = 5e-5  # of weights that moved by up to 0.03; see test_fsdp_backend on AdamW and float32 noise
 
@@ -60,6 +62,9 @@ def configs(path: str, tied: str, moe: str) -> dict[str, Config]:
         "critic": make_config(tied, train={"minibatches": 2, "gradient_checkpointing": True}, algorithm={"name": "ppo"}),
         "critic_uneven": make_config(path, train={"microbatch_tokens": 16}, algorithm={"name": "ppo"}),
         "sequences": make_config(path, train={"minibatches": 2}, algorithm={"name": "gspo", "clip_low": 0.02, "clip_high": 0.02}),
+        "branches": make_config(
+            path, train={"minibatches": 2, "microbatch_tokens": 16}, algorithm=kl | {"kl_in": "reward", "aggregate": "sequence_mean"}
+        ),
         "pairs": make_config(path, train={"minibatches": 2, "epochs": 2}, algorithm={"name": "online_dpo", "beta": 0.5}),
         "routed": make_config(moe, train={"minibatches": 2, "gradient_checkpointing": True}, algorithm=kl),
         "routed_uneven": make_config(moe, train={"microbatch_tokens": 16}),
@@ -68,7 +73,8 @@ def configs(path: str, tied: str, moe: str) -> dict[str, Config]:
 
 
 def batches_of(name: str) -> list[Batch]:
-    return {"uneven": UNEVEN, "critic_uneven": UNEVEN, "routed": ROUTED[:2], "routed_uneven": ROUTED[2:]}.get(name, BATCHES)
+    own = {"branches": BRANCHED, "uneven": UNEVEN, "critic_uneven": UNEVEN, "routed": ROUTED[:2], "routed_uneven": ROUTED[2:]}
+    return own.get(name, BATCHES)
 
 
 # ---- what each of the two ranks does; results go to files, and the tests below judge them
@@ -191,7 +197,9 @@ def single_rank(config: Config, batches: list[Batch]) -> tuple[FsdpBackend, list
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "updates", "tied", "uneven", "critic", "critic_uneven", "sequences", "routed", "routed_uneven"])
+@pytest.mark.parametrize(
+    "name", ["plain", "updates", "tied", "uneven", "critic", "critic_uneven", "sequences", "branches", "routed", "routed_uneven"]
+)
 def test_two_ranks_equal_one(results: Results, name: str) -> None:
     config = results.config(name)
     start = weights_of(make_backend(config))

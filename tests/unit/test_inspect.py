@@ -11,6 +11,7 @@ import pytest
 
 from tests.loop.fakes import group
 from tests.loop.local import LocalRun
+from tests.unit.test_trajectory_branches import two
 from verst import cli
 from verst.errors import DataError
 from verst.journal.codec import encode_group
@@ -133,6 +134,25 @@ def test_a_group_side_by_side_and_a_conversation(done_run: LocalRun, capsys: pyt
         f"trajectory 0/2, step 1, {one.status}, reward {one.reward:.3f}, {one.generated_tokens} generated tokens, seed {one.seed}" in said
     )
     assert "\n[assistant]\n" in said
+
+
+def test_branches_are_shown_behind_the_conversation(done_run: LocalRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    copy = tmp_path / "run"
+    shutil.copytree(done_run.run.root, copy, ignore=shutil.ignore_patterns("journal", "checkpoints"))
+    Journal.create(copy / "journal", done_run.run.run_id).append_group(0, encode_group(two()))
+    assert cli.main(["inspect", str(copy), "--trajectory", "0/0"]) == 0
+    said = capsys.readouterr().out
+    assert "6 generated tokens" in said
+    shown = "[assistant]\n  say ..xx\nbranch 1 of 2, 4 tokens\n[user]\n  ask ...x\n[assistant]\n  say ...x\nbranch 2 of 2, 4 tokens\n[user]"
+    assert shown in said
+    assert cli.main(["inspect", str(copy), "--trajectory", "0/0", "--tokens"]) == 0
+    assert "\nbranch 2 of 2, 4 tokens\nplace " in capsys.readouterr().out
+    assert cli.main(["inspect", str(copy), "--trajectory", "0/0", "--tokens", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["token"] for row in told["token_rows"]] == [3, 4, 5, 6]
+    assert [[row["token"] for row in branch["token_rows"]] for branch in told["branches"]] == [[13, 14, 15, 16], [23, 24, 25, 26]]
+    assert cli.main(["inspect", str(copy), "--group", "0"]) == 0
+    assert "6 tokens, -1.667, 2 branches" in capsys.readouterr().out
 
 
 def test_without_its_model_tokens_are_shown_as_numbers(done_run: LocalRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

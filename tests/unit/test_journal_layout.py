@@ -114,10 +114,10 @@ def test_the_journal_of_a_run(done_run: LocalRun):
         assert payload is not None
         batch = pa.ipc.open_stream(payload).read_next_batch()
         meta = json.loads(batch.schema.metadata[b"verst.meta"])
-        assert batch.schema.metadata[b"verst.schema"] == b"group/2"
+        assert batch.schema.metadata[b"verst.schema"] == b"group/3"
         assert [str(column.type) for column in batch.schema] == [
             *("large_string", "large_list<item: int32>", "large_list<item: uint8>", "large_list<item: int32>", "large_list<item: float>"),
-            *("double", "large_binary", "large_list<item: float>"),
+            *("double", "large_binary", "large_list<item: float>", "int32"),
         ]
         expected = journal.group(seq)
         assert (meta["seq"], meta["prompt"]["id"], meta["admitted_version"]) == (seq, expected.prompt.id, expected.admitted_version)

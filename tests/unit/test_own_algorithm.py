@@ -25,8 +25,8 @@ HERE = "tests.unit.test_own_algorithm"
 
 
 def inputs(logprobs: Sequence[float], old: Sequence[float], advantages: Sequence[float]) -> LossInputs:
-    old_N = torch.tensor(old)
-    return LossInputs(torch.tensor(logprobs).requires_grad_(), old_N, old_N, None, torch.tensor(advantages), torch.arange(len(old)))
+    old_N, of_N = torch.tensor(old), torch.arange(len(old))
+    return LossInputs(torch.tensor(logprobs).requires_grad_(), old_N, old_N, None, torch.tensor(advantages), of_N, of_N)
 
 
 def halves(rewards_N: NDArray[np.float64], groups_N: NDArray[np.int64], samples: Sequence[Sample]) -> NDArray[np.float64]:
@@ -145,6 +145,7 @@ def test_corrections_and_kl_of_the_run_file_apply_to_it():
         behaviour_N,
         torch.tensor([-1.5]),
         torch.tensor([3.0]),
+        torch.zeros(1).long(),
         torch.zeros(1).long(),
     )
     output = with_own_loss(algorithm_for(options), options).loss(given, options)

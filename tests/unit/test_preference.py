@@ -39,7 +39,7 @@ DPO: dict[str, Any] = {
 def inputs_of(logprobs: list[float], reference: list[float] | None, signs: list[float], samples: list[int]) -> LossInputs:
     log_N = torch.tensor(logprobs).requires_grad_()
     kept = None if reference is None else torch.tensor(reference)
-    return LossInputs(log_N, log_N.detach(), log_N.detach(), kept, torch.tensor(signs), torch.tensor(samples))
+    return LossInputs(log_N, log_N.detach(), log_N.detach(), kept, torch.tensor(signs), torch.tensor(samples), torch.tensor(samples))
 
 
 def test_the_loss_by_hand():

@@ -145,7 +145,7 @@ async def test_without_isolation_nothing_starts_unless_it_is_allowed(monkeypatch
     with pytest.raises(ExtensionError, match="does not let Python be isolated"):
         check_machine(environment_factory("python_tool", {}))
 
-    make = environment_factory("python_tool", {"allow_unisolated": True})
+    make: Any = environment_factory("python_tool", {"allow_unisolated": True})
     check_machine(make)
     assert "runs code without isolation, as allow_unisolated says (unshare: Operation not permitted)" in caplog.text
     tool = make()

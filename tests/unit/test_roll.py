@@ -16,7 +16,8 @@ from verst.errors import DataError, DeadlineExceeded, EngineFailure, ModelError
 from verst.observe.waits import Waits
 from verst.rollout.clock import Clock
 from verst.rollout.environments import SecondTry, SingleTurn
-from verst.rollout.roll import GroupRoller, stable_seed
+from verst.rollout.policy import stable_seed
+from verst.rollout.roll import GroupRoller
 from verst.testing import CHATML, FakeEngine, FakeEnvironment, tiny_tokenizer
 from verst.types import NO_VERSION, Completion, FinishReason, Generation, Manifest, Message, Prompt, Reply, Sampling, Status, Turn
 

@@ -134,17 +134,18 @@ async def test_a_reward_function_that_computes_holds_up_nobody_else():
     assert (await rolling).info["score/slow"] == 1
 
 
-async def test_one_that_hangs_costs_its_own_trajectory_and_its_thread():
-    from tests.unit import sums_env
-
+async def test_one_that_hangs_costs_its_own_trajectory_and_its_thread(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("verst.rollout.verifiers_agent._ANSWER_S", 0.2)
     factory = environment_factory(ENV, {"score": "stuck"})
     await asyncio.to_thread(check_machine, factory)
-    engine = FakeEngine([[*ids("hang"), END], [*ids("4"), END]])
-    roller = replace(with_tools(engine, factory), environment_deadline_s=0.5)
+    sums_env = sys.modules["tests.unit.sums_env"]  # an import from its package would find that of an earlier test
+    engine = FakeEngine(lambda request: [*ids("hang" if request.id.startswith("0/") else "4"), END])
+    roller = replace(with_tools(engine, factory), environment_deadline_s=2)  # in which a busy machine must get to the reward function
     try:
         (first,) = (await roller.roll(0, prompt())).trajectories
-        assert "took longer than 0.5 s" in str(first.error)
-        (second,) = (await replace(roller, environment_deadline_s=5).roll(1, prompt())).trajectories
+        assert "took longer than 2 s" in str(first.error)
+        assert sums_env.HELD.is_set()
+        (second,) = (await replace(roller, environment_deadline_s=30).roll(1, prompt())).trajectories
         assert (second.error, second.info["score/stuck"]) == (None, 1.0)
     finally:
         sums_env.FREED.set()

@@ -1,4 +1,7 @@
-"""From rewards to advantages. One float64 number for each sample of a batch; every token of a sample shares it."""
+"""From rewards to advantages. One float64 number for each sample of a batch; every token of a sample shares it.
+
+A trajectory with branches is one sample here: it has one reward, and weighs in baselines and deviations as any other.
+"""
 
 from __future__ import annotations
 

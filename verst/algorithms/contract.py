@@ -63,7 +63,7 @@ def check_loss(
     old_N = -3 * torch.rand(count, generator=generator) - 0.5
     advantages_N = torch.linspace(-1, 1, samples)[of_N]
     made = [{name: make(tokens) for name, make in (fields or {}).items()} for _ in range(samples)]
-    whole = LossInputs(near(old_N).requires_grad_(), old_N, near(old_N), near(old_N), advantages_N, of_N, _given(made, tokens))
+    whole = LossInputs(near(old_N).requires_grad_(), old_N, near(old_N), near(old_N), advantages_N, of_N, of_N, _given(made, tokens))
     output = call_loss(function, whole)
     output.per_token.sum().backward()
     assert torch.isfinite(output.per_token).all(), f"a loss that is not finite: {output.per_token.tolist()}"

@@ -40,6 +40,11 @@ class LossInputs:
     """[N] each token has its sample's, or with a critic its own."""
     samples: torch.Tensor
     """[N] int64, index in the batch of each token's sample. A microbatch has all loss tokens of its samples."""
+    trajectories: torch.Tensor
+    """[N] int64, number in the batch of each token's trajectory: several samples have the same if an agent's conversation branched.
+
+    A microbatch may lack other samples of its trajectories.
+    """
     fields: Mapping[str, Any] = field(default_factory=dict)
     """By name, what environment and reward have given (`verst.fields`), of each field that any sample of the batch has.
 
@@ -71,9 +76,10 @@ def grpo_loss(inputs: LossInputs, options: ClippedConfig) -> LossOutput:
 def gspo_loss(inputs: LossInputs, options: ClippedConfig) -> LossOutput:
     """The clipped surrogate with one ratio for each sequence: GSPO, arXiv 2507.18071, eq. 5 to 7.
 
-    s = exp(mean of logprob − old logprob over the sample). Each token has s as the value of its ratio, and the gradient of its own
-    log-probability: GSPO-token, eq. 13 and 14. With one advantage for the sample, as here, value and gradient are GSPO's (§4.3),
-    whatever the samples' tokens weigh. Metrics as of `grpo_loss`; where a bound acts, it acts on all tokens of the sample.
+    s = exp(mean of logprob − old logprob over the sample): of a trajectory with branches each sequence has its own. Each token has s as
+    the value of its ratio, and the gradient of its own log-probability: GSPO-token, eq. 13 and 14. With one advantage for the sample, as
+    here, value and gradient are GSPO's (§4.3), whatever the samples' tokens weigh. Metrics as of `grpo_loss`; where a bound acts, it acts
+    on all tokens of the sample.
     """
     sequence_N = ratios(inputs.logprobs, _old(inputs, options), inputs.samples, "geometric").to(inputs.logprobs.dtype)
     return _clipped(inputs, options, sequence_N * (inputs.logprobs - inputs.logprobs.detach()).exp())
@@ -105,8 +111,9 @@ def reinforce_loss(inputs: LossInputs, options: PolicyGradientConfig) -> LossOut
 def dpo_loss(inputs: LossInputs, options: PreferenceConfig) -> LossOutput:
     """Direct Preference Optimization, arXiv 2305.18290, eq. 7: −log σ(r(chosen) − r(rejected)), in nats, on each token of the pair.
 
-    r = beta · Σ (logprob − reference logprob) over the sample is its implicit reward (eq. 5, without the term that a pair has in common).
-    Samples 2k and 2k + 1 of the batch are a pair, of advantages 1 and −1; a microbatch has both or none. Sums are in float64. With
+    r = beta · Σ (logprob − reference logprob) over a trajectory, with all of its branches, is its implicit reward (eq. 5, without the term
+    that a pair has in common). Trajectories 2k and 2k + 1 of the batch are a pair, of advantages 1 and −1; a microbatch has all samples of
+    both, or none. Sums are in float64. With
     `sequence_mean` weights the tokens' losses sum to the mean over pairs. Metrics of pairs: `chosen_reward` and `rejected_reward`,
     `reward_margin` (their difference), and `reward_accuracy`, the share of pairs in which it is above 0.
 
@@ -114,7 +121,7 @@ def dpo_loss(inputs: LossInputs, options: PreferenceConfig) -> LossOutput:
     """
     if inputs.reference_logprobs is None:
         raise InvariantViolation(f"{options.name}: the backend gave no reference log-probabilities")
-    pairs, pair_N = (inputs.samples // 2).unique(return_inverse=True)
+    pairs, pair_N = (inputs.trajectories // 2).unique(return_inverse=True)
     rewards_N = options.beta * (inputs.logprobs - inputs.reference_logprobs).double()
     none_P = rewards_N.new_zeros(len(pairs))
     chosen_N = inputs.advantages > 0

@@ -70,9 +70,12 @@ class Algorithm:
     """Whether the loss of a sample depends on the others of its group, so that one microbatch must have all of them."""
     loss: Loss
     shape_rewards: Callable[[ArrayLike, Mapping[int, float], ArrayLike, Any], NDArray[np.float64]]
-    """(rewards [N], KL sum by sample index, loss tokens over the most there can be [N], options) → the rewards [N] of the advantages."""
+    """(rewards [N], KL sum by index, loss tokens over the most there can be [N], options) → the rewards [N] of the advantages.
+
+    All N are of the trajectories of a batch, each with its branches.
+    """
     advantages: Advantages
-    """(rewards [N], group number of each sample [N], options) → advantages [N]; with a critic, what the last token of each has earned."""
+    """(rewards [N], group numbers [N], options) → advantages [N] of trajectories; with a critic, what the last token of each has earned."""
     token_advantages: TokenAdvantages | None
     """(what the last token of each sample has earned [N], the critic's values of each sample's loss tokens, options) → what policy and
     critic are trained with. None: there is no critic, and all tokens of a sample share its advantage."""

@@ -91,6 +91,7 @@ def _eval(options: argparse.Namespace) -> int:
     from datetime import datetime
     from tempfile import TemporaryDirectory
 
+    from verst import secrets
     from verst.cli.common import to_stderr
     from verst.errors import ConfigError
     from verst.runtime.evaluation import EvalSampling, evaluate
@@ -103,6 +104,7 @@ def _eval(options: argparse.Namespace) -> int:
     sampling = EvalSampling(options.prompts, options.samples, options.temperature, options.correct, options.k)
     _ = sampling.all_ks  # what contradicts itself is told before a model is loaded
     _require_new_file(out)
+    secrets.take()  # environments and agents run in this process
     results = []
     with TemporaryDirectory(prefix="verst-eval-") as scratch:
         for target in measured_targets(words, options.set, overrides, Path(scratch)):

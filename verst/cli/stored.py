@@ -239,7 +239,8 @@ def _group_lines(found: Sequence[Found]) -> list[str]:
 def _cell(found: Found) -> list[str]:
     t = found.trajectory
     head = f"{t.id}  reward {number(t.reward)}"
-    about = f"{t.status}, {t.generated_tokens} tokens, {number(found.mean_logprob)}"
+    branches = f", {len(t.branches)} branches" if t.branches else ""
+    about = f"{t.status}, {t.generated_tokens} tokens, {number(found.mean_logprob)}{branches}"
     text = t.error if t.error is not None else "\n".join(turn.text for turn in t.turns)
     wrapped = [line for part in text.split("\n") for line in textwrap.wrap(one_line(part), _COLUMN - 3) or [""]]
     return [head, about, "─" * (_COLUMN - 3), *wrapped]
@@ -254,17 +255,23 @@ def _show_trajectory(journal: JournalReader, options: argparse.Namespace, tokeni
     from verst.journal.query import find_trajectory, token_rows
 
     found = find_trajectory(journal, options.trajectory)
-    rows = token_rows(found.trajectory, _decoder(tokenizers)) if options.tokens else []
+    t, decode = found.trajectory, _decoder(tokenizers) if options.tokens else None
+    rows = [] if decode is None else [token_rows(one, decode) for one in t.sequences]
     if options.json:
-        print_json(found.described() | ({"token_rows": rows} if options.tokens else {}))
+        told = found.described()
+        for own, of_sequence in zip((told, *told["branches"]) if rows else (), rows, strict=True):
+            own["token_rows"] = of_sequence
+        print_json(told)
         return 0
-    t = found.trajectory
     step = "no step yet" if found.step is None else f"step {found.step}"
     echo(f"trajectory {t.id}, {step}, {t.status}, reward {number(t.reward)}, {t.generated_tokens} generated tokens, seed {t.seed}")
     if t.error:
         echo(f"failed: {t.error}")
-    for line in _token_lines(rows) if options.tokens else _message_lines(t.messages):
-        echo(line)
+    for branch, one in enumerate(t.sequences):
+        if branch:
+            echo(f"branch {branch} of {len(t.branches)}, {len(one.tokens_T)} tokens")
+        for line in _token_lines(rows[branch]) if rows else _message_lines(one.messages):
+            echo(line)
     for name, value in t.info.items():
         echo(f"info {name}: {value}")
     for name, value in t.fields.items():

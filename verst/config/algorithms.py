@@ -33,8 +33,8 @@ class CorrectionConfig(Section):
 Aggregate = Annotated[
     Literal["token_mean", "sequence_mean", "constant"],
     Field(
-        description="Every token counts the same, or every sequence does; or the divisor is the number of sequences times the most tokens "
-        "that one may generate (Dr. GRPO, arXiv 2503.20783)."
+        description="Every token counts the same, or every trajectory does; or the divisor is the number of trajectories times the most "
+        "tokens that one may generate (Dr. GRPO, arXiv 2503.20783)."
     ),
 ]
 ClipLow = Annotated[Positive, Field(le=1, description="The ratio is clipped below 1 - clip_low. 1: it has no lower bound.")]

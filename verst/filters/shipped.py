@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from verst.errors import ConfigError
 from verst.types import Group, Trajectory
 
 
 class Length:
-    """Leaves out trajectories with fewer or more trained tokens than these bounds. None: no such bound.
+    """Leaves out trajectories with fewer or more trained tokens, branches included, than these bounds. None: no such bound.
 
     It works against the answers that it leaves out, whatever their reward is: `bias/length` shows by how much.
     """
@@ -32,7 +30,7 @@ class Length:
         return {member: reason for member, reason in reasons.items() if reason is not None}
 
     def _reason(self, trajectory: Trajectory) -> str | None:
-        tokens = int(trajectory.loss_mask_T.sum())
+        tokens = sum(int(one.loss_mask_T.sum()) for one in trajectory.sequences)
         if self._least is not None and tokens < self._least:
             return f"fewer than {self._least} tokens"
         if self._most is not None and tokens > self._most:
@@ -53,7 +51,7 @@ class Duplicates:
         self._limit = limit
 
     def __call__(self, group: Group) -> str | None:
-        tokens = [np.ascontiguousarray(t.tokens_T[t.loss_mask_T]).tobytes() for t in group.trainable]
+        tokens = [tuple(one.tokens_T[one.loss_mask_T].tobytes() for one in t.sequences) for t in group.trainable]
         if len(tokens) - len(set(tokens)) <= self._limit * len(tokens):
             return None
         return f"more than the share {self._limit:g} of its completions are copies"

@@ -338,5 +338,5 @@ def _oldest_version(payload: bytes) -> int | None:
         group = decode_group(payload)
     except JournalError as error:
         raise InvariantViolation(str(error)) from error
-    masked = [t.versions_T[t.loss_mask_T] for t in group.trainable]
+    masked = [one.versions_T[one.loss_mask_T] for t in group.trainable for one in t.sequences]
     return min((int(versions_T.min()) for found_T in masked if (versions_T := found_T[found_T != NO_VERSION]).size), default=None)

@@ -1,8 +1,9 @@
 """Groups and batches as Arrow IPC streams: the one form in which they are journaled and travel between processes.
 
-A stream holds one record batch with one row for each trajectory (or sample). Token arrays are list columns, so decoding returns NumPy
-views into the buffer, which stay valid after every other reference to it is gone and are read-only if the buffer is. Text and nested values
-are JSON, in the row or in the schema metadata. A tuple inside `info` or `fields` comes back as a list, as JSON has no tuples.
+A stream holds one record batch with one row for each sequence: a trajectory's own and then those of its branches, or a sample. Token arrays
+are list columns, so decoding returns NumPy views into the buffer, which stay valid after every other reference to it is gone and are
+read-only if the buffer is. Text and nested values are JSON, in the row or in the schema metadata. A tuple inside `info` or `fields` comes
+back as a list, as JSON has no tuples.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from numpy.typing import NDArray
 
 from verst.errors import DataError, EnvironmentFailure, InvariantViolation, JournalError, VerstError
 from verst.fields import Field, Opaque, packed, unpacked
-from verst.types import Batch, FinishReason, Group, Message, Prompt, Routes, Sample, Status, Trajectory, Turn
+from verst.types import Batch, Branch, FinishReason, Group, Message, Prompt, Routes, Sample, Status, Trajectory, Turn
 
-GROUP_SCHEMA = "group/2"
-BATCH_SCHEMA = "batch/2"
+GROUP_SCHEMA = "group/3"
+BATCH_SCHEMA = "batch/3"
 ROUTES_SCHEMA = "routes/1"
-_READABLE = {GROUP_SCHEMA: ("group/1",)}
-"""Older forms that are read as well: groups without fields."""
+_READABLE = {GROUP_SCHEMA: ("group/1", "group/2")}
+"""Older forms that are read as well: groups without fields and branches, and without branches."""
 
 _SCHEMA_KEY = b"verst.schema"
 _META_KEY = b"verst.meta"
@@ -51,6 +52,7 @@ _GROUP_FIELDS = [
     pa.field("reward", pa.float64()),
     pa.field("experts", pa.large_binary(), nullable=False),
     _list_field("per_token", np.float32),
+    pa.field("branch", pa.int32(), nullable=False),
 ]
 _BATCH_FIELDS = [
     pa.field("id", pa.large_utf8(), nullable=False),
@@ -58,6 +60,7 @@ _BATCH_FIELDS = [
     *(_list_field(name, dtype) for name, dtype in _BATCH_COLUMNS.items()),
     pa.field("reward", pa.float64(), nullable=False),
     _list_field("per_token", np.float32),
+    pa.field("branch", pa.int32(), nullable=False),
 ]
 _ROUTES_FIELDS = [
     pa.field("sample", pa.int64(), nullable=False),
@@ -71,11 +74,14 @@ def encode_group(group: Group) -> bytes:
     Raises `EnvironmentFailure` (a trajectory's `info`) or `DataError` (the prompt's `fields`) naming the key whose value is not JSON,
     `InvariantViolation` if a token array has another dtype than its carrier declares.
     """
-    rows = group.trajectories
+    found = group.trajectories
     _check_json(group.prompt.fields, f"fields of prompt {group.prompt.id}", DataError)
-    for row in rows:
-        _check_json(row.info, f"info of trajectory {row.id}", EnvironmentFailure)
-    about, per_token = _pack_fields(rows)
+    for trajectory in found:
+        _check_json(trajectory.info, f"info of trajectory {trajectory.id}", EnvironmentFailure)
+    rows = [one for trajectory in found for one in trajectory.sequences]
+    owners = [trajectory for trajectory in found for _ in trajectory.sequences]
+    ids = [owner.id for owner in owners]
+    about, per_token = _pack_fields(ids, [row.fields if isinstance(row, Trajectory) else {} for row in rows])
     meta = {
         "seq": group.seq,
         "admitted_version": group.admitted_version,
@@ -93,11 +99,12 @@ def encode_group(group: Group) -> bytes:
         "fields": about,
     }
     columns = [
-        pa.array([row.id for row in rows], pa.large_utf8()),
-        *_token_columns(rows, _GROUP_COLUMNS),
-        pa.array([row.reward for row in rows], pa.float64()),
+        pa.array(ids, pa.large_utf8()),
+        *_token_columns(ids, rows, _GROUP_COLUMNS),
+        pa.array([owner.reward for owner in owners], pa.float64()),
         _expert_column([row.routes for row in rows]),
         per_token,
+        pa.array([branch for trajectory in found for branch in range(len(trajectory.sequences))], pa.int32()),
     ]
     return _write(GROUP_SCHEMA, _GROUP_FIELDS, columns, meta)
 
@@ -109,16 +116,24 @@ def decode_group(buffer: bytes | memoryview) -> Group:
     arrays = _token_views(table, _GROUP_COLUMNS)
     routes = _route_views(table, meta["routes"])
     fields = _field_views(table, meta)
+
+    def sequence(row: int) -> dict[str, Any]:
+        """What trajectories and branches have alike."""
+        detail = meta["details"][row]
+        turns = tuple(Turn(start, generated, end, FinishReason(finish), text) for start, generated, end, finish, text in detail["turns"])
+        own = {name: views[row] for name, views in arrays.items()}
+        return own | {"routes": routes[row], "turns": turns, "messages": _unpack_messages(detail["messages"])}
+
     trajectories = tuple(
         Trajectory(
-            id=ids[i],
-            reward=rewards[i],
-            routes=routes[i],
-            fields=fields[i],
-            **{name: views[i] for name, views in arrays.items()},
-            **_unpack_detail(meta["details"][i]),
+            id=ids[first],
+            reward=rewards[first],
+            fields=fields[first],
+            branches=tuple(Branch(**sequence(row)) for row in range(first + 1, end)),
+            **sequence(first),
+            **_unpack_outcome(meta["details"][first]),
         )
-        for i in range(table.num_rows)
+        for first, end in itertools.pairwise([*_firsts(table), table.num_rows])
     )
     return Group(
         seq=meta["seq"],
@@ -136,13 +151,15 @@ def encode_batch(batch: Batch) -> bytes:
     Raises `InvariantViolation` if a token array has another dtype than `Sample` declares.
     """
     rows = batch.samples
-    about, per_token = _pack_fields(rows)
+    ids = [row.id for row in rows]
+    about, per_token = _pack_fields(ids, [row.fields for row in rows])
     columns = [
-        pa.array([row.id for row in rows], pa.large_utf8()),
+        pa.array(ids, pa.large_utf8()),
         pa.array([row.group for row in rows], pa.int64()),
-        *_token_columns(rows, _BATCH_COLUMNS),
+        *_token_columns(ids, rows, _BATCH_COLUMNS),
         pa.array([row.reward for row in rows], pa.float64()),
         per_token,
+        pa.array([row.branch for row in rows], pa.int32()),
     ]
     return _write(BATCH_SCHEMA, _BATCH_FIELDS, columns, {"step": batch.step, "groups": batch.groups, "fields": about})
 
@@ -150,13 +167,9 @@ def encode_batch(batch: Batch) -> bytes:
 def decode_batch(buffer: bytes | memoryview) -> Batch:
     """The batch in `buffer`. Raises `JournalError` if it holds anything else."""
     table, meta = _read(buffer, BATCH_SCHEMA)
-    ids, groups, rewards = (table.column(name).to_pylist() for name in ("id", "group", "reward"))
-    arrays: dict[str, Any] = _token_views(table, _BATCH_COLUMNS)
-    fields = _field_views(table, meta)
-    samples = tuple(
-        Sample(id=ids[i], group=groups[i], reward=rewards[i], fields=fields[i], **{name: views[i] for name, views in arrays.items()})
-        for i in range(table.num_rows)
-    )
+    arrays: dict[str, Any] = _token_views(table, _BATCH_COLUMNS) | {"fields": _field_views(table, meta)}
+    arrays |= {name: table.column(name).to_pylist() for name in ("id", "group", "reward", "branch")}
+    samples = tuple(Sample(**{name: values[i] for name, values in arrays.items()}) for i in range(table.num_rows))
     return Batch(step=meta["step"], groups=tuple(meta["groups"]), samples=samples)
 
 
@@ -194,13 +207,20 @@ def _route_views(table: pa.RecordBatch, packed: Sequence[list[Any] | None]) -> l
     return views
 
 
-def _pack_fields(rows: Sequence[Trajectory] | Sequence[Sample]) -> tuple[list[dict[str, Any]], pa.Array]:
-    """Of each row what is JSON of its fields, and the column of all their `PerToken` end to end."""
-    for row in rows:
-        for name, value in row.fields.items():
+def _firsts(table: pa.RecordBatch) -> list[int]:
+    """The row of each trajectory; those of its branches follow. In groups of before there were branches each row is one."""
+    if "branch" not in table.schema.names:
+        return list(range(table.num_rows))
+    return [row for row, branch in enumerate(table.column("branch").to_pylist()) if branch == 0]
+
+
+def _pack_fields(ids: Sequence[str], rows: Sequence[Mapping[str, Field]]) -> tuple[list[dict[str, Any]], pa.Array]:
+    """Of each row what is JSON of its fields, and the column of all their `PerToken` end to end. `ids` are for messages."""
+    for owner, fields in zip(ids, rows, strict=True):
+        for name, value in fields.items():
             if isinstance(value, Opaque):
-                _check_json(value.value, f"field {name!r} of {row.id}", InvariantViolation)
-    found = [packed(row.fields) for row in rows]
+                _check_json(value.value, f"field {name!r} of {owner}", InvariantViolation)
+    found = [packed(fields) for fields in rows]
     offsets = pa.array(np.cumsum([0, *(len(numbers) for _, numbers in found)], dtype=np.int64))
     numbers = np.concatenate([np.zeros(0, np.float32), *(numbers for _, numbers in found)])
     return [about for about, _ in found], pa.LargeListArray.from_arrays(offsets, pa.array(numbers))
@@ -227,37 +247,31 @@ def _unpack_messages(packed: Sequence[Sequence[str]]) -> tuple[Message, ...]:
     return tuple(Message(role, content) for role, content in packed)
 
 
-def _pack_detail(row: Trajectory) -> dict[str, Any]:
-    return {
+def _pack_detail(row: Trajectory | Branch) -> dict[str, Any]:
+    detail = {
         "turns": [[turn.start, turn.generated, turn.end, turn.finish, turn.text] for turn in row.turns],
         "messages": _pack_messages(row.messages),
-        "status": row.status,
-        "seed": row.seed,
-        "error": row.error,
-        "info": row.info,
     }
+    if isinstance(row, Branch):
+        return detail
+    return detail | {"status": row.status, "seed": row.seed, "error": row.error, "info": row.info}
 
 
-def _unpack_detail(detail: dict[str, Any]) -> dict[str, Any]:
-    turns = (Turn(start, generated, end, FinishReason(finish), text) for start, generated, end, finish, text in detail["turns"])
-    return detail | {
-        "turns": tuple(turns),
-        "messages": _unpack_messages(detail["messages"]),
-        "status": Status(detail["status"]),
-    }
+def _unpack_outcome(detail: Mapping[str, Any]) -> dict[str, Any]:
+    return {"status": Status(detail["status"]), "seed": detail["seed"], "error": detail["error"], "info": detail["info"]}
 
 
-def _token_columns(rows: Sequence[Any], columns: Mapping[str, Any]) -> list[pa.Array]:
-    """A list column for each array attribute of the rows, which all have the same lengths."""
+def _token_columns(ids: Sequence[str], rows: Sequence[Any], columns: Mapping[str, Any]) -> list[pa.Array]:
+    """A list column for each array attribute of the rows, which all have the same lengths. `ids` are for messages."""
     lengths = [len(row.tokens_T) for row in rows]
     offsets = pa.array(np.cumsum([0, *lengths], dtype=np.int64))
     packed = []
     for name, declared in columns.items():
         dtype = np.dtype(declared)
         arrays = [getattr(row, name) for row in rows]
-        for row, array, length in zip(rows, arrays, lengths, strict=True):
+        for owner, array, length in zip(ids, arrays, lengths, strict=True):
             if array.dtype != dtype or array.shape != (length,):
-                raise InvariantViolation(f"{row.id}: {name} is {array.dtype}{list(array.shape)}, it must be {dtype}[{length}]")
+                raise InvariantViolation(f"{owner}: {name} is {array.dtype}{list(array.shape)}, it must be {dtype}[{length}]")
         values = np.concatenate(arrays) if arrays else np.empty(0, dtype)
         stored = values.view(np.uint8) if dtype == np.bool_ else values
         packed.append(pa.LargeListArray.from_arrays(offsets, pa.array(stored)))

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from verst.errors import DataError
 from verst.fields import plain
 from verst.journal.log import JournalReader
-from verst.types import NO_VERSION, Group, Status, Trajectory
+from verst.types import NO_VERSION, Branch, Group, Status, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +31,13 @@ class Found:
     @property
     def mean_logprob(self) -> float | None:
         """Behaviour log-probability, mean over the sampled tokens; None if nothing was sampled."""
-        sampled = self.trajectory.versions_T != NO_VERSION
-        return float(self.trajectory.logprobs_T[sampled].mean()) if sampled.any() else None
+        found = np.concatenate([one.logprobs_T[one.versions_T != NO_VERSION] for one in self.trajectory.sequences])
+        return float(found.mean()) if found.size else None
 
     @property
     def versions(self) -> tuple[int, int] | None:
         """The oldest and newest policy version that sampled a token of it."""
-        sampled = self.trajectory.versions_T[self.trajectory.versions_T != NO_VERSION]
+        sampled = np.concatenate([one.versions_T[one.versions_T != NO_VERSION] for one in self.trajectory.sequences])
         return (int(sampled.min()), int(sampled.max())) if sampled.size else None
 
     def described(self) -> dict[str, Any]:
@@ -55,11 +57,16 @@ class Found:
             "versions": self.versions,
             "seed": t.seed,
             "prompt": {"id": prompt.id, "fields": dict(prompt.fields)},
-            "messages": [{"role": m.role, "content": m.content} for m in t.messages],
-            "turns": [{"generated_tokens": turn.end - turn.generated, "finish": str(turn.finish), "text": turn.text} for turn in t.turns],
+            **_conversation(t),
+            "branches": [{"tokens": len(branch.tokens_T), **_conversation(branch)} for branch in t.branches],
             "info": dict(t.info),
             "fields": {name: plain(value) for name, value in t.fields.items()},
         }
+
+
+def _conversation(sequence: Trajectory | Branch) -> dict[str, Any]:
+    turns = [{"generated_tokens": turn.end - turn.generated, "finish": str(turn.finish), "text": turn.text} for turn in sequence.turns]
+    return {"messages": [{"role": m.role, "content": m.content} for m in sequence.messages], "turns": turns}
 
 
 ORDERS: Mapping[str, Callable[[Found], Any]] = {
@@ -141,20 +148,20 @@ def find_trajectory(journal: JournalReader, name: str) -> Found:
     raise DataError(f"group {seq} has no trajectory {name}; it has {', '.join(found.trajectory.id for found in members)}")
 
 
-def token_rows(trajectory: Trajectory, decode: Callable[[int], str | None]) -> list[dict[str, Any]]:
+def token_rows(sequence: Trajectory | Branch, decode: Callable[[int], str | None]) -> list[dict[str, Any]]:
     """One row a token: its place, id, text, log-probability, policy version (None where it was given) and whether the loss reads it."""
     rows = []
-    for place, token in enumerate(trajectory.tokens_T.tolist()):
-        version = int(trajectory.versions_T[place])
+    for place, token in enumerate(sequence.tokens_T.tolist()):
+        version = int(sequence.versions_T[place])
         sampled = version != NO_VERSION
         rows.append(
             {
                 "place": place,
                 "token": token,
                 "text": decode(token),
-                "logprob": float(trajectory.logprobs_T[place]) if sampled else None,
+                "logprob": float(sequence.logprobs_T[place]) if sampled else None,
                 "version": version if sampled else None,
-                "in_loss": bool(trajectory.loss_mask_T[place]),
+                "in_loss": bool(sequence.loss_mask_T[place]),
             }
         )
     return rows

@@ -137,7 +137,7 @@ class Timeline:
 
 def _lived(life: GroupLife, group: Group, ended: float) -> GroupLife:
     scoring = max(life.posted, ended - group.timings.get("score_s", 0.0))
-    newest = max((int(t.versions_T.max(initial=NO_VERSION)) for t in group.trajectories), default=NO_VERSION)
+    newest = max((int(one.versions_T.max(initial=NO_VERSION)) for t in group.trajectories for one in t.sequences), default=NO_VERSION)
     return life._replace(
         began=max(life.posted, scoring - group.timings.get("teacher_s", 0.0) - group.timings.get("roll_s", 0.0)),
         scoring=scoring,

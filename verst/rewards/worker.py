@@ -144,7 +144,8 @@ async def _wait_for(value: Awaitable[Any]) -> Any:
 def _scored(value: Any, trajectory: Trajectory) -> Score:
     if not isinstance(value, Score):
         return Score(_number(value))
-    fields = checked(value.fields, "its Score", RewardFailure, tokens=int(trajectory.loss_mask_T.sum()))
+    tokens = sum(int(one.loss_mask_T.sum()) for one in trajectory.sequences)
+    fields = checked(value.fields, "its Score", RewardFailure, tokens=tokens)
     for name in fields:
         if name in trajectory.fields:
             raise RewardFailure(f"its Score: field {name!r} is there already, from the environment or a teacher: give it another name")

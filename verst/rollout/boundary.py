@@ -122,9 +122,26 @@ def checked_reply(reply: Any, name: str) -> Reply:
         raise EnvironmentFailure(f"{where} returned a message of the role 'assistant': only the model speaks as the assistant")
     if not isinstance(reply.info, Mapping):
         raise EnvironmentFailure(f"{where}: info is {_described(reply.info)}, not a mapping")
-    plain, fields = apart(reply.info)
+    return replace(reply, info=checked_info(reply.info, where))
+
+
+def checked_info(info: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What an environment or an agent says of its trajectory: JSON values and fields. Raises `EnvironmentFailure`, which names `where`."""
+    plain, fields = apart(info)
     _require_json(plain, f"{where}: info")
-    return replace(reply, info={**plain, **checked(fields, where, EnvironmentFailure)})
+    return {**plain, **checked(fields, where, EnvironmentFailure)}
+
+
+def result_of(program: asyncio.Future[Any], name: str) -> Any:
+    """What a program of the user's returned that has ended. Raises `EnvironmentFailure`, which begins with `name`, if it raised."""
+    if program.cancelled():
+        raise EnvironmentFailure(f"{name} awaited something that was cancelled")
+    error = program.exception()
+    if isinstance(error, EnvironmentFailure):  # it says itself what was wrong
+        raise EnvironmentFailure(f"{name}: {error}") from error
+    if error is not None:
+        raise EnvironmentFailure(f"{name} raised {origin(error)}") from error
+    return program.result()
 
 
 def checked_generation(generation: Generation, request: GenerateRequest) -> Generation:

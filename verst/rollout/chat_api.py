@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verst.rollout.sessions import Answer, Said
+from verst.rollout.sessions import Answer, Said, Tools
 from verst.rollout.tool_calls import ToolCall
 from verst.types import FinishReason
 
@@ -27,16 +27,18 @@ _NOT_HEEDED = (
     "presence_penalty",
     "reasoning_effort",
 )
+_MOST_CHOICES = 128  # as OpenAI's
 _FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """What a session is asked. `calls`: whether calls of tools are taken out of the answer's text."""
+    """What a session is asked. `calls`: whether calls of tools are taken out of the answers' text. `choices`: how many are wanted."""
 
     messages: tuple[Said, ...]
-    tools: tuple[Mapping[str, Any], ...]
+    tools: Tools
     calls: bool
+    choices: int
     not_heeded: frozenset[str]
 
 
@@ -44,8 +46,9 @@ def checked(body: Any) -> ChatRequest:
     """The request in a body. Raises `ValueError` with the reason where it cannot be answered."""
     if not isinstance(body, Mapping) or not isinstance(body.get("messages"), list) or not body["messages"]:
         raise ValueError("the body must be a JSON object with a list of messages")
-    if body.get("n") not in (None, 1):
-        raise ValueError("n must be 1: a session is one conversation")
+    choices = body.get("n") or 1
+    if not isinstance(choices, int) or not 1 <= choices <= _MOST_CHOICES:
+        raise ValueError(f"n must be a whole number from 1 to {_MOST_CHOICES}")
     refused = [name for name in _REFUSED if body.get(name)]
     if refused:
         raise ValueError(f"{', '.join(refused)}: not supported by a session")
@@ -59,10 +62,10 @@ def checked(body: Any) -> ChatRequest:
     if body.get("parallel_tool_calls") is False:
         not_heeded.add("parallel_tool_calls")
     messages = tuple(_said(number, message) for number, message in enumerate(body["messages"]))
-    return ChatRequest(messages, _tools(body.get("tools") or []), choice == "auto", frozenset(not_heeded))
+    return ChatRequest(messages, _tools(body.get("tools") or []), choice == "auto", choices, frozenset(not_heeded))
 
 
-def _tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
+def _tools(tools: Any) -> Tools:
     if not isinstance(tools, list):
         raise ValueError("tools must be a list")
     for number, tool in enumerate(tools):
@@ -104,20 +107,24 @@ def _text(number: int, parts: Sequence[Any]) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def whole(answer: Answer, described: Mapping[str, Any]) -> dict[str, Any]:
+def whole(answers: Sequence[Answer], described: Mapping[str, Any]) -> dict[str, Any]:
     """A `chat.completion` object. It has no `usage`: the tokens of the prompt are counted later."""
-    choice = {"index": 0, "message": _message(answer.said), "logprobs": None, "finish_reason": _finish(answer)}
-    return {**described, "object": "chat.completion", "choices": [choice]}
+    choices = [
+        {"index": number, "message": _message(answer.said), "logprobs": None, "finish_reason": _finish(answer)}
+        for number, answer in enumerate(answers)
+    ]
+    return {**described, "object": "chat.completion", "choices": choices}
 
 
-def chunks(answer: Answer, described: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Two `chat.completion.chunk` objects: all that was said, and its end. It was whole before the first could be sent."""
-    delta = _message(answer.said)
-    if answer.said.calls:
-        delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(delta["tool_calls"])]
-    for part, finish in ((delta, None), ({}, _finish(answer))):
-        choice = {"index": 0, "delta": part, "logprobs": None, "finish_reason": finish}
-        yield {**described, "object": "chat.completion.chunk", "choices": [choice]}
+def chunks(answers: Sequence[Answer], described: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Two `chat.completion.chunk` objects for each: all that was said, and its end. It was whole before the first could be sent."""
+    for number, answer in enumerate(answers):
+        delta = _message(answer.said)
+        if answer.said.calls:
+            delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(delta["tool_calls"])]
+        for part, finish in ((delta, None), ({}, _finish(answer))):
+            choice = {"index": number, "delta": part, "logprobs": None, "finish_reason": finish}
+            yield {**described, "object": "chat.completion.chunk", "choices": [choice]}
 
 
 def _message(said: Said) -> dict[str, Any]:

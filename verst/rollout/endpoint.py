@@ -6,10 +6,11 @@ change it are not heeded, and a trajectory's `info` names them.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from verst.errors import ExtensionError
@@ -95,27 +96,29 @@ class Endpoint:
         try:
             body = json.loads((await request.read()).decode())
             asked = checked(body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return _error(400, "invalid_request", str(error))
         session.not_heeded |= asked.not_heeded
         again = request.headers.get("x-stainless-retry-count", "0") != "0"  # how OpenAI's clients mark what they send once more
         try:
-            answer = await session.ask(asked.messages, tools=asked.tools, calls=asked.calls, again=again)
+            answers = await asyncio.gather(
+                *(session.ask(asked.messages, tools=asked.tools, calls=asked.calls, again=again) for _ in range(asked.choices))
+            )
         except SessionRefused as error:
             return _error(400, "session_refused", str(error))
         described = {"id": f"chatcmpl-{time.time_ns()}", "created": int(time.time()), "model": body.get("model") or MODEL}
         if not body.get("stream"):
-            return web.json_response(whole(answer, described))
-        return await _streamed(request, answer, described)
+            return web.json_response(whole(answers, described))
+        return await _streamed(request, answers, described)
 
 
-async def _streamed(request: web.Request, answer: Answer, described: Mapping[str, Any]) -> web.StreamResponse:
+async def _streamed(request: web.Request, answers: Sequence[Answer], described: Mapping[str, Any]) -> web.StreamResponse:
     from aiohttp import web
 
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     try:
         await response.prepare(request)
-        for chunk in chunks(answer, described):
+        for chunk in chunks(answers, described):
             await response.write(f"data: {json.dumps(chunk)}\n\n".encode())
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from verst import extend, slime_api
+from verst.errors import ExtensionError
 from verst.protocols import Environment
 from verst.rollout.agent import Agents
 from verst.rollout.guessing import Guessing
@@ -66,7 +67,10 @@ class SecondTry:
         return Reply(messages=(self._message,), done=False, info=info)
 
 
-BY_PREFIX: Mapping[str, Callable[..., Callable[[], Environment]]] = {"agent": Agents, "rollout": Rollouts, "slime": SlimeRollouts}
+Made = Callable[[], Environment] | Agents | Rollouts
+"""What makes the environment of each trajectory, or what asks for completions itself."""
+
+BY_PREFIX: Mapping[str, Callable[..., Made]] = {"agent": Agents, "rollout": Rollouts, "slime": SlimeRollouts}
 """Before a reference and a colon: what it names asks for completions itself, in messages, in tokens, or as slime's functions do."""
 
 VERIFIERS = "verifiers:"
@@ -81,7 +85,7 @@ SHIPPED: Mapping[str, Callable[..., Environment]] = {
 """Each has `turns`, the completions that its trajectory may have."""
 
 
-def environment_factory(reference: Any, options: Mapping[str, Any]) -> Callable[[], Environment]:
+def environment_factory(reference: Any, options: Mapping[str, Any]) -> Made:
     """What makes a fresh environment for each trajectory: a shipped name, `module:Class`, or a class or function given from Python.
 
     With a prefix of `BY_PREFIX`, a function that asks for completions itself; with `VERIFIERS`, an environment of that library.
@@ -96,8 +100,12 @@ def environment_factory(reference: Any, options: Mapping[str, Any]) -> Callable[
             slime_api.make_importable()
         return BY_PREFIX[kind](extend.load(name, shipped={}, kind=kind), **options)
     found = extend.load(reference, shipped=SHIPPED, kind="environment")
+    if isinstance(found, Agents | Rollouts):
+        if options:
+            raise ExtensionError(f"rollout.environment_options: {found.title} has its options already: give them where it is made")
+        return found
     extend.check_class(found, "environment", Environment, options)
-    return found if isinstance(found, Agents | Rollouts) else partial(found, **options)
+    return partial(found, **options)
 
 
 def of_prefix(reference: Any) -> tuple[str, str] | None:
@@ -106,7 +114,7 @@ def of_prefix(reference: Any) -> tuple[str, str] | None:
     return (kind, name) if kind == "agent" or (kind in BY_PREFIX and ":" in name) else None  # a module may be called rollout
 
 
-def check_machine(make: Callable[[], Environment]) -> None:
+def check_machine(make: Made) -> None:
     """Raises `ExtensionError` if this machine lacks what the environment needs. A class says so in a `check_machine` of its own."""
     if isinstance(make, Agents):
         make.check_machine()

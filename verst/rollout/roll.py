@@ -1,56 +1,38 @@
 """Rolling one group: every trajectory of a prompt at once, turn by turn, exact to the token.
 
-Who waits for whom: each trajectory waits in turn for the engine (its generation) and for its own environment (its reply, with a deadline);
-the group waits for all of its trajectories, or for as many as it wants (`verst.rollout.race`). An environment's failure ends its
-trajectory, an engine's failure ends the group. A trajectory that the group's deadline finds unfinished has failed; if the engine has done
-nothing at all meanwhile, that is the engine's failure.
+Who waits for whom: each trajectory waits in turn for the engine (its generation) and for its own environment (its reply, with a deadline;
+`verst.rollout.dialogue`) or its agent (its next call; `verst.rollout.conversations`); the group waits for all of its trajectories, or for
+as many as it wants (`verst.rollout.race`). An environment's failure ends its trajectory, an engine's failure ends the group. A trajectory
+that the group's deadline finds unfinished has failed; if the engine has done nothing at all meanwhile, that is the engine's failure.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from verst.data.chat import ChatRenderer
 from verst.errors import DataError, DeadlineExceeded, EnvironmentFailure, RoutesRefused, VerstError
-from verst.fields import apart
 from verst.observe.waits import Waits
 from verst.protocols import Engine, Environment
-from verst.rollout.boundary import GuardedEnvironment, checked_experts, checked_generation
+from verst.rollout.agent import Agents
+from verst.rollout.boundary import GuardedEnvironment
 from verst.rollout.clock import Clock
+from verst.rollout.conversations import Conversations
+from verst.rollout.dialogue import Dialogue
+from verst.rollout.policy import Policy, stable_seed
 from verst.rollout.race import Cut, Race
 from verst.rollout.recorded import Recorded
 from verst.rollout.rollouts import Rollouts
-from verst.rollout.tokens import Asked, Ended, Rolling
-from verst.rollout.transcript import Transcript
-from verst.types import (
-    NO_VERSION,
-    Completion,
-    FinishReason,
-    GenerateRequest,
-    Group,
-    Message,
-    Prompt,
-    Reply,
-    Sampling,
-    Status,
-    Trajectory,
-    Turn,
-)
-
-
-def stable_seed(*parts: int) -> int:
-    """A seed in [0, 2^63) that is the same in every process and on every machine, unlike Python's `hash`."""
-    text = "/".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+from verst.rollout.tokens import Rolling
+from verst.types import NO_VERSION, FinishReason, Group, Message, Prompt, Sampling, Status, Trajectory, Turn
 
 
 @dataclass(frozen=True)
@@ -58,15 +40,15 @@ class GroupRoller:
     """Makes the groups of one engine. `dataclasses.replace` gives a variant, such as one trajectory at temperature 0 for evaluation.
 
     Args:
-        environment: makes a fresh environment, called once for each trajectory; or the `Rollouts` of a rollout function.
+        environment: makes a fresh environment, called once for each trajectory; or the `Rollouts` of a rollout function; or agents.
         sampling: of every turn; the template's end-of-turn token is added to its stop tokens.
         group_size: trajectories of each prompt.
         oversample: trajectories rolled beyond them; the last to end are cut.
         max_turns: completions a trajectory may have.
         max_prompt_tokens: a longer opening is an error.
-        max_model_tokens: limit of a whole trajectory, environment replies included.
+        max_model_tokens: limit of a whole conversation, environment replies included.
         seed: the run's. With admission number, member and turn it fixes the seed of every request.
-        environment_deadline_s: limit of each call of an environment.
+        environment_deadline_s: limit of each call of an environment, and of each time in which an agent asks nothing.
         engine_name: what messages call the engine.
         waits: where each trajectory says, under its id, what it waits for.
         clock: what deadlines of trajectories are counted by.
@@ -76,7 +58,7 @@ class GroupRoller:
 
     engine: Engine
     renderer: ChatRenderer
-    environment: Callable[[], Environment]
+    environment: Callable[[], Environment] | Agents | Rollouts
     sampling: Sampling
     group_size: int
     max_turns: int
@@ -169,8 +151,7 @@ class GroupRoller:
     async def _trajectory(self, seq: int, member: int, prompt: Prompt, race: Race, deadline_s: float | None) -> Trajectory | int:
         """The trajectory, or the number of tokens it had when it was cut."""
         name, seed = f"{seq}/{member}", stable_seed(self.seed, seq, member)
-        transcript = Transcript()
-        environment = GuardedEnvironment(self._make_environment(), self.environment_deadline_s)
+        rolled = self._begin(prompt, name, seed, race)
         status: Status = Status.FAILED
         failure: VerstError | None = None
         cut = False
@@ -178,9 +159,7 @@ class GroupRoller:
         limit = self.clock.limit(deadline_s)
         try:
             async with limit:
-                status = await self._converse(name, seed, prompt, environment, transcript, race)
-                transcript.require_trained()
-                transcript.fields.require_whole(transcript.generated, f"environment {environment.name}")
+                status = await rolled.roll()
         except Cut:
             cut = True
         except (EnvironmentFailure, RoutesRefused) as error:
@@ -193,21 +172,26 @@ class GroupRoller:
             self.waits.end(name)
             raise
         finally:
-            closing_failure = await environment.close()
+            closing_failure = await rolled.close()
         self.waits.end(name)  # not after an error, which ends the run: then it tells what was waited for
         if cut:
-            return transcript.generated
+            return rolled.generated
         failure = failure or closing_failure
-        trajectory = transcript.trajectory(name, status, seed)
+        trajectory = rolled.trajectory(status)
         if failure is not None:
             return trajectory.failed(str(failure))
         return trajectory if await race.ended() else trajectory.generated_tokens
 
-    def _make_environment(self) -> Callable[[], Environment]:
-        if not isinstance(self.environment, Rollouts):
-            return self.environment
-        rolling = Rolling(self.renderer, self.sampling, self.max_turns, self.max_model_tokens, self.group_size)
-        return self.environment.bound(rolling)
+    def _begin(self, prompt: Prompt, name: str, seed: int, race: Race) -> Dialogue | Conversations:
+        """What rolls a trajectory."""
+        policy = Policy(self.engine, self.engine_name, self.renderer, self.sampling, self.max_model_tokens, race, name, seed, self.waits)
+        check = partial(self.check_prompt, prompt)
+        made, deadline_s = self.environment, self.environment_deadline_s
+        if isinstance(made, Agents):
+            return Conversations(made, prompt, policy, self.max_turns, deadline_s, check)
+        if isinstance(made, Rollouts):
+            made = made.bound(Rolling(self.renderer, self.sampling, self.max_turns, self.max_model_tokens, self.group_size))
+        return Dialogue(GuardedEnvironment(made, deadline_s), prompt, policy, self.max_turns, check)
 
     def _processed_tokens(self) -> float | None:
         """What shows that the engine works, while its requests are under way; None if it cannot tell."""
@@ -225,84 +209,6 @@ class GroupRoller:
             f"not finished after {deadline_s:g} s, waiting for {awaited}: if that is too little time, raise rollout.deadline_s"
         )
 
-    async def _converse(
-        self, name: str, seed: int, prompt: Prompt, environment: GuardedEnvironment, transcript: Transcript, race: Race
-    ) -> Status:
-        """Turns until the environment ends the trajectory or a limit does."""
-        self.waits.begin(name, f"environment {environment.name} to start")
-        opening = await race.unless_over(environment.start(prompt))
-        asked, tools = opening if isinstance(opening, Asked) else None, environment.tools
-        opening_T = np.asarray(opening.tokens, np.int32) if isinstance(opening, Asked) else self.renderer.opening(opening, tools)
-        self.check_prompt(prompt, len(opening_T))
-        transcript.give(opening_T, prompt.messages if isinstance(opening, Asked) else opening)
-        for turn in range(self.max_turns):
-            self.waits.begin(name, self.engine_name)
-            finish = await self._generate(f"{name}/{turn}", stable_seed(seed, turn), transcript, race, asked)
-            completion = self._completion(transcript, finish)
-            # A truncated completion is shown to the environment too: the reward may need what it has to say.
-            self.waits.begin(name, f"environment {environment.name} to reply")
-            reply = await race.unless_over(environment.reply(completion))
-            if isinstance(reply, Asked | Ended):
-                transcript.exclude(reply.excluded)
-            plain, fields = apart(reply.info)
-            transcript.info.update(plain)
-            transcript.fields.take(fields, transcript.generated, f"{environment.name}.reply")
-            asked = reply if isinstance(reply, Asked) else None
-            if reply.done or (finish is FinishReason.LENGTH and asked is None):
-                return _status(reply, finish)
-            if turn + 1 == self.max_turns:
-                break
-            if not self.renderer.may_fit(reply.messages, self.max_model_tokens - transcript.length):
-                break
-            given_T = self._behind(reply, tools, after_stop=completion.tokens[-1] == self.renderer.end_of_turn)
-            if transcript.length + len(given_T) >= self.max_model_tokens:  # no room for a single generated token
-                break
-            transcript.give(given_T, reply.messages)
-        return Status.TRUNCATED
-
-    def _completion(self, transcript: Transcript, finish: FinishReason) -> Completion:
-        """Ends the open turn."""
-        tokens_T, logprobs_T = transcript.turn()
-        text = self.renderer.decode(tokens_T, self.sampling.stop_token_ids)
-        transcript.end_turn(text, finish)
-        return Completion(text, tuple(tokens_T.tolist()), finish, tuple(logprobs_T.tolist()))
-
-    async def _generate(self, request_id: str, seed: int, transcript: Transcript, race: Race, asked: Asked | None) -> FinishReason:
-        """Generates the open turn. After an abort from outside it goes on from the tokens so far."""
-        limit, stop = self.sampling.max_new_tokens, self.sampling.stop
-        if asked is not None:
-            limit, stop = asked.max_new_tokens or limit, stop if asked.stop is None else asked.stop
-        left = min(limit, self.max_model_tokens - transcript.length)
-        stop_ids = tuple(dict.fromkeys((*self.sampling.stop_token_ids, *self.renderer.stop_token_ids)))
-        drawn_by = stable_seed(seed, 0)  # a turn is one draw, however many requests it takes
-        piece = 0
-        while left:
-            sampling = replace(self.sampling, max_new_tokens=left, stop=stop, stop_token_ids=stop_ids)
-            name = f"{request_id}+{piece}" if piece else request_id
-            routed = self.engine.routed_experts
-            routes_from = None if routed is None else transcript.routed
-            request = GenerateRequest(name, transcript.tokens(), sampling, drawn_by, routes_from)
-            generation = checked_generation(await race.generate(request), request)
-            transcript.generate(generation)
-            if race.is_cut(generation):
-                raise Cut
-            if routed is not None:
-                transcript.route(checked_experts(generation, request, routed))
-            if generation.finish is not FinishReason.ABORT:
-                return generation.finish
-            left -= len(generation.tokens_T)
-            piece += 1
-        return FinishReason.LENGTH
-
-    def _behind(self, reply: Reply, tools: Sequence[Mapping[str, Any]], *, after_stop: bool) -> NDArray[np.int32]:
-        """What a reply puts between the completion and the next one."""
-        if isinstance(reply, Asked):
-            return np.asarray(reply.tokens, np.int32)
-        try:
-            return self.renderer.continuation(reply.messages, after_stop=after_stop, tools=tools)
-        except DataError as error:  # the messages are the environment's
-            raise EnvironmentFailure(f"the environment's reply cannot be rendered: {error}") from error
-
     def _imitated_turns(self, tokens_T: NDArray[np.int32], mask_T: NDArray[np.bool_]) -> tuple[Turn, ...]:
         """One turn for each run of imitated tokens, with the given tokens before it."""
         edges = [0, *(int(i) + 1 for i in np.flatnonzero(mask_T[1:] != mask_T[:-1])), len(mask_T)]
@@ -311,11 +217,3 @@ class GroupRoller:
             Turn(start, begin, end, FinishReason.STOP, self.renderer.decode(tokens_T[begin:end]))
             for (start, _), (begin, end) in zip(given, imitated, strict=True)
         )
-
-
-def _status(reply: Reply, finish: FinishReason) -> Status:
-    """Of a trajectory that a reply or the limit of a generation ended."""
-    truncated = reply.truncated if isinstance(reply, Ended) else None
-    if truncated is None:
-        truncated = finish is FinishReason.LENGTH
-    return Status.TRUNCATED if truncated else Status.FINISHED

@@ -1,20 +1,20 @@
 """Rollout functions: `rollout.environment: rollout:module:function`. Each writes one trajectory, token by token.
 
-An environment answers the policy in messages, an agent asks it in messages, a rollout function asks it in tokens. All three take one path:
-what the function adds between two completions is the environment's reply. So seeds, deadlines, recorded pieces and routes are those of
-all trajectories, and an engine's failure never passes through a user's `except`.
+An environment answers the policy in messages; a rollout function asks it in tokens. Here one becomes the other: what the function adds
+between two completions is the environment's reply. So seeds, deadlines, recorded pieces and routes are those of all trajectories, and an
+engine's failure never passes through a user's `except`.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from verst import extend
 from verst.errors import ExtensionError
-from verst.rollout.agent import AgentEnvironment
 from verst.rollout.tokens import Asked, Rolling, TokenSession
-from verst.types import Completion, Reply
+from verst.types import Completion, Prompt, Reply
 
 SIGNATURE = ("session", "prompt")
 EXPECTED = "async def rollout(session, prompt, **options) -> mapping or None"
@@ -35,46 +35,64 @@ class Rollouts:
         self.title = f"rollout {getattr(function, '__qualname__', type(function).__qualname__)}"
         """By which messages name it."""
 
-    def bound(self, rolling: Rolling) -> Callable[[], RolloutEnvironment]:
-        """What makes environments, for a run that rolls so."""
+    def bound(self, rolling: Rolling) -> Callable[[], Any]:
+        """What makes a `RolloutEnvironment`, for a run that rolls so."""
         return _Bound(self, rolling)
-
-    def __call__(self) -> RolloutEnvironment:
-        raise ExtensionError("a rollout function needs to know how the run rolls: `bound` comes first")
 
 
 class _Bound:
-    """Serves `AgentEnvironment` as `Agents` does."""
+    """Makes environments under the name of their function."""
 
     def __init__(self, rollouts: Rollouts, rolling: Rolling) -> None:
-        self.function, self.options, self.title = rollouts.function, rollouts.options, rollouts.title
-        self._rolling = rolling
+        self.title = rollouts.title
+        self._rollouts, self._rolling = rollouts, rolling
 
     def __call__(self) -> RolloutEnvironment:
-        return RolloutEnvironment(self)
-
-    async def open(self) -> TokenSession:
-        return TokenSession(self._rolling)
-
-    def forget(self, session: TokenSession) -> None:
-        session.end()
+        return RolloutEnvironment(self._rollouts, TokenSession(self._rolling))
 
 
-class RolloutEnvironment(AgentEnvironment):
+class RolloutEnvironment:
     """One trajectory of a rollout function, as an environment whose messages are tokens."""
 
-    def __init__(self, bound: _Bound) -> None:
-        super().__init__(cast(Any, bound))
+    def __init__(self, rollouts: Rollouts, session: TokenSession) -> None:
+        self._rollouts, self._session = rollouts, session
+        self._function: asyncio.Task[Any] | None = None
+
+    async def start(self, prompt: Prompt) -> Asked:
+        self._function = asyncio.create_task(self._rollouts.function(self._session, prompt, **self._rollouts.options))
+        asked = await self._next()
+        if asked is None:
+            raise RuntimeError("the rollout ended without asking for a completion")
+        return asked
 
     async def reply(self, completion: Completion) -> Reply:
-        assert self._session is not None, "start() comes first"
-        assert self._agent is not None
-        session = cast(TokenSession, self._session)
-        session.answer(completion)
-        asked = cast("Asked | None", await self._next())
+        assert self._function is not None, "start() comes first"
+        self._session.answer(completion)
+        asked = await self._next()
         if asked is not None:
             return asked
-        returned = self._agent.result()
+        returned = self._function.result()
         if not isinstance(returned, Mapping | None):
             raise TypeError(f"the rollout returned {returned!r:.80} of type {type(returned).__name__}, not a mapping or None")
-        return session.ended(dict(returned or {}))
+        return self._session.ended(dict(returned or {}))
+
+    async def close(self) -> None:
+        self._session.end()
+        if self._function is not None and not self._function.done():
+            self._function.cancel()
+            await asyncio.wait({self._function})
+        if self._function is not None and not self._function.cancelled():
+            self._function.exception()  # seen: it has been reported, or came of the end
+
+    async def _next(self) -> Asked | None:
+        """What it asks for next; None if it has ended. Raises what it raised."""
+        assert self._function is not None
+        asking = asyncio.ensure_future(self._session.asked())
+        try:
+            await asyncio.wait({asking, self._function}, return_when=asyncio.FIRST_COMPLETED)
+            if asking.done():
+                return asking.result()
+            self._function.result()
+            return None
+        finally:
+            asking.cancel()

@@ -1,4 +1,9 @@
-"""One trajectory as its agent sees it: a conversation that it asks the policy to continue."""
+"""One trajectory as its agent sees it: conversations that it asks the policy to continue.
+
+Calls are a tree. One goes on behind the answer that ends the longest conversation it begins with, or it opens a conversation. So to append
+to a conversation, to go on from an earlier place of it, and to ask the same twice are one thing: who knows which answer a call stands
+behind knows its tokens.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +15,14 @@ from typing import Any
 
 from verst.errors import VerstError
 from verst.rollout.tool_calls import Malformed, ToolCall, split_calls
-from verst.types import Completion, Message
+from verst.types import Completion, FinishReason, Message
+
+Tools = tuple[Mapping[str, Any], ...]
+"""Functions in OpenAI's form."""
 
 ENDED = "this trajectory has ended: a session is good for one"
-FULL = "this model's maximum context length is used up: the answer before was cut by the run's limit of tokens, and ends the trajectory"
-"""Agents know its first words from other servers, and end in order."""
+FULL = "this model's maximum context length is used up: the conversation, or the answer before, has reached the run's limit of tokens"
+"""Agents know its first words from other servers, and end in order, or go on with fewer messages."""
 
 
 class SessionRefused(VerstError):
@@ -38,6 +46,11 @@ class Said:
             and all(map(_same_call, self.calls, other.calls))
         )
 
+    def message(self) -> Message:
+        """As the policy reads it: calls stand in the text, as the chat templates that tell of tools write them."""
+        calls = (f'<tool_call>\n{{"name": "{call.name}", "arguments": {call.arguments}}}\n</tool_call>' for _, call in self.calls)
+        return Message(self.role, "\n".join(([self.content] if self.content or not self.calls else []) + list(calls)))
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -48,6 +61,42 @@ class Answer:
     malformed: bool = False
 
 
+@dataclass(eq=False, slots=True)
+class Call:
+    """What an agent says behind an answer of the policy, or to open a conversation."""
+
+    asked: tuple[Said, ...]
+    """The whole conversation."""
+    behind: Call | None
+    """The call whose answer it goes on from."""
+    tools: Tools
+    """What the policy is told that it can call, in OpenAI's form. They stand in the opening."""
+    splits: bool
+    """Whether what the policy calls is taken out of its text."""
+    future: asyncio.Future[Answer]
+    answer: Answer | None = None
+    followed: bool = False
+    """Whether another call goes on from its answer."""
+    repeats: int = 0
+
+    @property
+    def cut(self) -> bool:
+        """Whether its answer was cut by a limit of tokens."""
+        return self.answer is not None and self.answer.completion.finish is FinishReason.LENGTH
+
+    @property
+    def new(self) -> tuple[Said, ...]:
+        """What stands behind the answer that it goes on from."""
+        return self.asked[0 if self.behind is None else len(self.behind.asked) + 1 :]
+
+    def begins(self, asked: Sequence[Said]) -> bool:
+        """Whether a conversation goes on from its answer. What stands before `new` is known to be the same, and the tools are."""
+        end = len(self.asked)
+        if self.answer is None or len(asked) <= end:
+            return False
+        return asked[end].means(self.answer.said) and all(map(Said.means, asked[end - len(self.new) : end], self.new))
+
+
 class Session:
     """One trajectory, as its agent sees it: by `complete`, or by any client that knows `base_url` and `api_key`.
 
@@ -56,14 +105,9 @@ class Session:
 
     def __init__(self, base_url: str, api_key: str) -> None:
         self.base_url, self.api_key = base_url, api_key
-        self._heard: list[Said] = []  # the whole conversation, with the policy's last word
-        self._asked: asyncio.Queue[tuple[Message, ...]] = asyncio.Queue()
-        self._messages: tuple[Said, ...] = ()  # of the last call
-        self._calls = False
-        self._answer: asyncio.Future[Answer] | None = None
-        self._over: str | None = None  # why nothing more is answered
-        self.tools: tuple[Mapping[str, Any], ...] = ()
-        """What the first call said that the policy can call, in OpenAI's form. They are in the opening, so later calls have the same."""
+        self._calls: list[Call] = []
+        self._waiting: asyncio.Queue[Call] = asyncio.Queue()
+        self._over = False
         self.malformed = 0
         """Answers that were meant to call a tool, and could not be read."""
         self.not_heeded: set[str] = set()
@@ -72,7 +116,7 @@ class Session:
     async def complete(
         self, messages: Sequence[Message | Mapping[str, str]], *, tools: Sequence[Mapping[str, Any]] = (), again: bool = False
     ) -> Completion:
-        """What the policy says to a conversation, which must be the one before, its answer, and something new.
+        """What the policy says to a conversation, which may be a new one, or go on from any of its answers. Calls may be made at once.
 
         `tools`: what it may call, in OpenAI's form. `again`: a client repeats a call whose answer it did not get; it is given that answer.
 
@@ -84,72 +128,82 @@ class Session:
     async def ask(self, messages: Sequence[Said], *, tools: Sequence[Mapping[str, Any]], calls: bool, again: bool) -> Answer:
         """As `complete`. `calls`: whether what the policy calls is taken out of its text."""
         asked = tuple(messages)
-        if self._over is not None:
-            raise SessionRefused(self._over)
-        if self._answer is not None and again and asked == self._messages:
-            return await asyncio.shield(self._answer)
-        if self._answer is not None and not self._answer.done():
-            raise SessionRefused("the answer to the call before is still being generated: a session is one conversation")
-        new = self._new(asked)
-        self._take_tools(tools)
-        self._messages, self._answer = asked, asyncio.get_running_loop().create_future()
-        self._calls = calls and bool(self.tools)
-        self._heard += new
-        self._asked.put_nowait(tuple(Message(said.role, said.content) for said in new))
-        return await asyncio.shield(self._answer)
+        if self._over:
+            raise SessionRefused(ENDED)
+        call = self._repeated(asked, tuple(tools)) if again else None
+        if call is None:
+            call = self._take(asked, tuple(tools), calls)
+        return await asyncio.shield(call.future)
 
-    async def asked(self) -> tuple[Message, ...]:
-        """The new messages of the agent's next call."""
-        return await self._asked.get()
+    # ---- the other side
 
-    def answer(self, completion: Completion) -> None:
-        assert self._answer is not None, "asked() comes first"
-        answer = self._told(completion)
-        self.malformed += answer.malformed
-        self._heard.append(answer.said)
-        self._answer.set_result(answer)
+    async def asked(self) -> Call:
+        """The agent's next call, in the order of their arrival."""
+        return await self._waiting.get()
 
-    def end(self, reason: str = ENDED) -> None:
+    def answer(self, call: Call, turn: int, completion: Completion) -> None:
+        """`turn`: the number of the answer in the trajectory, which makes ids of calls different."""
+        call.answer = _told(completion, call.splits, turn)
+        self.malformed += call.answer.malformed
+        call.future.set_result(call.answer)
+
+    def refuse(self, call: Call, reason: str) -> None:
+        call.future.set_exception(SessionRefused(reason))
+        call.future.exception()  # seen: nobody may be waiting
+
+    def end(self) -> None:
         """Whoever waits for an answer, and whoever asks from here on, is refused."""
-        self._over = reason
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(SessionRefused(reason))
-            self._answer.exception()  # seen: nobody may be waiting
+        self._over = True
+        for call in self._calls:
+            if not call.future.done():
+                self.refuse(call, ENDED)
 
-    def _told(self, completion: Completion) -> Answer:
-        found = split_calls(completion.text) if self._calls else (completion.text, ())
-        if isinstance(found, Malformed):
-            return Answer(completion, Said("assistant", completion.text), malformed=True)
-        text, calls = found
-        named = tuple((f"call_{len(self._messages)}_{number}", call) for number, call in enumerate(calls))
-        return Answer(completion, Said("assistant", text, named))
+    # ---- inside
 
-    def _take_tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
-        """Of the first call. Raises `SessionRefused` if those of another differ."""
-        if not self._heard:
-            self.tools = tuple(tools)
-        elif _text(tools) != _text(self.tools):
-            raise SessionRefused(
-                "the tools are others than those of the first call: they stand at the beginning of the conversation, which stays as it "
-                "was; tool_choice none asks for an answer without calls"
-            )
+    def _take(self, asked: tuple[Said, ...], tools: Tools, splits: bool) -> Call:
+        """Raises `SessionRefused` if there is nothing to answer."""
+        if not asked or asked[-1].role == "assistant":
+            raise SessionRefused("there is nothing new to answer: the last message must be of another role than the assistant's")
+        if any(said.calls and said.role != "assistant" for said in asked):
+            raise SessionRefused("only the assistant calls tools: a message of another role has tool_calls")
+        try:
+            for said in asked:
+                f"{said.role}{said.message().content}".encode()
+            json.dumps(tools, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # JSON has them as escapes
+            raise SessionRefused(f"a message or a tool has half of a surrogate pair, which no tokenizer takes: {error}") from error
+        behind = self._behind(asked, tools)
+        call = Call(asked, behind, tools, splits and bool(tools), asyncio.get_running_loop().create_future())
+        if behind is not None:
+            behind.followed = True
+        self._calls.append(call)
+        self._waiting.put_nowait(call)
+        return call
 
-    def _new(self, asked: tuple[Said, ...]) -> tuple[Said, ...]:
-        """What a call adds to the conversation. Raises `SessionRefused` if it does not continue it."""
-        for number, (before, now) in enumerate(zip(self._heard, asked, strict=False)):
-            if not now.means(before):  # the tokens stay those that were sampled
-                raise SessionRefused(
-                    f"message {number} is {_shown(now)}, but in this session it was {_shown(before)}: a session is one conversation that "
-                    "grows, whose earlier messages stay as they were"
-                )
-        new = asked[len(self._heard) :]
-        if not new or new[-1].role == "assistant":
-            raise SessionRefused("there is nothing new to answer: the conversation must go on after the last answer, with another role")
-        if self._heard and any(said.role == "assistant" for said in new):
-            raise SessionRefused("only the policy speaks as the assistant: a new message has that role")
-        if any(said.calls for said in new):
-            raise SessionRefused("only the policy calls tools: a message that opens the conversation has tool_calls")
-        return new
+    def _behind(self, asked: Sequence[Said], tools: Tools) -> Call | None:
+        """The call with whose answer the longest known beginning of a conversation ends. Of several, one that nothing follows yet."""
+        found: list[Call] = []
+        for call in self._calls:  # each comes after the one that it stands behind
+            if (call.tools == tools if call.behind is None else call.behind in found) and call.begins(asked):
+                found.append(call)
+        return max(found, key=lambda call: (len(call.asked), not call.cut, not call.followed), default=None)
+
+    def _repeated(self, asked: tuple[Said, ...], tools: Tools) -> Call | None:
+        """The call that a client repeats. Where several said the same, each is repeated before one is repeated twice."""
+        same = [call for call in self._calls if call.asked == asked and call.tools == tools]
+        call = min(same, key=lambda call: call.repeats, default=None)
+        if call is not None:
+            call.repeats += 1
+        return call
+
+
+def _told(completion: Completion, splits: bool, turn: int) -> Answer:
+    found = split_calls(completion.text) if splits else (completion.text, ())
+    if isinstance(found, Malformed):
+        return Answer(completion, Said("assistant", completion.text), malformed=True)
+    text, calls = found
+    named = tuple((f"call_{turn}_{number}", call) for number, call in enumerate(calls))
+    return Answer(completion, Said("assistant", text, named))
 
 
 def _same_call(one: tuple[str, ToolCall], other: tuple[str, ToolCall]) -> bool:
@@ -162,12 +216,3 @@ def _same_json(one: str, other: str) -> bool:
         return one == other or json.loads(one) == json.loads(other)
     except (ValueError, RecursionError):
         return False
-
-
-def _text(tools: Sequence[Mapping[str, Any]]) -> str:
-    return json.dumps(list(tools), sort_keys=True)
-
-
-def _shown(said: Said) -> str:
-    calls = f" with calls of {', '.join(call.name for _, call in said.calls)}"[:80] if said.calls else ""
-    return f"{said.role} {said.content[:40]!r}{calls}"

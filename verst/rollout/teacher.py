@@ -58,14 +58,17 @@ class Teacher:
     async def _judged(self, trajectory: Trajectory) -> Trajectory:
         if TEACHER in trajectory.fields:
             return trajectory.failed(f"its environment gives a field {TEACHER!r}, which is that of algorithm distill: name it otherwise")
-        try:
-            logprobs_T = await self._engine.logprobs(trajectory.tokens_T)
-        except EngineFailure as failure:
-            raise EngineFailure(f"the teacher failed: {failure}") from failure
-        values = logprobs_T[trajectory.loss_mask_T]
+        found = []
+        for one in trajectory.sequences:
+            try:
+                logprobs_T = await self._engine.logprobs(one.tokens_T)
+            except EngineFailure as failure:
+                raise EngineFailure(f"the teacher failed: {failure}") from failure
+            found.append(logprobs_T[one.loss_mask_T])
+        values = np.concatenate(found)
         if not np.isfinite(values).all():
             place = int(np.flatnonzero(~np.isfinite(values))[0])
-            token = int(trajectory.tokens_T[trajectory.loss_mask_T][place])
+            token = int(np.concatenate([one.tokens_T[one.loss_mask_T] for one in trajectory.sequences])[place])
             return trajectory.failed(f"the teacher gives its generated token {place} ({token}) the log-probability {values[place]}")
         return replace(trajectory, fields={**trajectory.fields, TEACHER: PerToken(values)})
 

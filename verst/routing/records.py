@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verst.errors import RoutesRefused
-from verst.types import NO_VERSION, RoutedExperts, Routes, Sample, Trajectory
+from verst.types import NO_VERSION, Branch, RoutedExperts, Routes, Sample, Trajectory
 
 _BYTE_EXPERTS = 256
 
@@ -40,7 +40,7 @@ def routes_of(tokens_T: NDArray[np.int32], experts_TLK: NDArray[Any]) -> Routes:
     return Routes(experts_TLK, tokens_digest(tokens_T))
 
 
-def require_routes(carrier: Trajectory | Sample, kind: RoutedExperts) -> None:
+def require_routes(carrier: Trajectory | Branch | Sample, kind: RoutedExperts) -> None:
     """Raises `RoutesRefused` unless every token that a policy sampled can be trained on the experts that it was sampled with."""
     routes, tokens_T = carrier.routes, carrier.tokens_T
     if not (carrier.versions_T != NO_VERSION).any():

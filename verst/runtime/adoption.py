@@ -71,7 +71,7 @@ def keep_finished(journal: Journal, adopted: Sequence[Adopted]) -> int:
     for payload in (payload for replica in adopted for payload in replica.finished):
         group = decode_group(payload)
         known = group.seq in index.admitted and group.seq not in index.groups
-        if known and all(_verified(journal, trajectory.versions_T) for trajectory in group.trajectories):
+        if known and all(_verified(journal, one.versions_T) for trajectory in group.trajectories for one in trajectory.sequences):
             journal.append_group(group.seq, payload)
             kept += 1
     return kept

@@ -16,7 +16,7 @@ from verst.config.algorithms import AlgorithmConfig
 from verst.config.schema import Config
 from verst.data.packing import plan_samples, samples_of_rank
 from verst.errors import InvariantViolation, RoutesRefused, TrainingDiverged
-from verst.fields import kinds_of
+from verst.fields import by_sequence, kinds_of
 from verst.observe.metrics import Tally
 from verst.rewards.metrics import PREFIX
 from verst.rollout.transcript import Transcript
@@ -58,37 +58,48 @@ def _routed(trajectory: Trajectory, kind: RoutedExperts) -> Trajectory:
     if trajectory.status is Status.FAILED:
         return trajectory
     try:
-        require_routes(trajectory, kind)
+        for one in trajectory.sequences:
+            require_routes(one, kind)
     except RoutesRefused as error:
         return trajectory.failed(str(error))
     return trajectory
 
 
 def assemble(step: int, groups: Sequence[Group], options: AlgorithmConfig) -> Batch:
-    """One batch of the samples that the algorithm trains, in the order of admission. The others, and what failed, stay in the journal.
+    """One batch of the trajectories that the algorithm trains, in the order of admission, one sample for each of their sequences.
 
-    Raises `ExtensionError` if fields of different samples do not fit each other.
+    The others, and what failed, stay in the journal. Raises `ExtensionError` if fields of different samples do not fit each other.
     """
     algorithm = algorithm_for(options)
     samples = tuple(
-        Sample(
-            id=t.id,
-            group=g.seq,
-            tokens_T=t.tokens_T,
-            loss_mask_T=t.loss_mask_T,
-            behaviour_logprobs_T=t.logprobs_T,
-            versions_T=t.versions_T,
-            reward=rewards[i],
-            routes=t.routes,
-            fields=t.fields,
-        )
+        sample
         for g in groups
         for rewards in [_rewards(g)]
         for i in algorithm.trained(rewards)
-        for t in [g.trainable[i]]
+        for sample in _samples(g.trainable[i], g.seq, rewards[i])
     )
     kinds_of(samples)  # what does not fit is told here, once, and not by a rank
     return Batch(step, tuple(g.seq for g in groups), samples)
+
+
+def _samples(trajectory: Trajectory, group: int, reward: float) -> list[Sample]:
+    sequences = trajectory.sequences
+    fields = by_sequence(trajectory.fields, [int(one.loss_mask_T.sum()) for one in sequences])
+    return [
+        Sample(
+            id=trajectory.id,
+            group=group,
+            tokens_T=one.tokens_T,
+            loss_mask_T=one.loss_mask_T,
+            behaviour_logprobs_T=one.logprobs_T,
+            versions_T=one.versions_T,
+            reward=reward,
+            routes=one.routes,
+            fields=own,
+            branch=branch,
+        )
+        for branch, (one, own) in enumerate(zip(sequences, fields, strict=True))
+    ]
 
 
 def require_fresh(batch: Batch, version: int, limit: int) -> None:
@@ -135,15 +146,22 @@ def signal(batch: Batch, config: Config, reference_kl: Mapping[int, float], valu
 
 
 def advantages(batch: Batch, config: Config, reference_kl: Mapping[int, float]) -> list[float]:
-    """One advantage for each sample. `reference_kl`: Σ over its loss tokens of the KL estimate, by sample index; empty without one."""
-    options = config.algorithm
-    algorithm = algorithm_for(options)
-    filled_N = [int(s.loss_mask_T.sum()) / config.max_generated_tokens for s in batch.samples]
-    rewards_N = algorithm.shape_rewards([s.reward for s in batch.samples], reference_kl, filled_N, options)
-    groups_N, own = np.array([s.group for s in batch.samples]), own_advantages(options)
-    if own is not None:
-        return call_advantages(own, rewards_N, groups_N, batch.samples).tolist()
-    return algorithm.advantages(rewards_N, groups_N, options).tolist()
+    """One advantage for each sample. `reference_kl`: Σ over its loss tokens of the KL estimate, by sample index; empty without one.
+
+    They are computed of the N trajectories, each known by its first sample; length and KL are of all its samples, which share the result.
+    """
+    options, trajectory_S = config.algorithm, batch.trajectories
+    algorithm, own = algorithm_for(options), own_advantages(options)
+    firsts = [sample for sample in batch.samples if sample.branch == 0]
+    tokens_N = np.bincount(trajectory_S, [sample.loss_mask_T.sum() for sample in batch.samples], minlength=len(firsts))
+    kl: dict[int, float] = {}
+    for index in sorted(reference_kl):  # whichever rank told it: sums have bits that depend on their order
+        trajectory = int(trajectory_S[index])
+        kl[trajectory] = kl.get(trajectory, 0.0) + reference_kl[index]
+    rewards_N = algorithm.shape_rewards([s.reward for s in firsts], kl, tokens_N / config.max_generated_tokens, options)
+    groups_N = np.array([s.group for s in firsts])
+    found_N = algorithm.advantages(rewards_N, groups_N, options) if own is None else call_advantages(own, rewards_N, groups_N, firsts)
+    return found_N[trajectory_S].tolist()
 
 
 def describe(groups: Sequence[Group], advantages_: Estimates, version: int) -> dict[str, float]:
@@ -187,11 +205,19 @@ def _describe_trajectories(group: Group, version: int, tally: Tally) -> None:
             continue
         tally.mean("rollout/truncated", float(t.status is Status.TRUNCATED))
         tally.mean("rollout/generated_tokens", t.generated_tokens)
-        tally.mean("rollout/turns", len(t.turns))
+        tally.mean("rollout/turns", _turns(t))
+        tally.mean("rollout/branches", len(t.branches))
         if (oldest := t.oldest_version) is not None:  # a policy sampled it
             staleness = version - oldest
             tally.mean("staleness/mean", staleness)
             tally.peak("staleness/max", staleness)
+
+
+def _turns(trajectory: Trajectory) -> int:
+    """Of all its conversations. One that several share counts where its tokens are trained."""
+    if not trajectory.branches:
+        return len(trajectory.turns)
+    return sum(bool(one.loss_mask_T[turn.generated : turn.end].any()) for one in trajectory.sequences for turn in one.turns)
 
 
 def failures(groups: Sequence[Group]) -> Counter[str]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from verst import secrets
 from verst.algorithms.estimates import CONFIDENCE, Estimate, mean_interval, pass_shares, share_interval
 from verst.config.checks import PAIR
 from verst.config.evaluated import pass_ks
@@ -57,7 +58,7 @@ class EvalSet:
             for section, keys in _SET_OPTIONS.items()
         }
         values["data"]["columns"] = {name: column for name, column in base.data.columns.items() if name not in {"demonstration", *PAIR}}
-        values["run"] = {"steps": 1, "seed": base.run.seed, "deterministic": base.run.deterministic}
+        values["run"] = {"steps": 1, "seed": base.run.seed, "deterministic": base.run.deterministic, "secrets": base.run.secrets}
         values["model"] = {key: value for key, value in given["model"].items() if value is not None}
         values["train"] = {"threads": base.train.threads, "microbatch_tokens": _ANY_LENGTH, "routes": "ignore"}
         return cls(name, load_config(values, overrides), extensions or Extensions())
@@ -147,10 +148,12 @@ async def evaluate(
     Raises:
         ConfigError: `sampling` contradicts itself.
         DataError: the set has no prompt.
-        VerstError: model, reward or environment cannot be loaded.
+        VerstError: model, reward or environment cannot be loaded, or a variable of `run.secrets` is not set.
     """
     ks = sampling.all_ks
-    taken = _prompts(chosen, sampling.prompts)
+    secrets.give(chosen.config.run.secrets)
+    with secrets.lent():
+        taken = _prompts(chosen, sampling.prompts)
     config = _with_model(chosen.config, model, sampling.temperature, len(taken))
     worker = RolloutWorker(config, chosen.extensions, 0, device, logs, samples=sampling.samples)
     try:

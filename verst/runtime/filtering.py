@@ -15,7 +15,7 @@ from verst.config.schema import FiltersConfig
 from verst.errors import CallFailed
 from verst.filters.spec import FilterSpec, Verdict
 from verst.isolated.call import Called
-from verst.types import Group, Status
+from verst.types import Group, Status, Trajectory
 
 LOG = "filters.log"
 
@@ -75,4 +75,8 @@ def without(group: Group, left_out: Mapping[int, str]) -> Group:
 
 def _light(group: Group) -> Group:
     """Without routes, which are many times as large as all else."""
-    return replace(group, trajectories=tuple(replace(t, routes=None) for t in group.trajectories))
+    return replace(group, trajectories=tuple(_without_routes(t) for t in group.trajectories))
+
+
+def _without_routes(trajectory: Trajectory) -> Trajectory:
+    return replace(trajectory, routes=None, branches=tuple(replace(branch, routes=None) for branch in trajectory.branches))

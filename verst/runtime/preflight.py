@@ -221,7 +221,7 @@ def _check_environment(config: Config, given: Any) -> None:
     if rollout.environment not in environments.SHIPPED:
         _check_reference(rollout.environment, environments.SHIPPED, "environment")
         return
-    factory = environment_factory(rollout.environment, rollout.environment_options)
+    factory: Any = environment_factory(rollout.environment, rollout.environment_options)  # a class, as those that are shipped
     try:
         turns = getattr(factory(), "turns", rollout.max_turns)
     except (TypeError, ValueError) as error:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from verst import secrets
 from verst.config.hub import is_hub_id, model_directory
 from verst.config.load import load_config
 from verst.config.schema import Config
@@ -47,7 +48,8 @@ def measured_targets(words: Sequence[str], files: Sequence[str], overrides: Sequ
             model = _model_of(run, step, scratch / f"model-{number}")
             own = _own_set(run, config, overrides)
         elif is_hub_id(word) or ((path / "config.json").is_file() and step is None):
-            model, own = model_directory(word), None
+            with secrets.lent():
+                model, own = model_directory(word), None
         else:
             raise ConfigError(
                 f"{word} is neither a run nor a Hugging Face model directory (it has no run.json and no config.json): give one"

@@ -60,6 +60,11 @@ class LoadedStep:
         """Of the fields of the whole batch, which every rank sees."""
         return kinds_of(self.batch.samples)
 
+    @cached_property
+    def trajectories(self) -> NDArray[np.int64]:
+        """[samples of the batch] the number of each one's trajectory."""
+        return self.batch.trajectories
+
     @property
     def version(self) -> int:
         """Policy version at consumption: step n is made of version n − 1."""
@@ -76,7 +81,8 @@ class LoadedStep:
         """Share of each loss token in the update's loss. Every rank sees the whole batch, so all know the same denominators."""
         indices = self.plan.updates[update].samples
         masks = [self.batch.samples[i].loss_mask_T for i in indices]
-        shares = token_weights(masks, self.config.algorithm.aggregate, self.config.max_generated_tokens)
+        own = (int(self.trajectories[i]) for i in indices)
+        shares = token_weights(masks, own, self.config.algorithm.aggregate, self.config.max_generated_tokens)
         return {i: share_T[mask_T] for i, share_T, mask_T in zip(indices, shares, masks, strict=True)}
 
     def behaviour(self, microbatch: Microbatch) -> NDArray[np.float32]:
@@ -108,6 +114,7 @@ class LoadedStep:
             reference_logprobs=tensor(flat(self.reference, microbatch)) if self.reference else None,
             advantages=tensor(np.concatenate(own)),
             samples=torch.from_numpy(samples_N).to(logprobs_N.device),
+            trajectories=torch.from_numpy(self.trajectories[samples_N]).to(logprobs_N.device),
             fields=loss_fields(self.batch.samples, self.kinds, microbatch, logprobs_N.device),
         )
 

@@ -120,9 +120,14 @@ def check_class(found: Any, kind: str, protocol: type, options: Mapping[str, Any
     """
     if not callable(found) or (not inspect.isclass(found) and isinstance(found, protocol)):
         raise ExtensionError(f"{kind} is {found!r}, an object of type {type(found).__name__}: give the class or a function that makes one")
-    check_callable(found, kind, (), options)
     if not inspect.isclass(found):
+        try:
+            check_callable(found, kind, (), options)
+        except ExtensionError as error:
+            shapes = ", ".join(_shape(name, expected) for name, expected in _methods(protocol))
+            raise ExtensionError(f"{error}. Expected: a class with {shapes}, or a function that makes an object of one") from error
         return
+    check_callable(found, kind, (), options)
     for name, expected in _methods(protocol):
         _check_method(found, kind, name, expected)
 
@@ -140,6 +145,7 @@ def guarded(call: Callable[[], T], what: str, failure: type[VerstError]) -> T:
 def origin(error: BaseException) -> str:
     """One line about an exception: its type, message, and the line of code it came from."""
     text = "".join(traceback.format_exception_only(error)).strip()
+    text = text.encode(errors="backslashreplace").decode()  # halves of surrogate pairs, which no terminal and no file would take
     if isinstance(error, SyntaxError):  # its own report already shows file and line
         return text
     frames = traceback.extract_tb(error.__traceback__)
@@ -169,14 +175,17 @@ def _methods(protocol: type) -> list[tuple[str, Callable[..., Any]]]:
     return [(name, value) for name, value in public if not name.startswith("_") or name == "__call__"]
 
 
+def _shape(name: str, expected: Callable[..., Any]) -> str:
+    return f"{'async ' if inspect.iscoroutinefunction(expected) else ''}def {name}{inspect.signature(expected)}"
+
+
 def _check_method(found: type, kind: str, name: str, expected: Callable[..., Any]) -> None:
-    is_async = inspect.iscoroutinefunction(expected)
-    shape = f"{'async ' if is_async else ''}def {name}{inspect.signature(expected)}"
+    shape = _shape(name, expected)
     where = f"{kind} {found.__qualname__} in {_defined_at(found)}"
     method = getattr(found, name, None)
     if not callable(method):
         raise ExtensionError(f"{where} has no method {name!r}{_nearest(name, dir(found))}; expected: {shape}")
-    if is_async and not inspect.iscoroutinefunction(method):
+    if inspect.iscoroutinefunction(expected) and not inspect.iscoroutinefunction(method):
         raise ExtensionError(f"{where}: {name!r} must be an `async def`; expected: {shape}")
     parameters = [p.name for p in inspect.signature(expected).parameters.values() if p.kind in _OWN]
     try:

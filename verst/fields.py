@@ -126,7 +126,7 @@ def _fault(value: Any) -> str | None:
 def _opaque_fault(value: Any) -> str | None:
     try:
         size = len(json.dumps(value, allow_nan=False).encode())
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         return f"is Opaque with a value that is not JSON: {error}"
     return f"is Opaque with {size} bytes of JSON: at most {MAX_OPAQUE_BYTES} can travel" if size > MAX_OPAQUE_BYTES else None
 

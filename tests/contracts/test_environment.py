@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,17 +28,26 @@ async def test_shipped_environments_keep_the_contract(name, texts):
     assert replies[-1][-1].done
 
 
+DEEP: list[Any] = []
+for _ in range(10_000):
+    DEEP = [DEEP]
+
 BREACHES = {
     "start gives text": (lambda: FakeEnvironment(opening="Hello"), "start returned 'Hello' of type str, not a sequence of Message"),
     "start gives nothing": (lambda: FakeEnvironment(opening=()), "start returned no messages"),
     "start gives dicts": (lambda: FakeEnvironment(opening=[{"role": "user"}]), "of type dict among its messages"),
     "start raises": (lambda: FakeEnvironment(opening=KeyError("answer")), r"start raised KeyError: 'answer' \(.*testing.py:\d+"),
+    "start raises half a character": (lambda: FakeEnvironment(opening=ValueError("\ud83d")), r"start raised ValueError: \\ud83d \("),
     "reply is None": (lambda: FakeEnvironment([None]), "reply returned None of type NoneType, not a Reply"),
     "not done, no messages": (lambda: FakeEnvironment([Reply(done=False)]), "neither done nor has messages"),
     "speaks as assistant": (lambda: FakeEnvironment([Reply((Message("assistant", "I"),), done=False)]), "only the model speaks"),
     "message is not text": (lambda: FakeEnvironment([Reply((Message("user", 3),), done=False)]), "not a Message of two texts"),  # pyright: ignore
     "info is not JSON": (lambda: FakeEnvironment([Reply(info={"a": object()})]), "info must hold JSON values"),
     "info holds NaN": (lambda: FakeEnvironment([Reply(info={"a": float("nan")})]), "info must hold JSON values"),
+    "info has other keys": (lambda: FakeEnvironment([Reply(info={"a": [{1: "b", "c": 2}]})]), "has the key 1 of type int: JSON's are text"),
+    "info has no bottom": (lambda: FakeEnvironment([Reply(info={"a": DEEP})]), "info must hold JSON values: maximum recursion depth"),
+    "text no tokenizer takes": (lambda: FakeEnvironment([Reply((Message("user", "\ud83d"),), done=False)]), "half of a surrogate pair"),
+    "nor at the start": (lambda: FakeEnvironment(opening=[Message("user\udc80", "")]), "start returned .* half of a surrogate pair"),
     "info is a list": (lambda: FakeEnvironment([Reply(info=[1])]), "info is .* not a mapping"),  # pyright: ignore
     "second reply raises": (lambda: FakeEnvironment([MORE, OSError("gone")]), "reply in turn 2 raised OSError: gone"),
     "constructor raises": (lambda: FakeEnvironment(3), "start raised TypeError"),  # pyright: ignore

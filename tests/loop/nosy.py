@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from verst.algorithms.losses import LossOutput
 from verst.rollout.environments import SingleTurn
 from verst.rollout.sandbox import Sandbox
 from verst.types import Completion, Reply
@@ -43,6 +46,11 @@ def reward(trajectory: Any, fields: Any) -> float:
 
 def keep(group: Any) -> str | None:
     return None if not seen() and os.environ.get(NAMED) == "named" else f"saw {seen()}"
+
+
+def loss(inputs: Any) -> LossOutput:
+    told = {"seen": float(len(seen())), "named": float(os.environ.get(NAMED) == "named")}
+    return LossOutput(-inputs.logprobs * inputs.advantages, {name: torch.full_like(inputs.logprobs, x) for name, x in told.items()})
 
 
 class Hook:

@@ -35,7 +35,7 @@ def test_user_code_of_a_run_sees_no_keys_but_those_that_it_names(tmp_path: Path,
         "reward": {"function": "tests.loop.nosy:reward"},
         "filters": {"functions": {"tests.loop.nosy:keep": {}}},
         "hooks": {"classes": {"tests.loop.nosy:Hook": {}}},
-        "algorithm": {"name": "grpo", "dynamic_sampling": False},
+        "algorithm": {"name": "grpo", "dynamic_sampling": False, "loss": "tests.loop.nosy:loss"},
         "train": {"groups_per_step": 2},
         "checkpoint": {"export_final": False},
     }
@@ -53,6 +53,7 @@ def test_user_code_of_a_run_sees_no_keys_but_those_that_it_names(tmp_path: Path,
         assert trajectory.reward == 10
     step = next(row for row in read_rows(run.metrics) if row["kind"] == "step")
     assert (step["custom/seen"], step["custom/named"]) == (0, 1)
+    assert (step["policy/seen"], step["policy/named"]) == (0, 1)
     text = b"".join(file.read_bytes() for file in run.root.rglob("*") if file.is_file())
     assert not any(value.encode() in text for value in PLANTED.values())
     words = ["--prompts", "2", "--samples", "2", "--out", str(tmp_path / "eval.json")]

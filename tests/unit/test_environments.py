@@ -72,6 +72,11 @@ def test_factory_binds_options_and_makes_a_fresh_one_each_time():
         ("second_try", {"trys": 3}, "unexpected keyword argument 'trys'; nearest: tries"),
         ("verst.types:Prompt", {"id": "", "messages": ()}, "has no method 'start'"),
         (SingleTurn(), {}, "give the class"),
+        (
+            lambda prompt: prompt,
+            {},
+            r"Expected: a class with async def start\(self, .*\) -> .*, async def reply\(self, .*\) -> 'Reply', or a ",
+        ),
     ],
 )
 def test_factory_refuses_what_cannot_serve(reference, options, expected):

@@ -35,6 +35,9 @@ from verst.training.microbatch import collate
 from verst.types import Group, Reply, Status
 
 CPU = torch.device("cpu")
+DEEP: list[Any] = []
+for _ in range(10_000):
+    DEEP = [DEEP]
 
 
 # ---- what may enter
@@ -53,6 +56,7 @@ CPU = torch.device("cpu")
         ({"x": PerSample("much")}, "field 'x' is PerSample with 'much'"),  # type: ignore[arg-type]
         ({"x": Opaque({"a": {1, 2}})}, "field 'x' is Opaque with a value that is not JSON: Object of type set"),
         ({"x": Opaque([float("nan")])}, "field 'x' is Opaque with a value that is not JSON"),
+        ({"x": Opaque(DEEP)}, "field 'x' is Opaque with a value that is not JSON: maximum recursion depth"),
         ({"x": Opaque("y" * 70_000)}, "field 'x' is Opaque with 70002 bytes of JSON: at most 65536 can travel"),
         ({"x": 1.0}, "field 'x' is 1.0 of type float: declare it as PerToken, PerSample or Opaque"),
         ({"a field": PerSample(1.0)}, "names a field 'a field': give it a name of letters, digits and underscores"),

@@ -212,6 +212,9 @@ async def test_the_same_is_asked_once(service: Service, tmp_path: Path):
     ("options", "text", "score"),
     [
         ({}, "between 1 and 2: 1.5", 1.5),
+        ({"low": 0, "high": 10}, "Clear, and right: 8/10", 0.8),
+        ({"low": 0, "high": 10}, "I give it 7.5 / 10.", 0.75),
+        ({}, "-3", -3),
         ({"pattern": r"Score: *(-?\d+)"}, "score: 1. No: Score: 4 of 10", 4),
         ({"low": 1, "high": 5}, "4", 0.75),
         ({"choices": {"yes": 1, "no": 0}}, "No, or rather YES.", 1),

@@ -52,6 +52,9 @@ def two(completions, **kwargs):
 def verst_like(trajectory, fields):
     return 0.0
 
+def with_option(trajectory, fields, bonus=0.1, *, scale=None):
+    return 0.0
+
 def batched(args, samples):
     return [s.index + args.bonus for s in samples]
 
@@ -184,6 +187,7 @@ def test_a_sample_has_what_slime_publishes():
     ("reference", "message"),
     [
         ("trl:bring_along:verst_like", "expected: def reward"),
+        ("trl:bring_along:with_option", r"is \(trajectory, fields, bonus=0\.1, \*, scale=None\), which TRL could not call either"),
         ("slime:bring_along:three", "expected: async def rm"),
     ],
 )

@@ -186,3 +186,10 @@ def test_the_working_directory_is_hidden_unless_the_system_lies_in_it(monkeypatc
     for system in ("/", "/usr"):
         monkeypatch.chdir(system)
         assert system not in sandbox._hidden()
+
+
+async def test_packages_are_found_where_the_way_to_python_is_covered(isolated: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "venv").symlink_to(sys.prefix)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / Path(sys.executable).relative_to(sys.prefix)))
+    outcome = await isolated.run("import numpy; print(numpy.arange(3).sum())")
+    assert (outcome.output, outcome.exit_code) == ("3\n", 0)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from verst import secrets
+from verst.config import hub
+from verst.config.load import load_config
 from verst.errors import ExtensionError
+from verst.runtime.extensions import Extensions
+from verst.runtime.rollout_worker import RolloutWorker
 from verst.secrets import is_secret, require, without_secrets
 
 TAKES = """
@@ -67,3 +74,27 @@ def test_a_variable_that_the_run_names_must_be_set(monkeypatch: pytest.MonkeyPat
     require(["SEARCH_KEY"])
     with pytest.raises(ExtensionError, match=r"run.secrets: OTHER_KEY is not set"):
         require(["SEARCH_KEY", "OTHER_KEY"])
+
+
+async def test_the_hubs_token_is_lent_for_the_policy_and_for_the_teacher(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(secrets, "_taken", {"HF_TOKEN": "hidden"})
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    downloads: list[tuple[str, str | None]] = []
+
+    def snapshot(name: str) -> Path:
+        downloads.append((name, os.environ.get("HF_TOKEN")))
+        return tiny
+
+    monkeypatch.setattr(hub, "_snapshot", snapshot)
+    values = {
+        "run": {"steps": 1},
+        "model": {"path": "org/policy"},
+        "data": {"path": "unused", "max_prompt_tokens": 64},
+        "rollout": {"max_new_tokens": 8},
+        "algorithm": {"name": "distill", "teacher": "org/teacher"},
+    }
+    worker = RolloutWorker(load_config(values), Extensions(), 0, "cpu", tmp_path, teacher_device="cpu")
+    await worker.start(False)
+    await worker.close()
+    assert downloads == [("org/policy", "hidden"), ("org/teacher", "hidden")]
+    assert "HF_TOKEN" not in os.environ

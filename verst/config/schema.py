@@ -58,7 +58,7 @@ class RunConfig(Section):
     )
     secrets: list[Text] = Field(
         default_factory=list,
-        description="Names of environment variables that rewards, filters, hooks and environments see though they speak of a secret.",
+        description="Names of environment variables that user code sees though they speak of a secret.",
     )
 
 

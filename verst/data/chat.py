@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -268,7 +269,22 @@ class ChatRenderer:
         """Special tokens in their text can end no message. Without a template there are none: its one text is the user's own."""
         if not self.has_template:
             return messages
-        return [Message(self._text.hide(message.role), self._text.hide(message.content)) for message in messages]
+        own, others = self._written
+        return [
+            Message(self._text.hide(m.role, others), self._text.hide(m.content, own if m.role == "assistant" else others)) for m in messages
+        ]
+
+    @cached_property
+    def _written(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Added tokens that the template writes itself: around a user's message, and around those of any role.
+
+        The former are text in an assistant's message, which could open another's with them; not the latter, of which it says some itself.
+        """
+        found = []
+        for conversation in ([_USER], [_USER, _ANSWER, _USER], [_USER, _ANSWER, Message("tool", _USER.content)]):
+            with suppress(DataError):  # of a template that refuses such a conversation
+                found.append(self._text.written(self._render(conversation, generate=False)))
+        return (found or [frozenset()])[0], frozenset().union(*found)
 
     @cached_property
     def _longest_token(self) -> int:

@@ -3,11 +3,16 @@
 A template writes special tokens between messages, and a tokenizer cannot tell those from the same characters in a message. What an
 environment echoes of a completion, or a prompt quotes, could so end its message and open another one, of the system for example. So
 before a template sees a message, such characters are replaced by marks, and each mark is then encoded as ordinary tokens.
+
+Some tokenizers have tokens between messages that are added and not called special, such as `<｜User｜>` of DeepSeek's: who hides a message
+names those too.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Set
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from verst.errors import DataError
@@ -20,20 +25,26 @@ _MARK = "Verst9b1fSpecial{}End"
 
 
 class SpecialText:
-    """The special tokens of one tokenizer. Tokens that are only added, such as `<think>` of most tokenizers, are not special."""
+    """The added tokens of one tokenizer, of which the special ones are always hidden: others, such as `<think>`, are what a model says."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        added = tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special}.union(tokenizer.all_special_tokens) - {""}
         self._tokenizer = tokenizer
-        self._texts = sorted({text for text in [*added, *tokenizer.all_special_tokens] if text}, key=lambda text: (-len(text), text))
+        self._added = frozenset(special.union(token.content for token in added) - {""})
+        self._texts = sorted(self._added)
         self._number = {text: number for number, text in enumerate(self._texts)}
-        self._special = re.compile("|".join(map(re.escape, self._texts)) or r"(?!)")
+        self._found = lru_cache(maxsize=8)(lambda also: _one_of(special | also))
         self._marks = re.compile(_MARK.format(r"(\d+)"))
         self._encoded: dict[int, list[int]] = {}
 
-    def hide(self, text: str) -> str:
-        """Text for a template, with marks in the place of special tokens."""
-        return self._special.sub(lambda found: _MARK.format(self._number[found[0]]), text)
+    def written(self, text: str) -> frozenset[str]:
+        """The added tokens, special or not, that a text has; but not blanks (Gemma's line feeds) and single letters, which are text."""
+        return frozenset(token for token in _one_of(self._added).findall(text) if len(token.strip()) > 1)
+
+    def hide(self, text: str, also: Set[str] = frozenset()) -> str:
+        """Text for a template, with marks in the place of special tokens, and of the added ones in `also`."""
+        return self._found(frozenset(also)).sub(lambda found: _MARK.format(self._number[found[0]]), text)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of what a template wrote. Raises `DataError` if the tokenizer can write a special token in no other way."""
@@ -49,8 +60,16 @@ class SpecialText:
     def _as_text(self, number: int) -> list[int]:
         if number not in self._encoded:
             text = self._texts[min(number, len(self._texts) - 1)]
+            token = self._tokenizer.convert_tokens_to_ids(text)
             tokens = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-            if self._tokenizer.convert_tokens_to_ids(text) in tokens:
+            if token in tokens:  # one that is not special is only split by hand
+                tokens = self._plain(text[:1]) + self._plain(text[1:])
+            if token in tokens:
                 raise DataError(f"a message has {text!r} in its text, which this tokenizer can write as a special token only: remove it")
             self._encoded[number] = tokens
         return self._encoded[number]
+
+
+def _one_of(texts: Set[str]) -> re.Pattern[str]:
+    """The longest first: of two that begin alike a tokenizer takes that one."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=lambda text: (-len(text), text)))) or r"(?!)")

@@ -73,15 +73,28 @@ def _source(module: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
+class _Source(str):
+    """A default as it is written: in a signature it shows as that."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _default(node: ast.expr | None) -> Any:
+    return inspect.Parameter.empty if node is None else _Source(ast.unparse(node))
+
+
 def _signature(arguments: ast.arguments) -> inspect.Signature:
     kinds = inspect.Parameter
     positional = [(a, kinds.POSITIONAL_ONLY) for a in arguments.posonlyargs] + [(a, kinds.POSITIONAL_OR_KEYWORD) for a in arguments.args]
-    given = len(positional) - len(arguments.defaults)
-    found = [kinds(a.arg, kind, default=kinds.empty if i < given else ...) for i, (a, kind) in enumerate(positional)]
+    defaults = [*[None] * (len(positional) - len(arguments.defaults)), *arguments.defaults]
+    found = [kinds(a.arg, kind, default=_default(node)) for (a, kind), node in zip(positional, defaults, strict=True)]
     if arguments.vararg:
         found.append(kinds(arguments.vararg.arg, kinds.VAR_POSITIONAL))
     for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        found.append(kinds(a.arg, kinds.KEYWORD_ONLY, default=kinds.empty if default is None else ...))
+        found.append(kinds(a.arg, kinds.KEYWORD_ONLY, default=_default(default)))
     if arguments.kwarg:
         found.append(kinds(arguments.kwarg.arg, kinds.VAR_KEYWORD))
     return inspect.Signature(found)

@@ -21,6 +21,8 @@ from verst.rewards.metrics import record
 from verst.types import Trajectory
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
+_SCORE = rf"(?<![\w./])(?<!/ ){_NUMBER}"
+"""A number, but not the scale that many judges write behind theirs: 8/10 is 8."""
 _FIELD = re.compile(r"\{(\w+)\}")
 _SHOWN = 120
 
@@ -36,7 +38,7 @@ class Scale:
         self._choices = None if choices is None else {str(word).casefold(): float(worth) for word, worth in choices.items()}
         words = "|".join(re.escape(word) for word in sorted(self._choices or (), key=len, reverse=True))
         try:
-            self._pattern = re.compile(pattern or (rf"\b(?:{words})\b" if words else _NUMBER), re.IGNORECASE | re.DOTALL)
+            self._pattern = re.compile(pattern or (rf"\b(?:{words})\b" if words else _SCORE), re.IGNORECASE | re.DOTALL)
         except re.error as error:
             raise ExtensionError(f"judge: pattern {pattern!r} is not a regular expression: {error}") from error
         self._low, self._high = low, high
@@ -67,7 +69,7 @@ class Judge:
     base_url: of the endpoint, with its /v1. model: its name there.
     prompt: what the judge is told; `{prompt}` is the last message before the first answer, `{completion}` the last answer, `{conversation}`
       all messages, any other name a field of the prompt. Other braces stand for themselves.
-    pattern: finds the score in the judge's answer, in its first group or whole; of several matches the last counts. Default: a number.
+    pattern: finds the score in the judge's answer, in its first group or whole; of several the last counts. Default: a number (8 of 8/10).
     choices: words and what they are worth, `{yes: 1, no: 0}`, in place of numbers. Default pattern: one of the words.
     low, high: the scale. A number outside is no score, and with both the reward is 0 at low and 1 at high.
     system: a system message. max_tokens: of the answer. extra: more members of the request's body.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -61,10 +61,7 @@ class GuardedEnvironment:
         tools = guarded(lambda: getattr(self._environment, "tools", ()), f"environment {self.name}: tools", EnvironmentFailure)
         if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
             raise EnvironmentFailure(f"environment {self.name}: tools is {_described(tools)}, not a sequence of functions in OpenAI's form")
-        try:
-            json.dumps(list(tools), allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise EnvironmentFailure(f"environment {self.name}: tools must hold JSON values: {error}") from error
+        _require_json(list(tools), f"environment {self.name}: tools")
         return tuple(tools)
 
     async def reply(self, completion: Completion) -> Reply:
@@ -130,11 +127,8 @@ def checked_reply(reply: Any, name: str) -> Reply:
 
 def checked_info(info: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What an environment or an agent says of its trajectory: JSON values and fields. Raises `EnvironmentFailure`, which names `where`."""
-    try:
-        plain, fields = apart(info)
-        json.dumps(plain, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise EnvironmentFailure(f"{where}: info must hold JSON values: {error}") from error
+    plain, fields = apart(info)
+    _require_json(plain, f"{where}: info")
     return {**plain, **checked(fields, where, EnvironmentFailure)}
 
 
@@ -189,7 +183,36 @@ def _checked_messages(messages: Any, where: str) -> tuple[Message, ...]:
     for message in messages:
         if not (isinstance(message, Message) and isinstance(message.role, str) and isinstance(message.content, str)):
             raise EnvironmentFailure(f"{where} returned {_described(message)} among its messages, not a Message of two texts")
+        try:
+            (message.role + message.content).encode()
+        except UnicodeEncodeError as error:  # JSON has them as escapes, so a model can write one
+            raise EnvironmentFailure(
+                f"{where} returned a message with half of a surrogate pair, which no tokenizer takes: {error}"
+            ) from error
     return tuple(messages)
+
+
+def _require_json(value: Any, what: str) -> None:
+    """Raises `EnvironmentFailure` for what JSON cannot hold, or would change in silence: keys that are not text."""
+    try:
+        json.dumps(value, allow_nan=False)
+        strange = [key for key in _keys(value) if not isinstance(key, str)]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise EnvironmentFailure(f"{what} must hold JSON values: {error}") from error
+    if strange:
+        raise EnvironmentFailure(f"{what} must hold JSON values, and has the key {_described(strange[0])}: JSON's are text")
+
+
+def _keys(value: Any) -> Iterator[Any]:
+    """Those of all mappings within a value."""
+    within = value
+    if isinstance(value, Mapping):
+        yield from value
+        within = value.values()
+    elif not isinstance(value, list | tuple):
+        return
+    for item in within:
+        yield from _keys(item)
 
 
 def _described(value: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from verst.algorithms.table import records_routes
-from verst.config.hub import model_directory
 from verst.config.schema import Config
 from verst.protocols import Engine
 
@@ -46,12 +45,12 @@ def make_engine(config: Config, *, slot: int, device: str, shared: bool, log: Pa
     )
 
 
-def make_teacher(config: Config, path: str, device: str) -> Engine:
+def make_teacher(config: Config, directory: str, device: str) -> Engine:
     """The engine of the teacher, not yet started: always `hf`, since all that is asked of it is one prefill at a time."""
     from verst.rollout.hf import HFEngine
 
     return HFEngine(
-        str(model_directory(path)),
+        directory,
         dtype=config.model.dtype,
         device=device,
         max_running=1,

@@ -173,7 +173,7 @@ def _launch(code: str, limits: Limits, directory: str | None) -> tuple[subproces
         "directory": directory or _WRITABLE[0],
         "limits": limits.resources(),
         "disk_bytes": int(limits.disk_mb) * 2**20,
-        "python": sys.executable,
+        "python": _python(),
         "environment": _environment(directory or _WRITABLE[0]),
         "writable": _WRITABLE,
         "kept": _kept(),
@@ -216,6 +216,12 @@ def _end(process: subprocess.Popen[bytes], directory: str | None) -> None:
 def _environment(home: str) -> Mapping[str, str]:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": home, "LANG": "C.UTF-8", **threads}
+
+
+def _python() -> str:
+    """By a directory that is no link: the place of one may be covered. The program itself may be one, by which it finds its packages."""
+    directory, name = os.path.split(sys.executable)
+    return os.path.join(os.path.realpath(directory), name)
 
 
 def _kept() -> list[str]:

@@ -15,7 +15,7 @@ from verst import secrets
 from verst.config.algorithms import DistillConfig
 from verst.config.checks import scores
 from verst.config.evaluated import Evaluated, evaluated, samples_of
-from verst.config.hub import with_local_model
+from verst.config.hub import model_directory, with_local_model
 from verst.config.schema import Config
 from verst.errors import ModelError
 from verst.observe.waits import Waits
@@ -159,6 +159,7 @@ class RolloutWorker:
 
         with secrets.lent():  # the hub's library looks for its token in the environment
             config = self._config = with_local_model(self._config)
+            teacher = self._teacher_directory()
         install(config.model.spec)
         rollout = config.rollout
         tokenizer = load_tokenizer(config.model.path)
@@ -167,19 +168,21 @@ class RolloutWorker:
         self._environment = environment_factory(self._extensions.environment or rollout.environment, rollout.environment_options)
         check_machine(self._environment)
         log = self._logs / f"replica-{self._slot}.log"  # by which a server that outlived the one before in this place is found and ended
-        self._teacher = self._make_teacher(tokenizer)
+        self._teacher = None if teacher is None else self._make_teacher(tokenizer, teacher)
         self.engine = make_engine(config, slot=self._slot, device=self._device, shared=self._shared, log=log)
 
-    def _make_teacher(self, tokenizer: PreTrainedTokenizerBase) -> Teacher | None:
+    def _teacher_directory(self) -> Path | None:
+        algorithm = self._config.algorithm
+        return model_directory(algorithm.teacher) if isinstance(algorithm, DistillConfig) and self._teacher_device else None
+
+    def _make_teacher(self, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Teacher:
         from verst.data.chat import load_tokenizer
         from verst.rollout.engines import make_teacher
         from verst.rollout.teacher import Teacher, require_same_tokens
 
-        algorithm = self._config.algorithm
-        if not isinstance(algorithm, DistillConfig) or self._teacher_device is None:
-            return None
-        require_same_tokens(tokenizer, load_tokenizer(algorithm.teacher), algorithm.teacher)
-        return Teacher(make_teacher(self._config, algorithm.teacher, self._teacher_device))
+        assert self._teacher_device is not None
+        require_same_tokens(tokenizer, load_tokenizer(directory), str(directory))
+        return Teacher(make_teacher(self._config, str(directory), self._teacher_device))
 
     async def _start_scorer(self) -> None:
         from verst.runtime.shared_scorer import make_scorer

@@ -49,7 +49,7 @@ from verst.runtime.scaler import Means, Scaler
 from verst.runtime.snapshots import Snapshots
 from verst.runtime.stacks import KeepStacks
 from verst.runtime.starting import Starting
-from verst.runtime.trainer_worker import TrainerWorker
+from verst.runtime.trainer_worker import rank_worker
 from verst.runtime.trainers import Trainers
 from verst.runtime.transfer import Transfer
 from verst.secrets import require
@@ -276,7 +276,7 @@ class RunService:
 
     def _trainer(self, placement: Placement, on: Sequence[dict[str, Any]], rank: int) -> Worker:
         name = f"trainer rank {rank}"
-        return self._spawn(name, TrainerWorker, self._config, rank, placement.device, gpus=placement.trainer_gpus, **on[rank])
+        return self._spawn(name, rank_worker, self._config, rank, placement.device, gpus=placement.trainer_gpus, **on[rank])
 
     def _snapshot_holder(self, rank: int, node: str) -> Worker:
         on = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)} if node else {}

@@ -12,7 +12,7 @@ from verst.runtime.actors import LocalWorker, Worker, spawn
 from verst.runtime.launch import start_ray, worker_env
 from verst.runtime.rundir import RunDirectory
 from verst.runtime.shown import Echo
-from verst.runtime.trainer_worker import TrainerWorker
+from verst.runtime.trainer_worker import TrainerWorker, rank_worker
 from verst.runtime.trainers import Trainers
 
 
@@ -47,7 +47,7 @@ async def ranks_under_ray(config: Config, run: RunDirectory, echo: Echo) -> Asyn
         given = {} if started else env
 
         def rank_of(rank: int) -> Worker:
-            return spawn(f"trainer rank {rank}", TrainerWorker, config, rank, device, gpus=gpus, env=given)
+            return spawn(f"trainer rank {rank}", rank_worker, config, rank, device, gpus=gpus, env=given)
 
         async with _started(rank_of, config, ray.put) as trainers:
             yield trainers

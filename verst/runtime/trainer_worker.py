@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from verst import secrets
 from verst.config.hub import with_local_model
 from verst.config.schema import Config
 from verst.errors import VerstError
 from verst.observe.metrics import Tally
+from verst.runtime.actors import is_actor
 from verst.runtime.imports import large_imports
 from verst.types import Estimates, Manifest, RoutedExperts, RoutesWanted
 
@@ -72,6 +74,13 @@ def _collective(method: Callable[Concatenate[TrainerWorker, P], T]) -> Callable[
             return method(self, *args, **options)
 
     return checked
+
+
+def rank_worker(config: Config, rank: int, device: str) -> TrainerWorker:
+    """A rank's worker in a process of its own, whose environment holds no secrets from here on: a user's loss and model run in it."""
+    if is_actor():
+        secrets.take(config.run.secrets)
+    return TrainerWorker(config, rank, device)
 
 
 class TrainerWorker:
@@ -130,7 +139,8 @@ class TrainerWorker:
             from verst.training.backends import make_backend
             from verst.training.distributed import init_distributed
 
-            self._config = with_local_model(self._config)
+            with secrets.lent():  # the hub's library looks for its token in the environment
+                self._config = with_local_model(self._config)
             world = self._config.train.ranks
             if rendezvous is not None:
                 init_distributed(self._rank, world, rendezvous, timeout_s=self._config.train.deadline_s, device=self._device)

@@ -240,12 +240,18 @@ async def test_an_engines_failure_is_not_the_agents_to_catch():
         await rolled(careless, engine=FakeEngine([[1, 2]], fail_at=0))
 
 
-async def test_an_opening_that_is_too_long_is_the_datas_fault():
-    async def solve(session: Session, prompt: Prompt) -> None:
-        await session.complete([{"role": "user", "content": LONG}])
+async def test_an_opening_that_is_too_long_is_the_datas_fault_or_the_agents():
+    async def asks(session: Session, prompt: Prompt) -> None:
+        await session.complete(prompt.messages)
 
-    with pytest.raises(DataError, match="above the limit of 64"):
-        await rolled(solve, max_prompt_tokens=64)
+    async def adds(session: Session, prompt: Prompt) -> None:
+        await session.complete([RULES, *prompt.messages])
+
+    with pytest.raises(DataError, match=r"prompt p .* has 25 tokens, above the limit of 20"):
+        await rolled(asks, max_prompt_tokens=20)
+    trajectory = await rolled(adds, max_prompt_tokens=30)
+    assert trajectory.status is Status.FAILED
+    assert "the opening, which is not the prompt's messages, has 40 tokens, above the limit of 30" in str(trajectory.error)
 
 
 async def test_the_end_of_a_trajectory_ends_an_agent_that_waits():

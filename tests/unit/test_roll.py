@@ -460,6 +460,31 @@ async def test_a_prompt_that_is_too_long_is_named():
         await roller(FakeEngine([[END]]), max_prompt_tokens=8, group_size=2).roll(0, PROMPT)
 
 
+class Opens(SingleTurn):
+    """Each opens with other messages."""
+
+    def __init__(self, openings: list[str]) -> None:
+        self._openings = openings
+
+    async def start(self, prompt: Prompt) -> Any:
+        return (Message("user", self._openings.pop(0)),)
+
+
+async def test_an_opening_that_an_environment_made_fails_its_own_trajectory():
+    refusing = CHATML.replace("{% for", "{{ raise_exception('no ' + 'names') if 'Bob' in messages[0].content }}{% for", 1)
+    made = partial(Opens, ["x" * 100, "x" * 10**8, "Bob", "fine"])
+    rolling = replace(roller(FakeEngine([[END]] * 4), made, group_size=4), renderer=ChatRenderer(tiny_tokenizer(refusing)))
+    *failed, fine = (await rolling.roll(0, PROMPT)).trajectories
+    what = "the opening, which is not the prompt's messages, "
+    raise_it = r"raise data.max_prompt_tokens"
+    assert [t.error for t in failed] == [
+        f"{what}has 119 tokens, above the limit of 64: {raise_it} (64)",
+        f"{what}cannot be rendered: 100000000 characters cannot be 64 tokens: {raise_it}",
+        f"{what}cannot be rendered: the chat template refuses messages of the roles user: no names; change the messages or the template",
+    ]
+    assert fine.status is Status.FINISHED
+
+
 def test_several_turns_need_a_template_that_continues():
     upper = ChatRenderer(tiny_tokenizer(CHATML.replace("message['content'] }}", "message['content'] | upper }}")))
     one_turn = replace(roller(FakeEngine([])), renderer=upper)

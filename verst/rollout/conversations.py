@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from verst.fields import apart
 from verst.rollout.agent import Agents
 from verst.rollout.boundary import CLOSE_DEADLINE_S, checked_info, result_of
 from verst.rollout.fields import GivenFields
-from verst.rollout.policy import Policy
+from verst.rollout.policy import Opening, Policy
 from verst.rollout.race import Cut
 from verst.rollout.sessions import FULL, Call, Session, SessionRefused
 from verst.rollout.transcript import Transcript
@@ -39,14 +39,12 @@ class Conversations:
     Args:
         max_turns: answers that it is given in all; the call after them ends the trajectory.
         deadline_s: limit of each time in which it asks nothing.
-        check_opening: is told how many tokens the first call has, and raises if they are too many.
+        opening: gives the tokens of the first call, with its tools, or raises if they cannot be answered.
     """
 
-    def __init__(
-        self, agents: Agents, prompt: Prompt, policy: Policy, max_turns: int, deadline_s: float, check_opening: Callable[[int], None]
-    ) -> None:
+    def __init__(self, agents: Agents, prompt: Prompt, policy: Policy, max_turns: int, deadline_s: float, opening: Opening) -> None:
         self._agents, self._prompt, self._policy = agents, prompt, policy
-        self._max_turns, self._deadline_s, self._check_opening = max_turns, deadline_s, check_opening
+        self._max_turns, self._deadline_s, self._opening = max_turns, deadline_s, opening
         self._session: Session
         self._agent: asyncio.Future[Any] | None = None
         self._answering: set[asyncio.Task[None]] = set()
@@ -172,8 +170,7 @@ class Conversations:
         """The transcript in which a call waits for its answer. Raises `SessionRefused` if it has no room, or cannot be rendered."""
         messages = [said.message() for said in call.new]
         if not self._transcripts:  # the first call's: what is wrong with it is said of the prompt
-            transcript, given_T = Transcript(), self._policy.renderer.opening(messages, call.tools)
-            self._check_opening(len(given_T))
+            transcript, given_T = Transcript(), self._opening(messages, call.tools)
         else:
             transcript = self._before(call)
             given_T = self._given(call, messages, self._policy.max_model_tokens - transcript.length)

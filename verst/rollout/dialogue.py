@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from verst.errors import DataError, EnvironmentFailure
 from verst.fields import apart
 from verst.rollout.boundary import GuardedEnvironment
-from verst.rollout.policy import Policy
+from verst.rollout.policy import Opening, Policy
 from verst.rollout.tokens import Asked, Ended
 from verst.rollout.transcript import Transcript
 from verst.types import FinishReason, Prompt, Reply, Status, Trajectory
@@ -22,14 +22,12 @@ class Dialogue:
 
     Args:
         max_turns: completions that it may have.
-        check_opening: is told how many tokens the opening has, and raises if they are too many.
+        opening: gives the tokens of what the environment begins with, and of its tools, or raises if they cannot be answered.
     """
 
-    def __init__(
-        self, environment: GuardedEnvironment, prompt: Prompt, policy: Policy, max_turns: int, check_opening: Callable[[int], None]
-    ) -> None:
+    def __init__(self, environment: GuardedEnvironment, prompt: Prompt, policy: Policy, max_turns: int, opening: Opening) -> None:
         self._environment, self._prompt, self._policy = environment, prompt, policy
-        self._max_turns, self._check_opening = max_turns, check_opening
+        self._max_turns, self._opening = max_turns, opening
         self._transcript = Transcript()
 
     @property
@@ -56,9 +54,7 @@ class Dialogue:
         policy.waits_for(f"environment {environment.name} to start")
         opening = await policy.race.unless_over(environment.start(self._prompt))
         asked, tools = opening if isinstance(opening, Asked) else None, environment.tools
-        opening_T = np.asarray(opening.tokens, np.int32) if isinstance(opening, Asked) else policy.renderer.opening(opening, tools)
-        self._check_opening(len(opening_T))
-        transcript.give(opening_T, self._prompt.messages if isinstance(opening, Asked) else opening)
+        transcript.give(self._opening(opening, tools), self._prompt.messages if isinstance(opening, Asked) else opening)
         for turn in range(self._max_turns):
             completion = await policy.turn(turn, transcript, asked)
             # A truncated completion is shown to the environment too: the reward may need what it has to say.

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from verst.data.chat import ChatRenderer
 from verst.observe.waits import Waits
@@ -12,7 +17,10 @@ from verst.rollout.boundary import checked_experts, checked_generation
 from verst.rollout.race import Cut, Race
 from verst.rollout.tokens import Asked
 from verst.rollout.transcript import Transcript
-from verst.types import Completion, FinishReason, GenerateRequest, Sampling
+from verst.types import Completion, FinishReason, GenerateRequest, Message, Sampling
+
+Opening = Callable[[Asked | Sequence[Message], Sequence[Mapping[str, Any]]], NDArray[np.int32]]
+"""The tokens that a trajectory begins with, from messages or tokens, and tools (`GroupRoller.opening`)."""
 
 
 def stable_seed(*parts: int) -> int:

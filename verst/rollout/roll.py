@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ from verst.rollout.policy import Policy, stable_seed
 from verst.rollout.race import Cut, Race
 from verst.rollout.recorded import Recorded
 from verst.rollout.rollouts import Rollouts
-from verst.rollout.tokens import Rolling
+from verst.rollout.tokens import Asked, Rolling
 from verst.types import NO_VERSION, FinishReason, Group, Message, Prompt, Sampling, Status, Trajectory, Turn
 
 
@@ -138,15 +139,48 @@ class GroupRoller:
 
     def check_prompt(self, prompt: Prompt, tokens: int) -> None:
         """Raises `DataError` unless a prompt of so many tokens can be answered."""
-        limit = min(self.max_prompt_tokens, self.max_model_tokens - 1)
-        begins = f"({prompt.messages[-1].content[:40]!r}…)"
+        begins = f"prompt {prompt.id} ({prompt.messages[-1].content[:40]!r}…)"
         if not tokens:
-            raise DataError(f"prompt {prompt.id} {begins} has no tokens: give it some text, or a chat template that writes it")
-        if tokens > limit:
-            raise DataError(
-                f"prompt {prompt.id} {begins} has {tokens} tokens, above the limit of {limit}: raise data.max_prompt_tokens "
-                f"({self.max_prompt_tokens}), or remove the prompt"
-            )
+            raise DataError(f"{begins} has no tokens: give it some text, or a chat template that writes it")
+        if tokens > self._longest_opening:
+            raise DataError(f"{begins} {self._too_long(tokens)}, or remove the prompt")
+
+    @property
+    def _longest_opening(self) -> int:
+        return min(self.max_prompt_tokens, self.max_model_tokens - 1)
+
+    def _too_long(self, tokens: int) -> str:
+        limit = self._longest_opening
+        return f"has {tokens} tokens, above the limit of {limit}: raise data.max_prompt_tokens ({self.max_prompt_tokens})"
+
+    def opening(self, prompt: Prompt, given: Asked | Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> NDArray[np.int32]:
+        """`[T]` what a trajectory begins with: messages, or tokens of a rollout function.
+
+        Raises `DataError` if these are the prompt's own and cannot be answered, which ends the run; `EnvironmentFailure` if user code made
+        them, which fails the trajectory.
+        """
+        if not isinstance(given, Asked) and tuple(given) == prompt.messages:
+            opening_T = self.renderer.opening(given, tools)
+            self.check_prompt(prompt, len(opening_T))
+            return opening_T
+        try:
+            opening_T = self._made(given, tools)
+        except DataError as error:
+            raise EnvironmentFailure(f"the opening, which is not the prompt's messages, cannot be rendered: {error}") from error
+        if not 0 < len(opening_T) <= self._longest_opening:
+            if isinstance(given, Asked):  # whose tokens may still be the prompt's
+                self.check_prompt(prompt, len(self.renderer.opening(prompt.messages)))
+            fault = self._too_long(len(opening_T)) if len(opening_T) else "has no tokens: give it some text"
+            raise EnvironmentFailure(f"the opening, which is not the prompt's messages, {fault}")
+        return opening_T
+
+    def _made(self, given: Asked | Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> NDArray[np.int32]:
+        if isinstance(given, Asked):
+            return np.asarray(given.tokens, np.int32)
+        if not self.renderer.may_fit(given, self._longest_opening):  # to tokenize it would take minutes
+            letters = sum(len(message.content) for message in given)
+            raise DataError(f"{letters} characters cannot be {self._longest_opening} tokens: raise data.max_prompt_tokens")
+        return self.renderer.opening(given, tools)
 
     async def _trajectory(self, seq: int, member: int, prompt: Prompt, race: Race, deadline_s: float | None) -> Trajectory | int:
         """The trajectory, or the number of tokens it had when it was cut."""
@@ -185,13 +219,13 @@ class GroupRoller:
     def _begin(self, prompt: Prompt, name: str, seed: int, race: Race) -> Dialogue | Conversations:
         """What rolls a trajectory."""
         policy = Policy(self.engine, self.engine_name, self.renderer, self.sampling, self.max_model_tokens, race, name, seed, self.waits)
-        check = partial(self.check_prompt, prompt)
+        opening = partial(self.opening, prompt)
         made, deadline_s = self.environment, self.environment_deadline_s
         if isinstance(made, Agents):
-            return Conversations(made, prompt, policy, self.max_turns, deadline_s, check)
+            return Conversations(made, prompt, policy, self.max_turns, deadline_s, opening)
         if isinstance(made, Rollouts):
             made = made.bound(Rolling(self.renderer, self.sampling, self.max_turns, self.max_model_tokens, self.group_size))
-        return Dialogue(GuardedEnvironment(made, deadline_s), prompt, policy, self.max_turns, check)
+        return Dialogue(GuardedEnvironment(made, deadline_s), prompt, policy, self.max_turns, opening)
 
     def _processed_tokens(self) -> float | None:
         """What shows that the engine works, while its requests are under way; None if it cannot tell."""

@@ -20,10 +20,16 @@ pytestmark = [
     pytest.mark.timeout(500),
 ]
 needs_stack = pytest.mark.skipif(find_spec("sglang") is None or find_spec("megatron") is None, reason="needs SGLang and Megatron-Core")
-PAIR = [
-    pytest.param({"rollout": {}, "train": {}}, id="embedded"),
-    pytest.param({"rollout": {"engine": "sglang"}, "train": {"backend": "megatron"}}, id="production", marks=needs_stack),
-]
+KERNELS = {
+    "attention_backend": "triton",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "disable_prefill_cuda_graph": True,
+    "cuda_graph_bs_decode": [1, 8, 64],
+}
+"""Those of SGLang that need no more than triton, for a start in seconds."""
+PRODUCTION = {"rollout": {"engine": "sglang", "sglang": KERNELS}, "train": {"backend": "megatron"}}
+PAIR = [pytest.param({"rollout": {}, "train": {}}, id="embedded"), pytest.param(PRODUCTION, id="production", marks=needs_stack)]
 
 
 def run_of(directory: Path, algorithm: dict[str, Any], pair: dict[str, Any], **changes: Any) -> Any:

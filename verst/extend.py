@@ -220,9 +220,11 @@ def _check_order(signature: inspect.Signature, parameters: Sequence[str]) -> Non
 
 def _defined_at(found: Any) -> str:
     target = inspect.unwrap(found)
+    if not (inspect.isroutine(target) or inspect.isclass(target)):  # an object with __call__
+        target = type(target)
     try:
         return f"{inspect.getsourcefile(target)}:{inspect.getsourcelines(target)[1]}"
-    except (TypeError, OSError):  # builtins, objects with __call__, code typed at a prompt
+    except (TypeError, OSError):  # builtins, code typed at a prompt, what stands in for a class
         return str(getattr(target, "__module__", "an unknown place"))
 
 

@@ -94,7 +94,7 @@ class _Module:
         return nodes[0] if len(nodes) == 1 else None
 
     def _class(self, node: ast.ClassDef, methods: Set[str]) -> type | None:
-        bases = [self._base(base, node, methods) for base in node.bases]
+        bases = tuple(self._base(base, node, methods) for base in node.bases)
         members = _members(node, self.file, methods | _MAKING)
         if node.decorator_list or node.keywords or members is None or None in bases:
             return None

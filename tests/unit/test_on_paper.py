@@ -98,6 +98,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "broken.py").write_text("def score(trajectory, fields):\n    return 1 +\n")
     (tmp_path / "late.py").write_text("return 1\n")
     (tmp_path / "package").mkdir()
+    (tmp_path / "space").mkdir()
     (tmp_path / "package/__init__.py").write_text("")
     (tmp_path / "package/within.py").write_text("def score(trajectory, fields): ...\n")
     monkeypatch.chdir(tmp_path)
@@ -105,7 +106,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     known = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - known:
-        if name.partition(".")[0] in {"mine", "broken", "late", "package", "odd"}:
+        if name.partition(".")[0] in {"mine", "broken", "late", "package", "space", "odd"}:
             del sys.modules[name]
 
 
@@ -161,6 +162,7 @@ def on_paper(model: Path, kind: str, name: str, options: str) -> None:
         ("reward", "broken:score", {}, r"module broken could not be imported: .*broken\.py.*SyntaxError: invalid syntax: mend the module"),
         ("reward", "late:score", {}, "'return' outside function"),
         ("reward", "package.nothing:score", {}, r"no module 'package\.nothing' in"),
+        ("reward", "space.nothing:score", {}, r"no module 'space\.nothing' in"),
         ("reward", "mine.nothing:score", {}, r"no module 'mine\.nothing' in"),
         ("reward", "trl:mine:score", {}, "which TRL could not call either"),
         ("filter", "mine:waits", {}, "is async: write a plain `def`"),
@@ -189,6 +191,11 @@ def test_what_the_start_would_refuse_is_refused_in_its_words(
 def test_a_class_is_no_function_of_trl(place: Path, tiny: Path):
     with pytest.raises(ExtensionError, match=r"reward 'mine:Judge' is <class '.*Judge'> of type type: give a function"):
         on_paper(tiny, "reward", "trl:mine:Judge", "{}")
+
+
+def test_a_loader_of_verifiers_is_read_too(place: Path, tiny: Path):
+    with pytest.raises(ExtensionError, match=r"environment factory\(turns=1\) in .*mine\.py:\d+ cannot be called as factory\(turn=2\)"):
+        on_paper(tiny, "environment", "verifiers:mine:factory", "{turn: 2}")
 
 
 def test_the_methods_of_a_model_spec_are_read(place: Path, tiny: Path):

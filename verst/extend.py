@@ -12,7 +12,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
@@ -41,9 +41,7 @@ def load(reference: Any, *, shipped: Mapping[str, Any], kind: str) -> Any:
     for part in path.split("."):
         if not hasattr(found, part):
             owner = f"module {module_name} ({getattr(found, '__file__', None)})" if isinstance(found, ModuleType) else repr(found)
-            raise ExtensionError(
-                f"{kind} {reference!r}: {owner} has no {part!r}{_nearest(part, vars(found))}: define it there, or name another"
-            )
+            raise lacks(f"{kind} {reference!r}", owner, part, vars(found))
         found = getattr(found, part)
     return found
 
@@ -65,8 +63,27 @@ def split_reference(reference: str, *, shipped: Mapping[str, Any], kind: str) ->
     return module_name, path
 
 
+def lacks(what: str, owner: str, name: str, names: Iterable[str]) -> ExtensionError:
+    """What to raise where `owner`, which has `names`, lacks the one that the reference `what` gives."""
+    return ExtensionError(f"{what}: {owner} has no {name!r}{_nearest(name, names)}: define it there, or name another")
+
+
+def no_module(what: str, name: str) -> ExtensionError:
+    """What to raise where no module is found of the name that the reference `what` gives."""
+    return ExtensionError(
+        f"{what}: no module {name!r} in {os.getcwd()} or among the installed packages: start Verst in its directory, or add that to "
+        "PYTHONPATH"
+    )
+
+
+def no_import(what: str, name: str, error: BaseException) -> ExtensionError:
+    """What to raise where the module that the reference `what` gives raises `error`."""
+    return ExtensionError(f"{what}: module {name} could not be imported: {origin(error)}: mend the module")
+
+
 def check_callable(function: Any, kind: str, parameters: Sequence[str], options: Mapping[str, Any] | None = None) -> None:
-    """Checks that `function(*parameters, **options)` fits its signature; `parameters` are the names the error shows.
+    """Checks that `function(*parameters, **options)` fits its signature; `parameters` are the names the error shows, in the order of the
+    call: where a parameter has the name of another one, it would be given the wrong value.
 
     Raises `ExtensionError` with the expected call, the actual signature and where it is defined. A callable without a readable signature
     (some builtins) is accepted.
@@ -82,6 +99,7 @@ def check_callable(function: Any, kind: str, parameters: Sequence[str], options:
         return
     try:
         signature.bind(*parameters, **options)
+        _check_order(signature, parameters)
     except TypeError as error:
         name = getattr(function, "__qualname__", type(function).__qualname__)
         call = ", ".join([*parameters, *(f"{key}={value!r}" for key, value in options.items())])
@@ -124,11 +142,11 @@ def check_class(found: Any, kind: str, protocol: type, options: Mapping[str, Any
         try:
             check_callable(found, kind, (), options)
         except ExtensionError as error:
-            shapes = ", ".join(_shape(name, expected) for name, expected in _methods(protocol))
+            shapes = ", ".join(_shape(name, expected) for name, expected in methods(protocol))
             raise ExtensionError(f"{error}. Expected: a class with {shapes}, or a function that makes an object of one") from error
         return
     check_callable(found, kind, (), options)
-    for name, expected in _methods(protocol):
+    for name, expected in methods(protocol):
         _check_method(found, kind, name, expected)
 
 
@@ -161,16 +179,14 @@ def _import(name: str, what: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise ExtensionError(
-                f"{what}: no module {error.name!r} in {directory} or among the installed packages: start Verst in its directory, or "
-                "add that to PYTHONPATH"
-            ) from error
+            raise no_module(what, error.name) from error
         raise ExtensionError(f"{what}: module {name} could not be imported: {origin(error)}: install or mend what it imports") from error
     except Exception as error:
-        raise ExtensionError(f"{what}: module {name} could not be imported: {origin(error)}: mend the module") from error
+        raise no_import(what, name, error) from error
 
 
-def _methods(protocol: type) -> list[tuple[str, Callable[..., Any]]]:
+def methods(protocol: type) -> list[tuple[str, Callable[..., Any]]]:
+    """What a class must have, by name."""
     public = ((name, value) for name, value in vars(protocol).items() if inspect.isfunction(value))
     return [(name, value) for name, value in public if not name.startswith("_") or name == "__call__"]
 
@@ -190,19 +206,29 @@ def _check_method(found: type, kind: str, name: str, expected: Callable[..., Any
     parameters = [p.name for p in inspect.signature(expected).parameters.values() if p.kind in _OWN]
     try:
         inspect.signature(method).bind(*parameters)
+        _check_order(inspect.signature(method), parameters)
     except TypeError as error:
         raise ExtensionError(f"{where}: {name}{inspect.signature(method)} does not fit: {error}; expected: {shape}") from error
 
 
+def _check_order(signature: inspect.Signature, parameters: Sequence[str]) -> None:
+    """Raises `TypeError` if a parameter has the name of another one of those that are given by position."""
+    for own, given in signature.bind_partial(*parameters).arguments.items():
+        if own != given and own in parameters and given in parameters:
+            raise TypeError(f"its parameter {own!r} would be given {given}: put them in this order")
+
+
 def _defined_at(found: Any) -> str:
     target = inspect.unwrap(found)
+    if not (inspect.isroutine(target) or inspect.isclass(target)):  # an object with __call__
+        target = type(target)
     try:
         return f"{inspect.getsourcefile(target)}:{inspect.getsourcelines(target)[1]}"
-    except (TypeError, OSError):  # builtins, objects with __call__, code typed at a prompt
+    except (TypeError, OSError):  # builtins, code typed at a prompt, what stands in for a class
         return str(getattr(target, "__module__", "an unknown place"))
 
 
-def _nearest(name: str, names: Any) -> str:
+def _nearest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, [n for n in names if not n.startswith("_")], n=3)
     return f"; nearest: {', '.join(close)}" if close else ""
 

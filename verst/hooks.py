@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,14 @@ def open_hook(found: Any, title: str, options: Mapping[str, Any]) -> TrainingHoo
     if is_async(hook.after_step):
         raise ExtensionError(f"{title}: after_step is async; expected: def after_step(self, step, metrics)")
     return hook
+
+
+def check_on_paper(found: Any, title: str, options: Mapping[str, Any]) -> None:
+    """As `open_hook`, of what stands in for the class or function (`verst.on_paper`): what a function would make is not known."""
+    if inspect.isclass(found):
+        open_hook(found, title, options)
+    else:
+        check_class(found, "hook", TrainingHook, options)
 
 
 def metrics_of(answer: Any) -> dict[str, float]:

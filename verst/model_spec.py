@@ -15,6 +15,9 @@ from verst import extend
 from verst.errors import ExtensionError
 from verst.protocols import ModelSpec
 
+_CALLS = {"checkpoint_name": ("parameter",), "moe": ("config",), "megatron_family": ()}
+"""A spec's methods, and what each is called with."""
+
 _INSTALLED: dict[str, tuple[Any, ModelSpec]] = {}
 
 
@@ -67,6 +70,17 @@ def key_mapping(config: Any) -> dict[str, str] | None:
     return {f"^{re.escape(file)}$": name for name, file in saved.items() if file != name} or None
 
 
+def check_on_paper(found: Any) -> None:
+    """Checks what stands in for a spec (`verst.on_paper`): of a class that it can be made, and the methods that it has. An object may have
+    more, which its `__init__` sets. Raises `ExtensionError`.
+    """
+    if not inspect.isclass(found):
+        _check(found)  # a function is none
+        return
+    extend.check_callable(found, "model spec", ())
+    _check_calls(found())
+
+
 def _check(spec: Any) -> None:
     what = f"model spec {spec!r:.80}"
     for name, expected in (("model_type", str), ("config_class", type), ("model_class", type)):
@@ -78,15 +92,21 @@ def _check(spec: Any) -> None:
             )
     if getattr(spec.model_class, "config_class", None) is not spec.config_class:
         raise ExtensionError(f"{what}: its model_class has another config_class: write `config_class = {spec.config_class.__name__}` in it")
-    for name, parameters in (("checkpoint_name", ("parameter",)), ("moe", ("config",)), ("megatron_family", ())):
+    for name in _CALLS:
         if not hasattr(spec, name):
             raise ExtensionError(f"{what} has no method {name!r}: make it a subclass of verst.protocols.ModelSpec, which has one")
-        extend.check_callable(getattr(spec, name), "model spec", parameters)
+    _check_calls(spec)
     if getattr(spec.config_class, "model_type", None) != spec.model_type:
         raise ExtensionError(
             f"{what}: its config_class has the model_type {getattr(spec.config_class, 'model_type', None)!r}, not {spec.model_type!r}: "
             "give both the same"
         )
+
+
+def _check_calls(spec: Any) -> None:
+    for name, parameters in _CALLS.items():
+        if hasattr(spec, name):
+            extend.check_callable(getattr(spec, name), "model spec", parameters)
 
 
 def _register(spec: ModelSpec) -> None:

@@ -35,7 +35,7 @@ def test_a_broken_reward_ends_the_run_which_goes_on_once_it_is_mended(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     Path("run.yaml").write_text(yaml.safe_dump(values))
-    Path("judge.py").write_text("def score(trajectory):\n    return 1\n")
+    Path("judge.py").write_text("def score(trajectory):\n    return 1\nscore = score\n")  # bound twice: not settled on paper
     assert cli.main(["train", "run.yaml", "--plain"]) == 1
     assert "judge.py:1 cannot be called as score(trajectory, fields)" in capsys.readouterr().err
     assert not Path("runs/run").exists()  # nothing was in it, and the mended file must not find its place taken

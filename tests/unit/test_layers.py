@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     **{"errors": 0, "fields": 0.1, "types": 0.2, "secrets": 0.25},
     **dict.fromkeys(["extend", "protocols", "observe"], 0.5),
-    **dict.fromkeys(["isolated", "slime_api", "model_spec"], 0.7),
+    **dict.fromkeys(["isolated", "slime_api", "model_spec", "on_paper"], 0.7),
     "config": 1,
     **dict.fromkeys(["data", "rewards", "filters", "hooks", "algorithms", "routing", "precision", "journal"], 2),
     "exact": 2,
@@ -31,7 +31,7 @@ OUTSIDE = {"testing", "model_contract", "fault_injection", "__init__"}  # fakes 
 # where a system may be imported at all, and where torch may not be imported at module level
 ONLY_IN = {"ray": ("runtime/",), "sglang": ("rollout/sglang",), "megatron": ("training/megatron/",)}
 NO_TORCH = (
-    *("types.py", "errors.py", "fields.py", "extend.py", "protocols.py", "doctor/"),
+    *("types.py", "errors.py", "fields.py", "extend.py", "on_paper.py", "protocols.py", "doctor/"),
     *("observe/", "config/", "data/", "rewards/", "isolated/", "filters/", "hooks.py", "algorithms/", "journal/", "runtime/", "cli/"),
 )
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from verst.algorithms.losses import LossInputs, LossOutput, grpo_loss
-from verst.algorithms.own import call_advantages, call_loss, own_advantages, with_own_loss
+from verst.algorithms.own import call_advantages, call_loss, check_function, own_advantages, with_own_loss
 from verst.algorithms.table import algorithm_for
 from verst.config.algorithms import GrpoConfig
 from verst.errors import ExtensionError
@@ -67,6 +67,35 @@ def test_one_that_cannot_be_called_is_refused_with_the_call_that_is_made(kind: s
     options = GrpoConfig.model_validate({kind: f"{HERE}:takes_nothing"})
     with pytest.raises(ExtensionError, match=rf"{kind} takes_nothing\(\).* cannot be called as takes_nothing\((rewards_N, groups|inputs)"):
         own_advantages(options) if kind == "advantages" else with_own_loss(algorithm_for(options), options)
+
+
+def swapped(groups_N: Any, rewards_N: Any, samples: Any) -> Any:
+    return rewards_N
+
+
+async def waits(inputs: Any) -> Any:
+    return inputs.logprobs
+
+
+class Made:
+    def __init__(self, rewards_N: Any, groups_N: Any, samples: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "reason"),
+    [
+        (
+            "advantages",
+            "swapped",
+            r"cannot be called as swapped\(rewards_N, groups_N, samples\): its parameter 'groups_N' would be given rewards_N",
+        ),
+        ("advantages", "Made", r"advantages Made is a class, .*expected: def Made\(rewards_N, groups_N, samples\)"),
+        ("loss", "waits", r"loss waits is async, .*write a plain `def`; expected: def waits\(inputs\)"),
+    ],
+)
+def test_what_only_the_first_step_would_find_is_refused_at_the_start(kind: str, name: str, reason: str):
+    with pytest.raises(ExtensionError, match=reason):
+        check_function(globals()[name], kind)
 
 
 @pytest.mark.parametrize(

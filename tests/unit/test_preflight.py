@@ -83,7 +83,8 @@ def test_options_of_shipped_code_are_tried(model: Path):
 
 
 def test_a_module_that_is_there_is_found_and_not_imported(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "mine.py").write_text("raise AssertionError('imported')\n")
+    source = "def score(trajectory, fields): ...\nasync def solve(session, prompt): ...\nfrom elsewhere import Env\n"
+    (tmp_path / "mine.py").write_text(f"raise AssertionError('imported')\n{source}")
     monkeypatch.chdir(tmp_path)
     check(model, "reward.function=mine:score", "rollout.environment=mine:Env", "rollout.max_turns=3")
     check(model, "rollout.environment=agent:mine:solve", "rollout.max_turns=3")

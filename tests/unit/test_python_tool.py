@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.unit.test_roll import END, ids, roller
+from verst.config.load import load_config
 from verst.errors import EnvironmentFailure, ExtensionError
 from verst.rollout import python_tool, sandbox
 from verst.rollout.environments import check_machine, environment_factory
 from verst.rollout.python_tool import PythonTool
 from verst.rollout.sandbox import refusal
 from verst.rollout.tool_calls import Call, Malformed, first_call
+from verst.runtime.extensions import Extensions
+from verst.runtime.rollout_worker import RolloutWorker
 from verst.testing import FakeEngine
 from verst.types import Completion, FinishReason, Message, Prompt, Reply, Sampling, Status
 
@@ -151,6 +155,20 @@ async def test_without_isolation_nothing_starts_unless_it_is_allowed(monkeypatch
     tool = make()
     await tool.start(PROMPT)
     assert (await tool.reply(said(block("print(6 * 7)")))).messages[0].content == "42"
+
+
+def test_a_replica_hides_where_the_answers_lie(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sandbox, "_ANSWERS", set())
+    monkeypatch.setenv("HF_DATASETS_CACHE", "/cache")
+    sets = {"far": {"path": "/far/set.jsonl", "every_steps": 1}, "hub": {"dataset": "saved", "every_steps": 1}}
+    values = {
+        "run": {"steps": 1, "dir": "/runs"},
+        "model": {"path": str(tiny)},
+        "data": {"path": "/data/rows.jsonl"},
+        "eval": {"sets": sets},
+    }
+    RolloutWorker(load_config(values), Extensions(), 0, "cpu", tmp_path)._make()
+    assert {"/data/rows.jsonl", "/far/set.jsonl", f"{Path.cwd()}/saved", "/runs", "/cache"} <= set(sandbox._hidden())
 
 
 def test_other_environments_need_nothing_of_the_machine():

@@ -188,6 +188,15 @@ def test_the_working_directory_is_hidden_unless_the_system_lies_in_it(monkeypatc
         assert system not in sandbox._hidden()
 
 
+async def test_the_data_of_the_run_are_hidden_wherever_they_lie(isolated: Sandbox, monkeypatch: pytest.MonkeyPatch):
+    file, directory = "/etc/passwd", "/usr/share"
+    code = f"import os; print(os.path.getsize({file!r}), len(open({file!r}).read()), len(os.listdir({directory!r})))"
+    assert "0" not in (await isolated.run(code)).output.split()
+    monkeypatch.setattr(sandbox, "_ANSWERS", set())
+    sandbox.hide([file, directory, "/not/there"])
+    assert (await isolated.run(code)).output == "0 0 0\n"
+
+
 async def test_packages_are_found_where_the_way_to_python_is_covered(isolated: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     (tmp_path / "venv").symlink_to(sys.prefix)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / Path(sys.executable).relative_to(sys.prefix)))

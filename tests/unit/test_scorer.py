@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,13 @@ async def async_of_group(trajectories, fields):
     await asyncio.sleep(0.01)
     return of_group(trajectories, fields)
 
+def takes(trajectory, fields):
+    fields["seen"].append(trajectory.completion)
+    return len(fields["seen"]) + len(fields.pop("answer"))
+
+async def async_takes(trajectory, fields):
+    return takes(trajectory, fields)
+
 class Broken:
     def __init__(self): raise RuntimeError("no weights")
 '''
@@ -109,6 +117,16 @@ async def ends(pid: int) -> bool:
             return True
         await asyncio.sleep(0.02)
     return False
+
+
+@pytest.mark.parametrize("name", ["takes", "async_takes"])
+async def test_what_a_reward_changes_in_the_fields_is_not_seen_by_its_next_call(rewards, name: str):
+    scorer = Scorer(RewardSpec(f"user_rewards:{name}"), workers=1, deadline_s=5)
+    await scorer.start()
+    asked = replace(group("a", "b", "c"), prompt=Prompt("rows:0", (Message("user", "?"),), {"answer": "42", "seen": []}))
+    assert [t.reward for t in (await scorer.score(asked)).trajectories] == [3, 3, 3]
+    assert asked.prompt.fields == {"answer": "42", "seen": []}
+    scorer.close()
 
 
 @pytest.mark.slow

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 def check_advantages(function: Any, *, groups: int = 3, members: int = 4, seed: int = 0) -> NDArray[np.float64]:
     """The contract of `algorithm.advantages`, run on yours, with random rewards and samples. Returns its advantages [groups x members].
 
-    Raises `ExtensionError` if it raises or returns anything but a finite number for each sample, and `AssertionError` if the same batch has
-    other advantages the second time, or samples in another order have others.
+    Raises `ExtensionError` if it does not fit the call, raises, or returns anything but a finite number for each sample, and
+    `AssertionError` if the same batch has other advantages the second time, or samples in another order have others.
     """
-    from verst.algorithms.own import call_advantages
+    from verst.algorithms.own import call_advantages, check_function
 
+    check_function(function, "advantages")
     rng = np.random.default_rng(seed)
     groups_N = np.repeat(np.arange(groups), members)
     rewards_N = rng.integers(0, 3, len(groups_N)).astype(np.float64)
@@ -45,14 +46,15 @@ def check_loss(
 
     `fields`: by name, what makes the field of a sample of so many tokens, for a loss that reads some.
 
-    Raises `ExtensionError` if it raises or returns no loss for each token that can be differentiated, and `AssertionError` if loss or
-    gradient is not finite, or the loss of a sample depends on the others in its microbatch.
+    Raises `ExtensionError` if it does not fit the call, raises, or returns no loss for each token that can be differentiated, and
+    `AssertionError` if loss or gradient is not finite, or the loss of a sample depends on the others in its microbatch.
     """
     import torch
 
     from verst.algorithms.losses import LossInputs
-    from verst.algorithms.own import call_loss
+    from verst.algorithms.own import call_loss, check_function
 
+    check_function(function, "loss")
     generator = torch.Generator().manual_seed(seed)
     count = samples * tokens
 

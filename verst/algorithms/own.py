@@ -6,6 +6,7 @@ it goes into gradients.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -21,11 +22,26 @@ from verst.errors import ExtensionError
 from verst.protocols import Advantages, Loss
 from verst.types import Sample
 
+_PARAMETERS = {"advantages": ("rewards_N", "groups_N", "samples"), "loss": ("inputs",)}
+"""By the option that names the function, what it is called with."""
+
 
 def own_advantages(options: Any) -> Advantages | None:
     """The function that `options.advantages` names, checked. Raises `ExtensionError`."""
     reference = getattr(options, "advantages", None)
-    return None if reference is None else _loaded(reference, "advantages", ("rewards_N", "groups_N", "samples"))
+    return None if reference is None else _loaded(reference, "advantages")
+
+
+def check_function(function: Any, kind: str) -> None:
+    """Raises `ExtensionError`, with the call that is made, if `algorithm.advantages` or `algorithm.loss` (`kind`) cannot be this one."""
+    extend.check_callable(function, kind, _PARAMETERS[kind])
+    expected = f"def {_name(function)}({', '.join(_PARAMETERS[kind])})"
+    if inspect.isclass(function):
+        raise ExtensionError(
+            f"{kind} {_name(function)} is a class, and what it would make is no array: give a function; expected: {expected}"
+        )
+    if extend.is_async(function):
+        raise ExtensionError(f"{kind} {_name(function)} is async, and nothing would wait for it: write a plain `def`; expected: {expected}")
 
 
 def call_advantages(
@@ -51,7 +67,7 @@ def with_own_loss(algorithm: Algorithm, options: Any) -> Algorithm:
     reference = getattr(options, "loss", None)
     if reference is None:
         return algorithm
-    function = _loaded(reference, "loss", ("inputs",))
+    function = _loaded(reference, "loss")
 
     def loss(inputs: LossInputs, options: Any) -> LossOutput:
         output = call_loss(function, inputs)
@@ -80,9 +96,9 @@ def call_loss(function: Loss, inputs: LossInputs) -> LossOutput:
 
 
 @lru_cache
-def _loaded(reference: str, kind: str, parameters: tuple[str, ...]) -> Any:
+def _loaded(reference: str, kind: str) -> Any:
     function = extend.load(reference, shipped={}, kind=kind)
-    extend.check_callable(function, kind, parameters)
+    check_function(function, kind)
     return function
 
 

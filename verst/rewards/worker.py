@@ -84,7 +84,7 @@ class Worker:
         return _scored(self._called(trajectory, fields), trajectory)
 
     def _called(self, scored: Trajectory | list[Trajectory], fields: Mapping[str, Any]) -> Any:
-        value = self._reward(scored, fields)
+        value = self._reward(scored, _copied(fields))
         if inspect.isawaitable(value):  # in this context: the runner has one of its own, in which nothing would be recorded
             value = self._runner.run(_wait_for(value), context=contextvars.copy_context())
         return value
@@ -119,7 +119,7 @@ class Worker:
         limit = asyncio.timeout(self._deadline_s)
         try:
             async with limit:
-                return _scored(await self._reward(trajectory, fields), trajectory)
+                return _scored(await self._reward(trajectory, _copied(fields)), trajectory)
         except TimeoutError as error:
             if limit.expired():
                 raise DeadlineExceeded(f"exceeded {self._deadline_s:g} s: make it faster, or raise reward.deadline_s") from error
@@ -135,6 +135,13 @@ class Worker:
             self._send(**reply, reward=score.reward, fields=to_json(score.fields))
         else:
             self._send(**reply, error=_described(error), reason=_reason(error))
+
+
+def _copied(value: Any) -> Any:
+    """A copy of JSON values for one call: what a reward changes in it, the next one does not see."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 async def _wait_for(value: Awaitable[Any]) -> Any:

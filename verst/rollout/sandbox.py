@@ -1,9 +1,9 @@
 """Runs Python code that nobody has read: shut in, with limits, and gone at its end.
 
 The code has namespaces of its own for processes, mounts, IPC and the network, which is empty; a file system that it cannot write, but for
-a small `/tmp` and `/dev/shm`, and without homes, sockets and this process's working directory; no variables of this process's environment;
-and, where this process is root, a user id that nobody has (`verst.rollout.sandbox_child`). It is meant for what a model writes by accident
-or to please its reward, and is no wall against somebody who knows a hole in the kernel.
+a small `/tmp` and `/dev/shm`, and without homes, sockets, this process's working directory and what it hides (`hide`); no variables of
+this process's environment; and, where this process is root, a user id that nobody has (`verst.rollout.sandbox_child`). It is meant for
+what a model writes by accident or to please its reward, and is no wall against somebody who knows a hole in the kernel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -143,6 +143,14 @@ class Sandbox:
         return Outcome(text, cut, said.get("exit"), said.get("signal"))
 
 
+_ANSWERS: set[str] = set()
+
+
+def hide(paths: Iterable[str]) -> None:
+    """Files and directories that code in a sandbox of this process finds empty from now on, wherever they lie."""
+    _ANSWERS.update(paths)
+
+
 @lru_cache(maxsize=1)
 def refusal() -> str | None:
     """Why code cannot be isolated on this machine; None if it can. Tried once in each process, by running something.
@@ -230,9 +238,9 @@ def _kept() -> list[str]:
 
 
 def _hidden() -> list[str]:
-    """Directories whose content the code shall not see: homes, sockets, and where the run was started, for the sake of its answers."""
+    """What the code finds empty: homes, sockets, and, for the sake of the answers, where the run was started and what `hide` was told."""
     needed = ("/usr/lib", "/lib", "/etc", "/dev", *_kept(), *_WRITABLE)
-    paths = [os.path.realpath(path) for path in (*_HIDDEN, os.path.expanduser("~"), os.getcwd())]
+    paths = [os.path.realpath(path) for path in (*_HIDDEN, os.path.expanduser("~"), os.getcwd(), *sorted(_ANSWERS))]
     return [path for path in dict.fromkeys(paths) if path != "/" and path not in needed and not "/usr/lib".startswith(f"{path}/")]
 
 

@@ -116,7 +116,10 @@ def _isolate(settings: dict[str, Any]) -> None:
 
 
 def _cover(settings: dict[str, Any]) -> None:
-    """Puts empty directories over those that hold what is none of the code's business, and brings back what Python needs of them."""
+    """Puts empty directories over those that hold what is none of the code's business, and brings back what Python needs of them.
+
+    An empty file over such files: last, since they may lie in what was brought back.
+    """
     kept = {path: os.open(path, os.O_PATH) for path in settings["kept"]}
     for path in settings["writable"]:
         _mount("tmpfs", path, "tmpfs", _NOSUID | _NODEV, f"size={settings['disk_bytes']},mode=1777")
@@ -131,6 +134,8 @@ def _cover(settings: dict[str, Any]) -> None:
     for path in settings["hidden"]:
         if os.path.isdir(path):
             _make_read_only(path)
+        elif os.path.isfile(path):
+            _mount("/dev/null", path, None, _BIND, None)
     _mount("tmpfs", "/proc", "tmpfs", _NOSUID | _NODEV, "size=4k,mode=555")  # last: the line above goes by it
 
 

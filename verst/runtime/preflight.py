@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from verst import extend
+from verst import extend, hooks, model_spec
+from verst.algorithms.own import check_function
 from verst.algorithms.table import algorithm_for, records_routes
 from verst.config.algorithms import DistillConfig, PpoConfig
 from verst.config.checks import is_given, warnings
@@ -23,7 +26,9 @@ from verst.data.sources import Source, open_source
 from verst.data.stream import PromptStream
 from verst.errors import ConfigError, ExtensionError, ModelError
 from verst.filters.shipped import SHIPPED as FILTERS
-from verst.filters.spec import FilterSpec
+from verst.filters.spec import FilterSpec, check_filter_call
+from verst.on_paper import stand_in
+from verst.protocols import Advantages, Environment, Loss, ModelSpec, Reward, Rollout, SampleFilter, TrainingHook
 from verst.rewards import adapters
 from verst.rewards.spec import RewardSpec
 from verst.rewards.table import SHIPPED as REWARDS
@@ -72,15 +77,15 @@ def preflight(config: Config, extensions: Extensions) -> Findings:
         if name in FILTERS:
             FilterSpec(name, options).build()
         else:
-            _check_reference(name, FILTERS, "filter")
-    for name in config.hooks.classes:
-        _check_reference(name, {}, "hook")
+            _check_own(name, "filter", SampleFilter, partial(check_filter_call, options=options), shipped=FILTERS)
+    for name, options in config.hooks.classes.items():
+        _check_own(name, "hook", TrainingHook, partial(hooks.check_on_paper, title=f"hook {name}", options=options))
     return Findings(tuple(warnings(config)), _check_data(config, extensions))
 
 
 def _check_model(config: Config) -> None:
     if config.model.spec is not None:
-        _check_reference(config.model.spec, {}, "model spec")
+        _check_own(config.model.spec, "model spec", ModelSpec, model_spec.check_on_paper)
     limit = read_model(config.model.path).max_positions
     if limit is not None and config.max_trajectory_tokens > limit:
         raise ModelError(
@@ -194,34 +199,37 @@ def _check_reward(config: Config, given: Any) -> None:
             _check_reference(reference, {}, "reward")
             adapters.check_on_paper(adapted[0], reference)
     else:
-        _check_reference(config.reward.function, REWARDS, "reward")
+        check = partial(extend.made, kind="reward", parameters=("trajectory", "fields"), options=options)
+        _check_own(config.reward.function, "reward", Reward, check, shipped=REWARDS)
 
 
 def _check_algorithm(options: Any) -> None:
-    for kind in ("advantages", "loss"):
+    for kind, protocol in (("advantages", Advantages), ("loss", Loss)):
         reference = getattr(options, kind, None)
         if reference is not None:
-            _check_reference(reference, {}, kind)
+            _check_own(reference, kind, protocol, partial(check_function, kind=kind))
 
 
 def _check_environment(config: Config, given: Any) -> None:
-    rollout = config.rollout
+    rollout, options = config.rollout, config.rollout.environment_options
     if given is not None:
-        environment_factory(given, rollout.environment_options)
+        environment_factory(given, options)
         return
     if (asking := environments.of_prefix(rollout.environment)) is not None:
-        _check_reference(asking[1], {}, asking[0])
+        kind, reference = asking
+        _check_own(reference, kind, Rollout, lambda found: environments.BY_PREFIX[kind](found, **options))
         return
     if rollout.environment.startswith(environments.VERIFIERS):
         reference = rollout.environment.removeprefix(environments.VERIFIERS)
         if ":" in reference:
-            _check_reference(reference, {}, "environment")
-        environment_factory(rollout.environment, rollout.environment_options)
+            _check_own(reference, "environment", Rollout, lambda found: extend.check_callable(found, "environment", (), options))
+        environment_factory(rollout.environment, options)
         return
     if rollout.environment not in environments.SHIPPED:
-        _check_reference(rollout.environment, environments.SHIPPED, "environment")
+        check = partial(environment_factory, options=options)
+        _check_own(rollout.environment, "environment", Environment, check, shipped=environments.SHIPPED)
         return
-    factory: Any = environment_factory(rollout.environment, rollout.environment_options)  # a class, as those that are shipped
+    factory: Any = environment_factory(rollout.environment, options)  # a class, as those that are shipped
     try:
         turns = getattr(factory(), "turns", rollout.max_turns)
     except (TypeError, ValueError) as error:
@@ -236,15 +244,22 @@ def _check_environment(config: Config, given: Any) -> None:
         )
 
 
+def _check_own(
+    reference: str, kind: str, protocol: type, check: Callable[[Any], object], shipped: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Finds what a run file names, and does with its stand-in what the run does with it as it starts."""
+    _check_reference(reference, shipped, kind)
+    found = stand_in(reference, kind, protocol)
+    if found is not None:
+        check(found)
+
+
 def _check_reference(reference: str, shipped: Mapping[str, Any], kind: str) -> None:
     """`module:name` is well formed and its outermost package can be found. Nothing is imported."""
     module = extend.split_reference(reference, shipped=shipped, kind=kind)[0]
     package = module.partition(".")[0]
     if PathFinder.find_spec(package, [os.getcwd()]) is None and not _installed(package):
-        raise ExtensionError(
-            f"{kind} {reference!r}: no module {package!r} in {os.getcwd()} or among the installed packages: start Verst in its "
-            "directory, or add that to PYTHONPATH"
-        )
+        raise extend.no_module(f"{kind} {reference!r}", package)
 
 
 def _installed(package: str) -> bool:

@@ -115,9 +115,7 @@ class RolloutWorker:
         self._extensions = extensions
         self._device, self._teacher_device = device, teacher_device
         self._replica, self._slot = replica, replica if slot is None else slot
-        self._logs = logs
-        self._shared = shared
-        self._samples = samples
+        self._logs, self._shared, self._samples = logs, shared, samples
         self.engine: Any = None
         self._scorer: Scorer | SharedScorer | None = None
         self._teacher: Teacher | None = None
@@ -154,13 +152,16 @@ class RolloutWorker:
     def _make(self) -> None:
         from verst.data.chat import ChatRenderer, load_tokenizer
         from verst.model_spec import install
+        from verst.rollout.answers import answer_paths
         from verst.rollout.engines import make_engine
         from verst.rollout.environments import check_machine, environment_factory
+        from verst.rollout.sandbox import hide
 
         with secrets.lent():  # the hub's library looks for its token in the environment
             config = self._config = with_local_model(self._config)
             teacher = self._teacher_directory()
         install(config.model.spec)
+        hide(answer_paths(config))
         rollout = config.rollout
         tokenizer = load_tokenizer(config.model.path)
         _require_vocabulary(tokenizer.vocab_size, config.model.path)

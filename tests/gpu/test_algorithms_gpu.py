@@ -26,6 +26,7 @@ KERNELS = {
     "grammar_backend": "none",
     "disable_prefill_cuda_graph": True,
     "cuda_graph_bs_decode": [1, 8, 64],
+    "max_total_tokens": 65536,  # with as many as a small model has room for, its other buffers have none
 }
 """Those of SGLang that need no more than triton, for a start in seconds."""
 PRODUCTION = {"rollout": {"engine": "sglang", "sglang": KERNELS}, "train": {"backend": "megatron"}}

@@ -54,7 +54,10 @@ async def test_whoever_does_not_answer_is_described():
     assert "in collective for" in found["works"]
     assert "threading.Event().wait(60)" in found["works"]
     silent = "does not answer within 5 s; its process"
-    assert found["blocks"].startswith(f"{silent} ({pids['blocks']}) is sleeping\n")
-    assert "in blocks_its_event_loop" in found["blocks"]
+    first, _, stacks = found["blocks"].partition("\n")
+    assert first in {
+        f"{silent} ({pids['blocks']}) is {state}" for state in ("sleeping", "running")
+    }  # its main thread may be Ray's for a moment
+    assert "in blocks_its_event_loop" in stacks
     assert found["stopped"].startswith(f"{silent} ({pids['stopped']}) is stopped (SIGSTOP)")
     assert found["dead"].startswith("its process has ended: ")

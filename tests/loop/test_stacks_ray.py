@@ -55,9 +55,8 @@ async def test_whoever_does_not_answer_is_described():
     assert "threading.Event().wait(60)" in found["works"]
     silent = "does not answer within 5 s; its process"
     first, _, stacks = found["blocks"].partition("\n")
-    assert first in {
-        f"{silent} ({pids['blocks']}) is {state}" for state in ("sleeping", "running")
-    }  # its main thread may be Ray's for a moment
+    states = ("sleeping", "running")  # its main thread is Ray's, and may be at work for a moment
+    assert first in {f"{silent} ({pids['blocks']}) is {state}" for state in states}
     assert "in blocks_its_event_loop" in stacks
     assert found["stopped"].startswith(f"{silent} ({pids['stopped']}) is stopped (SIGSTOP)")
     assert found["dead"].startswith("its process has ended: ")

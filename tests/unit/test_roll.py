@@ -478,7 +478,7 @@ async def test_an_opening_that_an_environment_made_fails_its_own_trajectory():
     what = "the opening, which is not the prompt's messages, "
     raise_it = r"raise data.max_prompt_tokens"
     assert [t.error for t in failed] == [
-        f"{what}has 119 tokens, above the limit of 64: {raise_it} (64)",
+        f"{what}has 119 tokens, where 1 to 64 can be: shorten it, or {raise_it} (64)",
         f"{what}cannot be rendered: 100000000 characters cannot be 64 tokens: {raise_it}",
         f"{what}cannot be rendered: the chat template refuses messages of the roles user: no names; change the messages or the template",
     ]

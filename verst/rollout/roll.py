@@ -139,19 +139,18 @@ class GroupRoller:
 
     def check_prompt(self, prompt: Prompt, tokens: int) -> None:
         """Raises `DataError` unless a prompt of so many tokens can be answered."""
-        begins = f"prompt {prompt.id} ({prompt.messages[-1].content[:40]!r}…)"
+        begins = f"({prompt.messages[-1].content[:40]!r}…)"
         if not tokens:
-            raise DataError(f"{begins} has no tokens: give it some text, or a chat template that writes it")
+            raise DataError(f"prompt {prompt.id} {begins} has no tokens: give it some text, or a chat template that writes it")
         if tokens > self._longest_opening:
-            raise DataError(f"{begins} {self._too_long(tokens)}, or remove the prompt")
+            raise DataError(
+                f"prompt {prompt.id} {begins} has {tokens} tokens, above the limit of {self._longest_opening}: raise data.max_prompt_tokens "
+                f"({self.max_prompt_tokens}), or remove the prompt"
+            )
 
     @property
     def _longest_opening(self) -> int:
         return min(self.max_prompt_tokens, self.max_model_tokens - 1)
-
-    def _too_long(self, tokens: int) -> str:
-        limit = self._longest_opening
-        return f"has {tokens} tokens, above the limit of {limit}: raise data.max_prompt_tokens ({self.max_prompt_tokens})"
 
     def opening(self, prompt: Prompt, given: Asked | Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> NDArray[np.int32]:
         """`[T]` what a trajectory begins with: messages, or tokens of a rollout function.
@@ -170,8 +169,10 @@ class GroupRoller:
         if not 0 < len(opening_T) <= self._longest_opening:
             if isinstance(given, Asked):  # whose tokens may still be the prompt's
                 self.check_prompt(prompt, len(self.renderer.opening(prompt.messages)))
-            fault = self._too_long(len(opening_T)) if len(opening_T) else "has no tokens: give it some text"
-            raise EnvironmentFailure(f"the opening, which is not the prompt's messages, {fault}")
+            raise EnvironmentFailure(
+                f"the opening, which is not the prompt's messages, has {len(opening_T)} tokens, where 1 to {self._longest_opening} can be: "
+                f"shorten it, or raise data.max_prompt_tokens ({self.max_prompt_tokens})"
+            )
         return opening_T
 
     def _made(self, given: Asked | Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> NDArray[np.int32]:

@@ -142,9 +142,9 @@ class GroupRoller:
         begins = f"({prompt.messages[-1].content[:40]!r}…)"
         if not tokens:
             raise DataError(f"prompt {prompt.id} {begins} has no tokens: give it some text, or a chat template that writes it")
-        if tokens > self._longest_opening:
+        if tokens > (limit := self._longest_opening):
             raise DataError(
-                f"prompt {prompt.id} {begins} has {tokens} tokens, above the limit of {self._longest_opening}: raise data.max_prompt_tokens "
+                f"prompt {prompt.id} {begins} has {tokens} tokens, above the limit of {limit}: raise data.max_prompt_tokens "
                 f"({self.max_prompt_tokens}), or remove the prompt"
             )
 

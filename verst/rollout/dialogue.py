@@ -55,7 +55,7 @@ class Dialogue:
         environment, policy, transcript = self._environment, self._policy, self._transcript
         policy.waits_for(f"environment {environment.name} to start")
         opening = await policy.race.unless_over(environment.start(self._prompt))
-        asked, tools = opening if isinstance(opening, Asked) else None, environment.tools
+        asked, tools = opening if isinstance(opening, Asked) else None, await environment.tools()
         opening_T = np.asarray(opening.tokens, np.int32) if isinstance(opening, Asked) else policy.renderer.opening(opening, tools)
         self._check_opening(len(opening_T))
         transcript.give(opening_T, self._prompt.messages if isinstance(opening, Asked) else opening)

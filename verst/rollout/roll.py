@@ -32,6 +32,7 @@ from verst.rollout.race import Cut, Race
 from verst.rollout.recorded import Recorded
 from verst.rollout.rollouts import Rollouts
 from verst.rollout.tokens import Rolling
+from verst.rollout.user_loop import Caller, UserLoop
 from verst.types import NO_VERSION, FinishReason, Group, Message, Prompt, Sampling, Status, Trajectory, Turn
 
 
@@ -52,6 +53,7 @@ class GroupRoller:
         engine_name: what messages call the engine.
         waits: where each trajectory says, under its id, what it waits for.
         clock: what deadlines of trajectories are counted by.
+        users: where the environment's, agent's or function's coroutines run.
 
     Raises `ModelError` if there may be several turns and the chat template cannot be continued.
     """
@@ -70,6 +72,7 @@ class GroupRoller:
     engine_name: str = "the engine"
     waits: Waits = field(default_factory=Waits)
     clock: Clock = field(default_factory=Clock)
+    users: UserLoop = field(default_factory=UserLoop)
 
     def __post_init__(self) -> None:
         if self.max_turns > 1 and not isinstance(self.environment, Rollouts):
@@ -188,10 +191,13 @@ class GroupRoller:
         check = partial(self.check_prompt, prompt)
         made, deadline_s = self.environment, self.environment_deadline_s
         if isinstance(made, Agents):
-            return Conversations(made, prompt, policy, self.max_turns, deadline_s, check)
+            return Conversations(made, prompt, policy, self.max_turns, deadline_s, check, self.users)
+        caller = None
         if isinstance(made, Rollouts):
-            made = made.bound(Rolling(self.renderer, self.sampling, self.max_turns, self.max_model_tokens, self.group_size))
-        return Dialogue(GuardedEnvironment(made, deadline_s), prompt, policy, self.max_turns, check)
+            rolling = Rolling(self.renderer, self.sampling, self.max_turns, self.max_model_tokens, self.group_size)
+            caller = Caller(made.title)
+            made = made.bound(rolling, self.users, caller)
+        return Dialogue(GuardedEnvironment(made, deadline_s, self.users, rolls=caller), prompt, policy, self.max_turns, check)
 
     def _processed_tokens(self) -> float | None:
         """What shows that the engine works, while its requests are under way; None if it cannot tell."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -65,6 +65,13 @@ class Talk:
     async def reply(self, completion: Completion) -> Reply:
         self.turns += 1
         return MORE if self.turns == 1 else Reply()
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 async def longest_pause(work: asyncio.Future[Any]) -> float:
@@ -156,7 +163,7 @@ async def test_one_that_computes_within_its_deadline_is_waited_for():
 
     class Slow(Talk):
         async def reply(self, completion: Completion) -> Reply:
-            time.sleep(0.3)
+            RELEASED.wait(0.3)
             return Reply()
 
     engine = FakeEngine([[*ids("4"), END]] * 8)
@@ -164,7 +171,7 @@ async def test_one_that_computes_within_its_deadline_is_waited_for():
     assert [t.status for t in ended] == [Status.FINISHED] * 8
 
 
-async def test_a_task_that_an_environment_left_behind_is_found():
+async def test_a_task_that_an_environment_left_behind_is_found(caplog: pytest.LogCaptureFixture):
     class Leaves(Talk):
         async def start(self, prompt: Prompt) -> tuple[Message, ...]:
             self.left = asyncio.create_task(self.blocks())
@@ -174,12 +181,46 @@ async def test_a_task_that_an_environment_left_behind_is_found():
             await asyncio.sleep(0.05)
             computes()
 
-    users = UserLoop()
+    users = UserLoop(hold_s=0.5)
     leaves, other = GuardedEnvironment(Leaves, 0.3, users), GuardedEnvironment(Talk, 0.3, users)
     await leaves.start(PROMPT)
     await asyncio.sleep(0.2)
     assert await other.start(PROMPT) == PROMPT.messages
+    assert f"environment {Leaves.__qualname__} blocked the event loop of user code in computes (" in caplog.text
     users.close()
+
+
+@BLOCKS
+async def test_one_that_holds_the_loop_too_long_has_blocked_it_whatever_its_deadline(block: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(user_loop, "_WATCH_S", 0.1)
+
+    class Blocks(Talk):
+        async def reply(self, completion: Completion) -> Reply:
+            block()
+            return Reply()
+
+    users = UserLoop(hold_s=0.5)
+    guarded = GuardedEnvironment(Blocks, 60.0, users)
+    await guarded.start(PROMPT)
+    began = time.monotonic()
+    with pytest.raises(EnvironmentFailure, match="blocks its event loop in"):
+        await guarded.reply(SAID)
+    assert 0.5 < time.monotonic() - began < 5
+    users.close()
+
+
+async def test_a_trajectory_that_its_limit_finds_behind_another_says_who_blocks():
+    class Waits(Talk):
+        async def reply(self, completion: Completion) -> Reply:
+            waits_in_c()
+            return Reply()
+
+    made = roller(FakeEngine([[*ids("4"), END]]), Waits, environment_deadline_s=60)
+    (trajectory,) = (await made.roll(0, PROMPT, deadline_s=2.0)).trajectories
+    name = f"environment {Waits.__qualname__}"
+    assert str(trajectory.error).startswith(
+        f"not finished after 2 s, waiting for {name} to reply, while {name} blocks the event loop of user"
+    )
 
 
 async def test_an_environment_that_ends_its_process_ends_its_trajectory():
@@ -294,7 +335,4 @@ async def test_its_thread_ends_with_it():
     assert threads() == before + 2
     closed.close()
     del dropped
-    end = time.monotonic() + 5
-    while threads() > before and time.monotonic() < end:
-        await asyncio.sleep(0.01)
-    assert threads() == before
+    await asyncio.to_thread(wait_until, lambda: threads() == before)

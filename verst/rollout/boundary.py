@@ -103,15 +103,14 @@ class GuardedEnvironment:
         return str(getattr(made, "__qualname__", made))
 
     async def _guarded(self, call: Callable[[], Awaitable[Any]], what: str, deadline_s: float) -> Any:
-        what = f"environment {self.name}: {what}"
         work = asyncio.ensure_future(call() if self._here else self._users.run(call, self._caller))
         try:
             in_time = await self._users.within(work, deadline_s, self._caller)
         finally:
             await _ended(work)
         if not in_time:
-            raise EnvironmentFailure(f"{what} took longer than {deadline_s:g} s")
-        return result_of(work, what)
+            raise EnvironmentFailure(f"environment {self.name}: {what} took longer than {deadline_s:g} s")
+        return result_of(work, f"environment {self.name}: {what}")
 
 
 async def _ended(work: asyncio.Future[Any]) -> None:

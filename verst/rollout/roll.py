@@ -211,6 +211,8 @@ class GroupRoller:
             raise DeadlineExceeded(
                 f"{self.engine_name} processed no token for {deadline_s:g} s, while trajectory {name} ({prompt.id}) waited for it"
             )
+        if self.users.held is not None:
+            awaited = f"{awaited}, while {self.users.held}"
         return DeadlineExceeded(
             f"not finished after {deadline_s:g} s, waiting for {awaited}: if that is too little time, raise rollout.deadline_s"
         )

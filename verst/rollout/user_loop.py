@@ -3,10 +3,10 @@
 So one that blocks its loop, by `requests.get` or `while True`, holds up others of its kind for a while, and never the engine, the
 endpoints or the deadlines, which are in the worker's loop. All trajectories of a replica share one loop, since their code shares clients.
 
-Who waits for whom: the worker's loop waits for a call up to its deadline. If the thread does not answer then, it looks who holds it: a
-caller that is overdue itself has blocked it; another one is waited for as long as its own deadline is. Who has blocked the thread is
-interrupted, which ends what computes in Python. What waits in C goes on, and nobody can end it: that thread is given up. Calls that it
-had not begun begin on another one; those it was in the midst of have failed with their loop, by a message that names who has blocked it.
+Who waits for whom: the worker's loop waits for a call up to its deadline, and watches meanwhile that the thread answers. One step of a task
+that holds it longer than it may has blocked it, and so has one of a caller that is overdue. It is interrupted, which ends what computes
+in Python. What waits in C goes on, and nobody can end it: that thread is given up. Calls that it had not begun begin on another one;
+those it was in the midst of have failed with their loop, by a message that names who has blocked it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ _log = logging.getLogger(__name__)
 
 GRACE_S = 2.0
 """Whoever is overdue and holds the thread for so long still has blocked it. On a busy machine a thread may need a while to answer."""
+HOLD_S = 60.0
+"""For which one step of a task may hold the thread."""
+_WATCH_S = 1.0
+"""Between two looks whether it answers, while there are calls."""
 _YIELD_S = 1.0
 """Within which Python code that was interrupted gives the thread back."""
 _LIBRARIES = ("<frozen ", *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
@@ -72,15 +76,21 @@ class UserLoop:
     """The loop, on a new thread whenever one was given up. Its methods belong to the worker's loop.
 
     A thread begins with the first call, and ends with `close`, or once this object is not used any more.
+
+    Args:
+        hold_s: for which one step of a task may hold the thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hold_s: float = HOLD_S) -> None:
+        self._hold_s = hold_s
         self._thread: _Thread | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._held: dict[_Thread, str] = {}
         self._given_up = 0
         self._freed = 0.0
 
     async def run(self, call: Callable[[], Awaitable[T]], caller: Caller) -> T:
-        """What `await call()` gives in the loop. Who cancels it cancels that, and waits for its end.
+        """What `await call()` gives in the loop. Who cancels it cancels that, and waits for its end; who does so twice does not.
 
         Calls begin in the order in which they were made. Raises what the call raises, and `EnvironmentFailure` if it has blocked the loop,
         or has lost it to another one that has.
@@ -88,11 +98,14 @@ class UserLoop:
         made = _Call(call, caller, asyncio.get_running_loop().create_future())
         caller.began = None
         self._ready().begin(made)
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.create_task(self._watch())
         while not made.ended.done():
             try:
                 await asyncio.wait({made.ended})
             except asyncio.CancelledError:
-                made.cancel()
+                if made.cancel():
+                    raise
         return made.ended.result()
 
     async def within(self, work: asyncio.Future[Any], deadline_s: float, caller: Caller) -> bool:
@@ -113,11 +126,18 @@ class UserLoop:
     async def overdue(self, caller: Caller, since: float, deadline_s: float) -> bool:
         """Whether that time is over, if it seems to be. Takes the loop from whoever has blocked it."""
         if caller.began is None or not self.left_s(caller, since, deadline_s):
-            await self._unblock(caller, deadline_s)
+            await self._unblock(caller)
         return caller.began is not None and not self.left_s(caller, since, deadline_s)
+
+    @property
+    def held(self) -> str | None:
+        """Who blocks the loop at this moment, and where."""
+        return next(iter(self._held.values()), None)
 
     def close(self) -> None:
         """Ends the thread as soon as nothing holds it. What runs in it is cancelled."""
+        if self._watching is not None:
+            self._watching.cancel()
         if self._thread is not None:
             self._thread.end()
             self._thread = None
@@ -128,24 +148,34 @@ class UserLoop:
             weakref.finalize(self, self._thread.end).atexit = False
         return self._thread
 
-    async def _unblock(self, caller: Caller, deadline_s: float) -> None:
-        """Returns once the thread answers, or is another one."""
+    async def _watch(self) -> None:
+        while self._thread is not None and self._thread.calls:
+            await asyncio.sleep(_WATCH_S)
+            await self._unblock(None)
+
+    async def _unblock(self, overdue: Caller | None) -> None:
+        """Returns once the thread answers, or is another one. A caller that is overdue may hold it no longer."""
         if (thread := self._thread) is None:
             return
         answer, asked_at = thread.answer(), time.monotonic()
-        while True:
-            holder = thread.holder()
-            mine = thread.caller_of(holder) is caller
-            patience_s = GRACE_S if mine else max(deadline_s, GRACE_S)
-            await asyncio.wait({answer, thread.lost}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
-            if answer.done() or thread.lost.done():
-                break
-            if thread.holder() is holder:  # still
+        holder, since = thread.holder(), asked_at
+        while not await _any({answer, thread.lost}, GRACE_S):
+            self._held[thread] = self._described(thread)
+            now = time.monotonic()
+            if thread.holder() is not holder:
+                holder, since = thread.holder(), now
+            elif now - since >= self._hold_s or (overdue is not None and thread.caller_of(holder) is overdue):
                 thread.freeing = thread.freeing or asyncio.ensure_future(self._free(thread, holder))
                 await asyncio.shield(thread.freeing)
                 break
-        if not mine and time.monotonic() - asked_at > GRACE_S:  # another has held it
+        self._held.pop(thread, None)
+        if overdue is not None and thread.caller_of(holder) is not overdue and time.monotonic() - asked_at > GRACE_S:  # another held it
             self._freed = time.monotonic()
+
+    @staticmethod
+    def _described(thread: _Thread) -> str:
+        guilty = thread.caller_of(thread.holder())
+        return f"{'a callback' if guilty is None else guilty.name} blocks the event loop of user code in {thread.where()}"
 
     async def _free(self, thread: _Thread, holder: asyncio.Task[Any] | None) -> None:
         """Takes the loop from the task that has blocked it."""
@@ -153,10 +183,9 @@ class UserLoop:
         name = "a callback" if guilty is None else guilty.name
         thread.blame(guilty, f"blocks its event loop in {where}: await what takes long, or give it to asyncio.to_thread")
         thread.interrupt()
-        answer = thread.answer()
-        await asyncio.wait({answer}, timeout=_YIELD_S)
+        yielded = await _any({thread.answer()}, _YIELD_S)
         self._freed, thread.freeing = time.monotonic(), None
-        if answer.done():
+        if yielded:
             _log.warning("%s blocked the event loop of user code in %s, and was interrupted", name, where)
             return
         self._given_up += 1
@@ -166,6 +195,12 @@ class UserLoop:
         thread.end()
         for call in thread.lose(f"has lost its event loop, which {name} blocked in {where}"):
             self._ready().begin(call)
+
+
+async def _any(futures: set[asyncio.Future[None]], seconds: float) -> bool:
+    """Whether one of them is done within so many seconds."""
+    done, _ = await asyncio.wait(futures, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    return bool(done)
 
 
 class _Call:
@@ -183,29 +218,35 @@ class _Call:
         self._task: asyncio.Task[Any] | None = None
         self._cancelled = False
 
-    def cancel(self) -> None:
-        self._cancelled = True
+    def cancel(self) -> bool:
+        """Whether it had been cancelled before."""
+        before, self._cancelled = self._cancelled, True
         if self.thread is not None:
             self.thread.soon(self._cancel)
+        return before
 
-    def end(self, outcome: asyncio.Future[Any] | EnvironmentFailure) -> None:
+    def end(self, result: Any = None, error: BaseException | None = None) -> None:
         """In the worker's loop. The first outcome counts."""
         if self.ended.done():
             return
         if self.thread is not None:
             self.thread.calls.pop(self, None)
         if self.blame is not None:
-            outcome = EnvironmentFailure(self.blame)
-        if isinstance(outcome, EnvironmentFailure):
-            self.ended.set_exception(outcome)
-        elif outcome.cancelled():
+            error = EnvironmentFailure(self.blame)
+        if error is None:
+            self.ended.set_result(result)
+        elif isinstance(error, asyncio.CancelledError):
             self.ended.cancel()
-        elif (error := outcome.exception()) is None:
-            self.ended.set_result(outcome.result())
         elif isinstance(error, Exception):
             self.ended.set_exception(error)
         else:  # SystemExit and the like, which would end the worker
             self.ended.set_exception(EnvironmentFailure(f"raised {origin(error)}"))
+
+    def error(self) -> BaseException | None:
+        """What it has raised, if it has."""
+        if self._task is None or not self._task.done():
+            return None
+        return asyncio.CancelledError() if self._task.cancelled() else self._task.exception()
 
     # ---- in the thread
 
@@ -213,26 +254,29 @@ class _Call:
         context = copy_context()
         context.run(_caller.set, self.caller)
         self._task = task = thread.loop.create_task(self._run(thread), context=context)
-        task.add_done_callback(lambda task: self._report(thread, task))
+        task.add_done_callback(lambda _: self._report(thread))
         if self._cancelled:
             task.cancel()
 
-    async def _run(self, thread: _Thread) -> Any:
+    async def _run(self, thread: _Thread) -> None:
         if self.thread is not thread:  # it was given up, and has come back to itself
             raise asyncio.CancelledError
         self.began, self.caller.began = True, time.monotonic()
-        return await self._call()
+        result = await self._call()
+        self._tell(thread, result, None)  # at once: a callback would come after the steps of others, which may take long
 
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
 
-    def _report(self, thread: _Thread, task: asyncio.Task[Any]) -> None:
-        if not task.cancelled():
-            task.exception()  # seen
+    def _report(self, thread: _Thread) -> None:
+        if (error := self.error()) is not None:
+            self._tell(thread, None, error)
+
+    def _tell(self, thread: _Thread, result: Any, error: BaseException | None) -> None:
         if self.thread is thread:
             with contextlib.suppress(RuntimeError):  # the worker's loop is closed: nobody waits
-                self.ended.get_loop().call_soon_threadsafe(self.end, task)
+                self.ended.get_loop().call_soon_threadsafe(self.end, result, error)
 
 
 class _Thread:
@@ -302,7 +346,7 @@ class _Thread:
         for call in calls:
             call.thread = None
             if call.began:
-                call.end(EnvironmentFailure(failure))
+                call.end(error=call.error() or EnvironmentFailure(failure))
         self.lost.set_result(None)
         return [call for call in calls if not call.began]
 

@@ -24,7 +24,7 @@ from verst.rollout.user_loop import UserLoop
 from verst.runtime.actors import is_actor
 from verst.runtime.extensions import Extensions
 from verst.runtime.imports import large_imports
-from verst.runtime.limits import drain_limit_s, rolling_deadline_s, teacher_deadline_s
+from verst.runtime.limits import drain_limit_s, hold_s, rolling_deadline_s, teacher_deadline_s
 from verst.runtime.trainer_worker import GROUP
 from verst.runtime.wait import gather_named, within
 from verst.types import Generation, Group, Manifest, PauseMode, Prompt, RoutedExperts
@@ -120,7 +120,7 @@ class RolloutWorker:
         self._started = False
         self._finished: dict[int, bytes] = {}
         self._recorded: dict[int, Recorded] = {}
-        self._users = UserLoop()
+        self._users = UserLoop(hold_s(config))
         self._waits = Waits()  # of groups by their numbers, of trajectories by their ids
 
     async def start(self, scores: bool) -> RoutedExperts | None:

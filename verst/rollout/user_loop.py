@@ -179,6 +179,9 @@ class UserLoop:
 
     async def _free(self, thread: _Thread, holder: asyncio.Task[Any] | None) -> None:
         """Takes the loop from the task that has blocked it."""
+        if thread.holder() is not holder:  # it has just given way
+            thread.freeing = None
+            return
         guilty, where = thread.caller_of(holder), thread.where()
         name = "a callback" if guilty is None else guilty.name
         thread.blame(guilty, f"blocks its event loop in {where}: await what takes long, or give it to asyncio.to_thread")
@@ -251,6 +254,8 @@ class _Call:
     # ---- in the thread
 
     def begin(self, thread: _Thread) -> None:
+        if self.thread is not thread:  # it was given up, and has come back to itself
+            return
         context = copy_context()
         context.run(_caller.set, self.caller)
         self._task = task = thread.loop.create_task(self._run(thread), context=context)
@@ -259,7 +264,7 @@ class _Call:
             task.cancel()
 
     async def _run(self, thread: _Thread) -> None:
-        if self.thread is not thread:  # it was given up, and has come back to itself
+        if self.thread is not thread:  # given up since then
             raise asyncio.CancelledError
         self.began, self.caller.began = True, time.monotonic()
         result = await self._call()

@@ -19,6 +19,7 @@ from verst.rollout.agent import Agents
 from verst.rollout.endpoint import LARGEST_REQUEST
 from verst.rollout.environments import environment_factory
 from verst.rollout.sessions import Said, Session, SessionRefused
+from verst.rollout.user_loop import Caller, UserLoop
 from verst.testing import FakeEngine
 from verst.types import Completion, FinishReason, Message, Prompt, Sampling, Status, Trajectory
 
@@ -166,17 +167,16 @@ async def test_keys_are_good_for_one_trajectory_until_it_ends():
         await session.complete([ASK])
         return {"statuses": found}
 
-    agents = Agents(solve)
-    async with httpx.AsyncClient() as http:
-
-        async def status(key: str, scheme: str = "Bearer") -> int:
+    async def status(key: str, scheme: str = "Bearer") -> int:
+        async with httpx.AsyncClient() as http:
             answer = await http.post(f"{sessions[0].base_url}/chat/completions", json={}, headers={"Authorization": f"{scheme} {key}"})
-            return answer.status_code
+        return answer.status_code
 
-        (trajectory,) = (await roller(saying("4"), agents, **LIMITS).roll(0, PROMPT)).trajectories
-        assert trajectory.info == {"statuses": [401, 401, 400]}  # a key that is known, though its body is no request
-        assert len(sessions[0].api_key) >= 32
-        assert await status(sessions[0].api_key) == 410
+    agents = Agents(solve)
+    (trajectory,) = (await roller(saying("4"), agents, **LIMITS).roll(0, PROMPT)).trajectories
+    assert trajectory.info == {"statuses": [401, 401, 400]}  # a key that is known, though its body is no request
+    assert len(sessions[0].api_key) >= 32
+    assert await status(sessions[0].api_key) == 410
     await agents.close()
     with pytest.raises(SessionRefused, match="has ended"):
         await sessions[0].complete([ASK])
@@ -381,7 +381,8 @@ async def hand_over(agent: Any, *texts: str) -> list[tuple[Said, ...]]:
     """What an agent adds to its conversation with each call, where a hand answers them."""
     agents = Agents(agent)
     session = await agents.open()
-    running, heard = agents.begin(session, PROMPT), list[tuple[Said, ...]]()
+    users = UserLoop()
+    running, heard = agents.begin(session, PROMPT, users, Caller(agents.title)), list[tuple[Said, ...]]()
     for turn, text in enumerate(texts):
         call = await session.asked()
         heard.append(call.new)
@@ -389,6 +390,7 @@ async def hand_over(agent: Any, *texts: str) -> list[tuple[Said, ...]]:
     await running
     agents.forget(session)
     await agents.close()
+    users.close()
     return heard
 
 

@@ -344,7 +344,8 @@ async def test_an_environment_that_holds_a_group_up_to_its_deadline_is_not_the_e
 async def test_cancelling_a_stalled_group_cancels_its_requests():
     engine = FakeEngine([[END]], stall_at=1)
     rolling = asyncio.create_task(roller(engine, group_size=2).roll(0, PROMPT))
-    await asyncio.sleep(0.01)
+    await engine.generated(1)
+    await asyncio.sleep(0.05)
     assert engine.stats()["running"] == 1
     rolling.cancel()
     with pytest.raises(asyncio.CancelledError):

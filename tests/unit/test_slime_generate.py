@@ -95,6 +95,21 @@ async def test_the_published_function_runs_as_it_is(tmp_path: Path):
         _ = args.search_url
 
 
+async def test_a_function_that_posts_with_a_client_that_blocks_has_its_answer():
+    async def blocking(args: Any, sample: Any, sampling_params: dict[str, Any]) -> Any:
+        sample.tokens = ids(sample.prompt)
+        with httpx.Client(trust_env=False) as client:
+            payload = {"input_ids": sample.tokens, "sampling_params": sampling_params}
+            output = client.post(url(args), json=payload).json()  # noqa: ASYNC212 - as some do
+        sample.tokens = sample.tokens + output["output_ids"]
+        sample.response, sample.response_length = output["text"], len(output["output_ids"])
+        sample.update_from_meta_info(args, output["meta_info"])
+        return sample
+
+    trajectory = await rolled(FakeEngine([[*ids("42"), END]]), blocking)
+    assert (trajectory.status, trajectory.tokens_T.tolist()) == (Status.FINISHED, [*ids(TEXT), *ids("42"), END])
+
+
 async def test_the_example_keeps_the_contract(monkeypatch: pytest.MonkeyPatch, tiny: Path):
     assert len(EXAMPLE.read_text().splitlines()) <= 30
     monkeypatch.chdir(EXAMPLE.parent)

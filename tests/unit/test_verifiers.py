@@ -135,7 +135,7 @@ async def test_a_reward_function_that_computes_holds_up_nobody_else():
 
 
 async def test_one_that_hangs_costs_its_own_trajectory_and_its_thread(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("verst.rollout.verifiers_agent._ANSWER_S", 0.2)
+    monkeypatch.setattr("verst.rollout.user_loop.GRACE_S", 0.2)
     factory = environment_factory(ENV, {"score": "stuck"})
     await asyncio.to_thread(check_machine, factory)
     sums_env = sys.modules["tests.unit.sums_env"]  # an import from its package would find that of an earlier test
@@ -143,7 +143,7 @@ async def test_one_that_hangs_costs_its_own_trajectory_and_its_thread(monkeypatc
     roller = replace(with_tools(engine, factory), environment_deadline_s=2)  # in which a busy machine must get to the reward function
     try:
         (first,) = (await roller.roll(0, prompt())).trajectories
-        assert "took longer than 2 s" in str(first.error)
+        assert "blocks its event loop in stuck" in str(first.error)
         assert sums_env.HELD.is_set()
         (second,) = (await replace(roller, environment_deadline_s=30).roll(1, prompt())).trajectories
         assert (second.error, second.info["score/stuck"]) == (None, 1.0)

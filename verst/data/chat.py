@@ -51,6 +51,18 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(root), local_files_only=True)
 
 
+def require_vocabulary(tokens: int, path: str) -> None:
+    """Raises `ModelError` if the tokenizer is of another model. Tokens added to a vocabulary may lie beyond the model's: if never used."""
+    from verst.config.plan import language_part, read_config
+
+    known = language_part(read_config(path)).get("vocab_size")
+    if isinstance(known, int) and tokens > known:
+        raise ModelError(
+            f"model.path {path}: its tokenizer has {tokens} tokens, its config.json a vocab_size of {known}: give the tokenizer that "
+            "belongs to the model"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Ending:
     """What the template writes after an assistant's last word. `text` includes what follows the end of the turn, often a newline."""

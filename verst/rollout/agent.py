@@ -16,6 +16,7 @@ from typing import Any
 from verst import extend
 from verst.rollout.endpoint import Endpoint
 from verst.rollout.sessions import Session
+from verst.rollout.user_loop import Caller, UserLoop
 from verst.types import Prompt
 
 SIGNATURE = ("session", "prompt")
@@ -50,10 +51,10 @@ class Agents:
         self._endpoint.add(session)
         return session
 
-    def begin(self, session: Session, prompt: Prompt) -> asyncio.Future[Any]:
-        """Calls it. Whoever cancels a plain function is rid of it, though its thread goes on."""
+    def begin(self, session: Session, prompt: Prompt, users: UserLoop, caller: Caller) -> asyncio.Future[Any]:
+        """Calls it, in the users' loop. Whoever cancels a plain function is rid of it, though its thread goes on."""
         call = partial(self.function, session, prompt, **self.options)
-        return asyncio.ensure_future(call() if extend.is_async(self.function) else asyncio.to_thread(call))
+        return asyncio.ensure_future(users.run(call, caller) if extend.is_async(self.function) else asyncio.to_thread(call))
 
     def forget(self, session: Session) -> None:
         session.end()

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verst.errors import EngineFailure, EnvironmentFailure, RoutesRefused
-from verst.extend import guarded, origin
+from verst.extend import origin
 from verst.fields import apart, checked
 from verst.protocols import Environment
 from verst.rollout.tokens import Asked
+from verst.rollout.user_loop import GRACE_S, Caller, UserLoop
 from verst.routing.records import expert_dtype, narrowed
 from verst.types import Completion, GenerateRequest, Generation, Message, Prompt, Reply, RoutedExperts
 
@@ -32,12 +33,18 @@ class GuardedEnvironment:
     Args:
         make: makes the environment, at `start`.
         deadline_s: limit of each call.
+        users: where it runs; default: a loop of its own.
+        rolls: the rollout function that it stands for. Then it is Verst's own code and runs here; only the function is in the users' loop.
     """
 
-    def __init__(self, make: Callable[[], Environment], deadline_s: float) -> None:
+    def __init__(
+        self, make: Callable[[], Environment], deadline_s: float, users: UserLoop | None = None, rolls: Caller | None = None
+    ) -> None:
         self._make = make
         self._deadline_s = deadline_s
+        self._users = users or UserLoop()
         self._environment: Environment | None = None
+        self._caller, self._here = rolls or Caller(f"environment {self.name}"), rolls is not None
         self._calls = 0
 
     async def start(self, prompt: Prompt) -> tuple[Message, ...] | Asked:
@@ -55,10 +62,13 @@ class GuardedEnvironment:
             raise EnvironmentFailure(f"{self.name}.start returned no messages: the model has nothing to answer")
         return messages
 
-    @property
-    def tools(self) -> tuple[Mapping[str, Any], ...]:
+    async def tools(self) -> tuple[Mapping[str, Any], ...]:
         """What the chat template tells the model that it can call. Raises `EnvironmentFailure` if they are no JSON objects."""
-        tools = guarded(lambda: getattr(self._environment, "tools", ()), f"environment {self.name}: tools", EnvironmentFailure)
+
+        async def told() -> Any:
+            return getattr(self._environment, "tools", ())
+
+        tools = await self._guarded(told, "tools", self._deadline_s)
         if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
             raise EnvironmentFailure(f"environment {self.name}: tools is {_described(tools)}, not a sequence of functions in OpenAI's form")
         _require_json(list(tools), f"environment {self.name}: tools")
@@ -93,21 +103,22 @@ class GuardedEnvironment:
         return str(getattr(made, "__qualname__", made))
 
     async def _guarded(self, call: Callable[[], Awaitable[Any]], what: str, deadline_s: float) -> Any:
-        limit = asyncio.timeout(deadline_s)
+        work = asyncio.ensure_future(call() if self._here else self._users.run(call, self._caller))
         try:
-            async with limit:
-                return await call()
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():  # someone cancels this trajectory
-                raise
-            raise EnvironmentFailure(f"environment {self.name}: {what} awaited something that was cancelled") from error
-        except Exception as error:
-            if limit.expired():
-                raise EnvironmentFailure(f"environment {self.name}: {what} took longer than {deadline_s:g} s") from error
-            if isinstance(error, EnvironmentFailure):  # it says itself what was wrong
-                raise EnvironmentFailure(f"environment {self.name}: {what}: {error}") from error
-            raise EnvironmentFailure(f"environment {self.name}: {what} raised {origin(error)}") from error
+            in_time = await self._users.within(work, deadline_s, self._caller)
+        finally:
+            await _ended(work)
+        if not in_time:
+            raise EnvironmentFailure(f"environment {self.name}: {what} took longer than {deadline_s:g} s")
+        return result_of(work, f"environment {self.name}: {what}")
+
+
+async def _ended(work: asyncio.Future[Any]) -> None:
+    """Cancels what is still under way. What does not heed that is left to itself."""
+    if not work.done():
+        work.add_done_callback(lambda work: work.cancelled() or work.exception())  # seen, whenever that is
+        work.cancel()
+        await asyncio.wait({work}, timeout=GRACE_S)
 
 
 def checked_reply(reply: Any, name: str) -> Reply:

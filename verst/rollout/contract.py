@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from verst.errors import EnvironmentFailure
 from verst.protocols import Environment
 from verst.rollout.boundary import GuardedEnvironment
+from verst.rollout.user_loop import UserLoop
 from verst.types import Completion, FinishReason, Prompt, Reply
 
 _LAST_S = 5.0
@@ -35,8 +36,10 @@ async def check_environment(
     assert prompts, "expected at least one prompt to begin with"
     assert texts, "expected at least one text that a model might say"
 
+    users = UserLoop()  # ends where it is not used any more
+
     def guarded() -> GuardedEnvironment:
-        return GuardedEnvironment(make, deadline_s)
+        return GuardedEnvironment(make, deadline_s, users)
 
     replies: list[list[Reply]] = []
     for prompt in prompts:

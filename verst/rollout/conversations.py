@@ -27,6 +27,7 @@ from verst.rollout.policy import Opening, Policy
 from verst.rollout.race import Cut
 from verst.rollout.sessions import FULL, Call, Session, SessionRefused
 from verst.rollout.transcript import Transcript
+from verst.rollout.user_loop import Caller, UserLoop
 from verst.types import FinishReason, Message, Prompt, Status, Trajectory
 
 _ORDERLY_S = 30.0
@@ -40,11 +41,15 @@ class Conversations:
         max_turns: answers that it is given in all; the call after them ends the trajectory.
         deadline_s: limit of each time in which it asks nothing.
         opening: gives the tokens of the first call, with its tools, or raises if they cannot be answered.
+        users: where the agent runs, if it is async.
     """
 
-    def __init__(self, agents: Agents, prompt: Prompt, policy: Policy, max_turns: int, deadline_s: float, opening: Opening) -> None:
+    def __init__(
+        self, agents: Agents, prompt: Prompt, policy: Policy, max_turns: int, deadline_s: float, opening: Opening, users: UserLoop
+    ) -> None:
         self._agents, self._prompt, self._policy = agents, prompt, policy
         self._max_turns, self._deadline_s, self._opening = max_turns, deadline_s, opening
+        self._users, self._caller = users, Caller(agents.title)
         self._session: Session
         self._agent: asyncio.Future[Any] | None = None
         self._answering: set[asyncio.Task[None]] = set()
@@ -67,7 +72,7 @@ class Conversations:
     async def roll(self) -> Status:
         """Answers until the agent has ended or a limit ends it. Raises `EnvironmentFailure`, `Cut`, and what an engine raises."""
         self._session = await self._agents.open()
-        self._agent = self._agents.begin(self._session, self._prompt)
+        self._agent = self._agents.begin(self._session, self._prompt, self._users, self._caller)
         self._think()
         try:
             return await self._policy.race.unless_over(self._serve())
@@ -85,8 +90,7 @@ class Conversations:
             return None
         self._agents.forget(self._session)
         self._agent.cancel()
-        await asyncio.wait({self._agent}, timeout=CLOSE_DEADLINE_S)
-        if not self._agent.done():
+        if not await self._users.within(self._agent, CLOSE_DEADLINE_S, self._caller):
             return EnvironmentFailure(f"{self._agents.title} did not end within {CLOSE_DEADLINE_S:g} s of being cancelled")
         if not self._agent.cancelled():
             self._agent.exception()  # seen: it has been reported, or came of the end
@@ -117,10 +121,10 @@ class Conversations:
             while not self._agent.done():
                 if asking.done():
                     return asking.result()
-                left_s = self._patience_s()
-                if left_s is not None and left_s <= 0:
+                waited, left_s = {asking, self._agent, *self._answering}, self._patience_s()
+                done, _ = await asyncio.wait(waited, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                if not done and await self._users.overdue(self._caller, self._thinks_since, self._limit_s):
                     return self._out_of_time()
-                await asyncio.wait({asking, self._agent, *self._answering}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
                 self._settle()
             return None
         finally:
@@ -143,7 +147,11 @@ class Conversations:
         """How long the agent may go on thinking. None: it waits for an answer itself."""
         if self._answering:
             return None
-        return self._thinks_since + (_ORDERLY_S if self._full else self._deadline_s) - time.monotonic()
+        return self._users.left_s(self._caller, self._thinks_since, self._limit_s)
+
+    @property
+    def _limit_s(self) -> float:
+        return _ORDERLY_S if self._full else self._deadline_s
 
     def _out_of_time(self) -> None:
         if not self._full:

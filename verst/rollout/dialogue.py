@@ -53,7 +53,7 @@ class Dialogue:
         environment, policy, transcript = self._environment, self._policy, self._transcript
         policy.waits_for(f"environment {environment.name} to start")
         opening = await policy.race.unless_over(environment.start(self._prompt))
-        asked, tools = opening if isinstance(opening, Asked) else None, environment.tools
+        asked, tools = opening if isinstance(opening, Asked) else None, await environment.tools()
         transcript.give(self._opening(opening, tools), self._prompt.messages if isinstance(opening, Asked) else opening)
         for turn in range(self._max_turns):
             completion = await policy.turn(turn, transcript, asked)

@@ -33,6 +33,7 @@ from verst.rollout.race import Cut, Race
 from verst.rollout.recorded import Recorded
 from verst.rollout.rollouts import Rollouts
 from verst.rollout.tokens import Asked, Rolling
+from verst.rollout.user_loop import Caller, UserLoop
 from verst.types import NO_VERSION, FinishReason, Group, Message, Prompt, Sampling, Status, Trajectory, Turn
 
 
@@ -53,6 +54,7 @@ class GroupRoller:
         engine_name: what messages call the engine.
         waits: where each trajectory says, under its id, what it waits for.
         clock: what deadlines of trajectories are counted by.
+        users: where the environment's, agent's or function's coroutines run.
 
     Raises `ModelError` if there may be several turns and the chat template cannot be continued.
     """
@@ -71,6 +73,7 @@ class GroupRoller:
     engine_name: str = "the engine"
     waits: Waits = field(default_factory=Waits)
     clock: Clock = field(default_factory=Clock)
+    users: UserLoop = field(default_factory=UserLoop)
 
     def __post_init__(self) -> None:
         if self.max_turns > 1 and not isinstance(self.environment, Rollouts):
@@ -223,10 +226,13 @@ class GroupRoller:
         opening = partial(self.opening, prompt)
         made, deadline_s = self.environment, self.environment_deadline_s
         if isinstance(made, Agents):
-            return Conversations(made, prompt, policy, self.max_turns, deadline_s, opening)
+            return Conversations(made, prompt, policy, self.max_turns, deadline_s, opening, self.users)
+        caller = None
         if isinstance(made, Rollouts):
-            made = made.bound(Rolling(self.renderer, self.sampling, self.max_turns, self.max_model_tokens, self.group_size))
-        return Dialogue(GuardedEnvironment(made, deadline_s), prompt, policy, self.max_turns, opening)
+            rolling = Rolling(self.renderer, self.sampling, self.max_turns, self.max_model_tokens, self.group_size)
+            caller = Caller(made.title)
+            made = made.bound(rolling, self.users, caller)
+        return Dialogue(GuardedEnvironment(made, deadline_s, self.users, rolls=caller), prompt, policy, self.max_turns, opening)
 
     def _processed_tokens(self) -> float | None:
         """What shows that the engine works, while its requests are under way; None if it cannot tell."""
@@ -240,6 +246,8 @@ class GroupRoller:
             raise DeadlineExceeded(
                 f"{self.engine_name} processed no token for {deadline_s:g} s, while trajectory {name} ({prompt.id}) waited for it"
             )
+        if self.users.held is not None:
+            awaited = f"{awaited}, while {self.users.held}"
         return DeadlineExceeded(
             f"not finished after {deadline_s:g} s, waiting for {awaited}: if that is too little time, raise rollout.deadline_s"
         )

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from verst import extend
 from verst.errors import ExtensionError
 from verst.rollout.tokens import Asked, Rolling, TokenSession
+from verst.rollout.user_loop import Caller, UserLoop
 from verst.types import Completion, Prompt, Reply
 
 SIGNATURE = ("session", "prompt")
@@ -35,31 +37,34 @@ class Rollouts:
         self.title = f"rollout {getattr(function, '__qualname__', type(function).__qualname__)}"
         """By which messages name it."""
 
-    def bound(self, rolling: Rolling) -> Callable[[], Any]:
-        """What makes a `RolloutEnvironment`, for a run that rolls so."""
-        return _Bound(self, rolling)
+    def bound(self, rolling: Rolling, users: UserLoop, caller: Caller) -> Callable[[], Any]:
+        """What makes a `RolloutEnvironment`, for a run that rolls so and a trajectory whose function is called by `caller`."""
+        return _Bound(self, rolling, users, caller)
 
 
 class _Bound:
     """Makes environments under the name of their function."""
 
-    def __init__(self, rollouts: Rollouts, rolling: Rolling) -> None:
+    def __init__(self, rollouts: Rollouts, rolling: Rolling, users: UserLoop, caller: Caller) -> None:
         self.title = rollouts.title
         self._rollouts, self._rolling = rollouts, rolling
+        self._users, self._caller = users, caller
 
     def __call__(self) -> RolloutEnvironment:
-        return RolloutEnvironment(self._rollouts, TokenSession(self._rolling))
+        return RolloutEnvironment(self._rollouts, TokenSession(self._rolling), self._users, self._caller)
 
 
 class RolloutEnvironment:
-    """One trajectory of a rollout function, as an environment whose messages are tokens."""
+    """One trajectory of a rollout function, as an environment whose messages are tokens. Only the function is in the users' loop."""
 
-    def __init__(self, rollouts: Rollouts, session: TokenSession) -> None:
+    def __init__(self, rollouts: Rollouts, session: TokenSession, users: UserLoop, caller: Caller) -> None:
         self._rollouts, self._session = rollouts, session
+        self._users, self._caller = users, caller
         self._function: asyncio.Task[Any] | None = None
 
     async def start(self, prompt: Prompt) -> Asked:
-        self._function = asyncio.create_task(self._rollouts.function(self._session, prompt, **self._rollouts.options))
+        call = partial(self._rollouts.function, self._session, prompt, **self._rollouts.options)
+        self._function = asyncio.create_task(self._users.run(call, self._caller))
         asked = await self._next()
         if asked is None:
             raise RuntimeError("the rollout ended without asking for a completion")

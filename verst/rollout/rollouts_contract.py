@@ -13,6 +13,7 @@ from verst.protocols import Engine
 from verst.rollout.recorded import Piece, Recorded
 from verst.rollout.roll import GroupRoller
 from verst.rollout.rollouts import Rollouts
+from verst.rollout.user_loop import UserLoop
 from verst.types import FinishReason, GenerateRequest, Generation, Prompt, Sampling, Status, Trajectory
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ async def check_rollout(
     assert prompts, "expected at least one prompt to begin with"
     assert texts, "expected at least one text that a model might say"
     rollouts = function if isinstance(function, Rollouts) else Rollouts(function, **options)
-    renderer = ChatRenderer(tokenizer)
+    renderer, users = ChatRenderer(tokenizer), UserLoop()
 
     def roller(engine: _Says, limit: int = max_new_tokens) -> GroupRoller:
         return GroupRoller(
@@ -96,6 +97,7 @@ async def check_rollout(
             max_model_tokens=_WHOLE_TOKENS + max_turns * max_new_tokens,
             seed=0,
             environment_deadline_s=deadline_s,
+            users=users,
         )
 
     found = []

@@ -15,6 +15,7 @@ from typing import Any
 
 from verst.errors import VerstError
 from verst.rollout.tool_calls import Malformed, ToolCall, split_calls
+from verst.rollout.user_loop import across
 from verst.types import Completion, FinishReason, Message
 
 Tools = tuple[Mapping[str, Any], ...]
@@ -100,11 +101,12 @@ class Call:
 class Session:
     """One trajectory, as its agent sees it: by `complete`, or by any client that knows `base_url` and `api_key`.
 
-    The key is good for this trajectory, until it ends.
+    The key is good for this trajectory, until it ends. It belongs to the loop that makes it; `complete` may be called from any.
     """
 
     def __init__(self, base_url: str, api_key: str) -> None:
         self.base_url, self.api_key = base_url, api_key
+        self._home = asyncio.get_running_loop()
         self._calls: list[Call] = []
         self._waiting: asyncio.Queue[Call] = asyncio.Queue()
         self._over = False
@@ -123,7 +125,7 @@ class Session:
         Raises `SessionRefused`.
         """
         asked = [Said(m.role, m.content) if isinstance(m, Message) else Said(m["role"], m["content"]) for m in messages]
-        return (await self.ask(asked, tools=tools, calls=False, again=again)).completion
+        return (await across(self.ask(asked, tools=tools, calls=False, again=again), self._home)).completion
 
     async def ask(self, messages: Sequence[Said], *, tools: Sequence[Mapping[str, Any]], calls: bool, again: bool) -> Answer:
         """As `complete`. `calls`: whether what the policy calls is taken out of its text."""

@@ -19,6 +19,7 @@ from verst.errors import ExtensionError
 from verst.rollout.generate_endpoint import HOST, GenerateEndpoint
 from verst.rollout.rollouts import Rollouts
 from verst.rollout.tokens import Rolling, TokenSession
+from verst.rollout.user_loop import across
 from verst.slime_api import GENERATED, label_of, make_arguments, metadata_of, sample_class
 from verst.types import Prompt
 
@@ -47,14 +48,14 @@ class SlimeRollouts(Rollouts):
         self.title = f"generate function {name}"
 
     async def _roll(self, session: TokenSession, prompt: Prompt) -> Mapping[str, Any]:
-        endpoint = await GenerateEndpoint.start(session)
+        endpoint = await across(GenerateEndpoint.start(session), session.home)  # so a function that blocks its own loop has its answer
         try:
             args = make_arguments(_OPTIONS, {**_arguments(session.rolling, endpoint.port), **self._given})
             sample = _sample(prompt, session.rolling.renderer, self._given)
             before = set(vars(sample)), json.dumps(sample.metadata, default=repr)
             returned = await self._generate(args, sample, _sampling(session.rolling), **self._more)
         finally:
-            await endpoint.close()
+            await across(endpoint.close(), session.home)
         _take(_one(returned), session)
         info = _left(_one(returned), *before)
         return info | ({"not_heeded": sorted(endpoint.not_heeded)} if endpoint.not_heeded else {})

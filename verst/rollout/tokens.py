@@ -14,6 +14,7 @@ from typing import Any
 
 from verst.data.chat import ChatRenderer
 from verst.rollout.sessions import SessionRefused
+from verst.rollout.user_loop import across
 from verst.types import Completion, Message, Reply, Sampling
 
 Span = tuple[int, int]
@@ -49,10 +50,11 @@ class Rolling:
 
 
 class TokenSession:
-    """One trajectory, until its function returns."""
+    """One trajectory, until its function returns. It changes in the loop that makes it; its function may be in another."""
 
     def __init__(self, rolling: Rolling) -> None:
         self.rolling = rolling
+        self.home = asyncio.get_running_loop()
         self._tokens: list[int] = []
         self._generated: list[Span] = []
         self._excluded: list[Span] = []
@@ -124,18 +126,7 @@ class TokenSession:
 
         Raises `SessionRefused`, and leaves all as it was, if the sequence is another one, or it cannot be generated from.
         """
-        given = self._new(tokens)
-        limit = self._limit(max_new_tokens)
-        if isinstance(stop, str):
-            raise SessionRefused(f"stop is the text {stop!r}: give a list of texts")
-        text = self.decode(given)
-        messages = (Message("user", text),) if given else ()
-        self._answer = asyncio.get_running_loop().create_future()
-        self._tokens += given
-        self._turns += 1
-        stops = None if stop is None else tuple(stop)
-        self._asked.put_nowait(Asked(messages, False, {}, given, limit, stops, tuple(self._excluded)))
-        return await asyncio.shield(self._answer)
+        return await across(self._generate(tokens, max_new_tokens, stop), self.home)
 
     def exclude(self, start: int, end: int) -> None:
         """Generated tokens of the sequence from `start` up to `end` are not trained: they count as given."""
@@ -168,6 +159,20 @@ class TokenSession:
             self._answer.exception()  # seen: nobody may be waiting
 
     # ---- inside
+
+    async def _generate(self, tokens: Sequence[int], max_new_tokens: int | None, stop: Sequence[str] | None) -> Completion:
+        given = self._new(tokens)
+        limit = self._limit(max_new_tokens)
+        if isinstance(stop, str):
+            raise SessionRefused(f"stop is the text {stop!r}: give a list of texts")
+        text = self.decode(given)
+        messages = (Message("user", text),) if given else ()
+        self._answer = asyncio.get_running_loop().create_future()
+        self._tokens += given
+        self._turns += 1
+        stops = None if stop is None else tuple(stop)
+        self._asked.put_nowait(Asked(messages, False, {}, given, limit, stops, tuple(self._excluded)))
+        return await asyncio.shield(self._answer)
 
     def _new(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """The tokens that come behind the sequence so far. Raises `SessionRefused`."""

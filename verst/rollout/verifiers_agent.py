@@ -1,8 +1,8 @@
 """Environments of the library verifiers (Prime Intellect), as agents: `rollout.environment: verifiers:NAME` or `verifiers:module:loader`.
 
 Such an environment asks an OpenAI client for completions, and a session is one. Its rubric scores the rollout where it ends, and what it
-says is the trajectory's `info`, of which the reward `from_info` makes the reward. It runs on a thread of its own with its own event loop,
-since its tools and reward functions may be plain ones that compute or wait.
+says is the trajectory's `info`, of which the reward `from_info` makes the reward. Its tools and reward functions may be plain ones that
+compute or wait: like all code of users, they hold up no engine (`verst.rollout.user_loop`).
 
 The library changes its protocol between versions; what is used here is that of `VERSION`: `load_environment`, `Environment.rollout(input,
 client, model)`, `rubric.score_rollout(state)`, and the state's `reward`, `metrics`, `error` and `stop_condition`.
@@ -11,18 +11,16 @@ https://github.com/PrimeIntellect-ai/verifiers
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
 import math
-import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial, wraps
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 from verst import extend
 from verst.errors import EnvironmentFailure, ExtensionError
@@ -30,49 +28,10 @@ from verst.rewards.metrics import PREFIX
 from verst.rollout.sessions import Session
 from verst.types import Prompt
 
-T = TypeVar("T")
-
 VERSION = "0.1.10"
 _INPUT = ("answer", "task", "info", "example_id")
-_ANSWER_S = 2.0
-"""A loop that has not come round for so long is held by code that does not give way. On a busy machine a new one costs nothing."""
 _raised: ContextVar[list[str]] = ContextVar("_raised")
 """What reward functions of the rollout that is being scored have raised."""
-
-
-class LoopThread:
-    """An event loop on a thread of its own."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="verifiers", daemon=True)
-        self._thread.start()
-
-    async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Its result. A cancelled call cancels it."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
-
-    async def answers(self) -> bool:
-        """Whether nothing holds the thread."""
-        try:
-            async with asyncio.timeout(_ANSWER_S):
-                await self.run(asyncio.sleep(0))
-        except TimeoutError:
-            return False
-        return True
-
-    def end(self) -> None:
-        """Ends it as soon as nothing holds it."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-
-    def _run(self) -> None:
-        self._loop.run_forever()
-        left = asyncio.all_tasks(self._loop)  # of trajectories that were ended while something held it
-        for task in left:
-            task.cancel()
-        if left:
-            self._loop.run_until_complete(asyncio.wait(left))
-        self._loop.close()
 
 
 class Verifiers:
@@ -88,7 +47,6 @@ class Verifiers:
     def __init__(self, reference: str, options: Mapping[str, Any]) -> None:
         _require_version()
         self._reference, self._options = reference, dict(options)
-        self._thread: LoopThread | None = None
         self._environment: Any = None
 
     def check_machine(self) -> None:
@@ -102,29 +60,9 @@ class Verifiers:
                     "scored where it ends: make it a function of one rollout"
                 )
             rubric.funcs = [_remembered(function) for function in rubric.funcs]
-        self._thread = LoopThread()
 
     async def __call__(self, session: Session, prompt: Prompt) -> dict[str, Any]:
-        thread = self._thread
-        assert thread is not None, "check_machine() comes first"
-        try:
-            return await thread.run(self._roll(session, prompt))
-        except asyncio.CancelledError:
-            if thread is self._thread and not await thread.answers():  # a tool or a reward function holds it, which nothing can end
-                self._replace(thread)
-            raise
-
-    def close(self) -> None:
-        if self._thread is not None:
-            self._thread.end()
-            self._thread = None
-
-    def _replace(self, thread: LoopThread) -> None:
-        if thread is self._thread:  # else another trajectory has found it held, or it was closed
-            self._thread = LoopThread()
-            thread.end()
-
-    async def _roll(self, session: Session, prompt: Prompt) -> dict[str, Any]:
+        assert self._environment is not None, "check_machine() comes first"
         from openai import AsyncOpenAI
 
         environment = self._environment

@@ -11,12 +11,16 @@ from verst.config.algorithms import DistillConfig
 from verst.config.evaluated import HELD_OUT, evaluated
 from verst.config.schema import Config
 from verst.isolated.process import START_DEADLINE_S
+from verst.rollout.user_loop import HOLD_S
 
 REPLACEMENTS = 3
 """Attempts at what was lost in the same place, with no progress between them."""
 
-_CLOSE_S = 15.0
-"""Longer than an environment may take to close (`verst.rollout.boundary`), which it does after the limit of its group."""
+_CLOSE_S = 90.0
+"""Longer than an environment may take to close (`verst.rollout.boundary`), which it does after the limit of its group.
+
+It may have to wait until the users' loop is taken from another that blocks it (`verst.rollout.user_loop`).
+"""
 
 
 def turn_limit_s(config: Config) -> float:
@@ -44,6 +48,11 @@ def rolling_deadline_s(config: Config, trajectories: int, samples: int = 1) -> f
     if config.rollout.max_turns > 1:
         before = max(before, held_trajectories(config, replicas=config.rollout.replicas, samples=samples))
     return config.rollout.deadline_s * (1 + before // config.rollout.max_running)
+
+
+def hold_s(config: Config) -> float:
+    """For how long code of one trajectory may hold the event loop that it shares: others then have most of their time left."""
+    return min(HOLD_S, config.rollout.deadline_s / 4)
 
 
 def teacher_deadline_s(config: Config) -> float:

@@ -17,14 +17,14 @@ from verst.config.checks import scores
 from verst.config.evaluated import Evaluated, evaluated, samples_of
 from verst.config.hub import model_directory, with_local_model
 from verst.config.schema import Config
-from verst.errors import ModelError
 from verst.observe.waits import Waits
 from verst.rollout.clock import Clock
 from verst.rollout.recorded import Piece, Recorded
+from verst.rollout.user_loop import UserLoop
 from verst.runtime.actors import is_actor
 from verst.runtime.extensions import Extensions
 from verst.runtime.imports import large_imports
-from verst.runtime.limits import drain_limit_s, rolling_deadline_s, teacher_deadline_s
+from verst.runtime.limits import drain_limit_s, hold_s, rolling_deadline_s, teacher_deadline_s
 from verst.runtime.trainer_worker import GROUP
 from verst.runtime.wait import gather_named, within
 from verst.types import Generation, Group, Manifest, PauseMode, Prompt, RoutedExperts
@@ -63,18 +63,6 @@ class Seat:
 
     address: GroupAddress
     first_rank: int
-
-
-def _require_vocabulary(tokens: int, path: str) -> None:
-    """Raises `ModelError` if the tokenizer is of another model. Tokens added to a vocabulary may lie beyond the model's: if never used."""
-    from verst.config.plan import language_part, read_config
-
-    known = language_part(read_config(path)).get("vocab_size")
-    if isinstance(known, int) and tokens > known:
-        raise ModelError(
-            f"model.path {path}: its tokenizer has {tokens} tokens, its config.json a vocab_size of {known}: give the tokenizer that "
-            "belongs to the model"
-        )
 
 
 def replica_worker(config: Config, extensions: bytes | None, *rest: Any) -> RolloutWorker:
@@ -130,6 +118,7 @@ class RolloutWorker:
         self._started = False
         self._finished: dict[int, bytes] = {}
         self._recorded: dict[int, Recorded] = {}
+        self._users = UserLoop(hold_s(config))
         self._waits = Waits()  # of groups by their numbers, of trajectories by their ids
 
     async def start(self, scores: bool) -> RoutedExperts | None:
@@ -150,7 +139,7 @@ class RolloutWorker:
         return self.engine.routed_experts
 
     def _make(self) -> None:
-        from verst.data.chat import ChatRenderer, load_tokenizer
+        from verst.data.chat import ChatRenderer, load_tokenizer, require_vocabulary
         from verst.model_spec import install
         from verst.rollout.answers import answer_paths
         from verst.rollout.engines import make_engine
@@ -164,7 +153,7 @@ class RolloutWorker:
         hide(answer_paths(config))
         rollout = config.rollout
         tokenizer = load_tokenizer(config.model.path)
-        _require_vocabulary(tokenizer.vocab_size, config.model.path)
+        require_vocabulary(tokenizer.vocab_size, config.model.path)
         self._renderer = ChatRenderer(tokenizer)
         self._environment = environment_factory(self._extensions.environment or rollout.environment, rollout.environment_options)
         check_machine(self._environment)
@@ -219,6 +208,7 @@ class RolloutWorker:
             engine_name=f"the engine of replica {self._replica}",
             waits=self._waits,
             clock=self._clock,
+            users=self._users,
         )
 
     async def roll(self, seq: int, prompt: Prompt, how: str, known: Sequence[Piece] = ()) -> bytes:
@@ -395,6 +385,7 @@ class RolloutWorker:
             self._scorer.close()
         if isinstance(self._environment, Agents):
             await self._environment.close()
+        self._users.close()
         for part in (self.engine, self._teacher):
             if part is not None:  # None: it could not be started, or there is no teacher
                 await part.close()

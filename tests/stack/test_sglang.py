@@ -332,8 +332,8 @@ async def test_metrics_come_from_the_server(engine: SGLangEngine):
     assert {"server_running", "server_queued", "cache_hit_rate"} <= engine.stats().keys()
 
 
-async def test_a_long_request_shows_that_it_is_worked_on_before_it_ends(engine: SGLangEngine):
-    """The counters of finished requests stand still meanwhile."""
+async def counts_while_generating(engine: SGLangEngine) -> tuple[list[float], list[tuple[float, float]]]:
+    """Tokens processed, as told while 150 are generated, and all that was told."""
     answer = asyncio.create_task(engine.generate(ask("long", prompt(1), max_new_tokens=150, temperature=0.0, stop_token_ids=())))
     seen: list[tuple[float, float]] = []
     while not answer.done():  # asked for directly, since the engine itself looks once a second
@@ -342,8 +342,16 @@ async def test_a_long_request_shows_that_it_is_worked_on_before_it_ends(engine: 
             seen.append((found.get("processed_tokens", 0.0), found.get("server_generated_tokens", 0.0)))
         await asyncio.sleep(0.02)
     assert len((await answer).tokens_T) == 150
-    while_under_way = [processed for processed, finished in seen if finished == seen[0][1]]
-    assert len(set(while_under_way)) >= 3, seen
+    return [processed for processed, finished in seen if finished == seen[0][1]], seen
+
+
+async def test_a_long_request_shows_that_it_is_worked_on_before_it_ends(engine: SGLangEngine):
+    """The counters of finished requests stand still meanwhile."""
+    for _ in range(5):  # on a busy machine a request may end before the counters have been told twice
+        while_under_way, seen = await counts_while_generating(engine)
+        if len(set(while_under_way)) >= 3:
+            return
+    pytest.fail(f"the last told {seen}")
 
 
 async def test_a_server_without_the_plugin_is_refused_unless_allowed(server: SharedServer, tmp_path: Path):

@@ -18,10 +18,11 @@ from verst.journal.log import JournalReader
 from verst.rollout.hf.decoder import Decoder
 from verst.rollout.hf.engine import HFEngine
 from verst.rollout.recorded import Piece
+from verst.rollout.roll import GroupRoller
 from verst.runtime import salvage
 from verst.runtime.replica import Replica
 from verst.runtime.salvage import Salvage
-from verst.types import Completion, GenerateRequest, Generation, Message, Prompt, Reply, Status
+from verst.types import Completion, GenerateRequest, Generation, Group, Message, Prompt, Reply, Status
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_one_thread")]
 
@@ -230,27 +231,45 @@ class Deaf:
         return Reply()
 
 
+async def test_one_that_swallows_its_cancellation_fails_at_its_limit(tmp_path: Path, model: Path):
+    run = await run_of(tmp_path, model, environment=Deaf, run={"name": "run", "dir": str(tmp_path), "steps": 4, "seed": 1}).go()
+    reader = JournalReader(run.run.journal)
+    assert {(t.error or "").partition(":")[0] for t in reader.group(1).trajectories} == {
+        f"not finished after 4 s, waiting for environment {Deaf.__name__} to reply"
+    }
+    assert [seq for step in (1, 2, 3, 4) for seq in reader.batch(step).dropped] == [1]
+
+
+def outlast(monkeypatch: pytest.MonkeyPatch, chosen: Callable[[Prompt], bool]) -> None:
+    """Chosen groups heed no limit of theirs, as if their replica had a defect. The loop's own limit is 8 s."""
+    roll = GroupRoller.roll
+
+    async def deaf(self: GroupRoller, seq: int, prompt: Prompt, *rest: Any) -> Group:
+        if chosen(prompt):
+            self.waits.begin(f"{seq}/0", "nothing")
+            await asyncio.sleep(60)
+        return await roll(self, seq, prompt, *rest)
+
+    monkeypatch.setattr(GroupRoller, "roll", deaf)
+    monkeypatch.setattr("verst.runtime.pools.group_deadline_s", lambda *args, **kwargs: 2 * LIMIT_S)
+
+
 async def test_a_group_that_outlasts_all_limits_is_taken_back_from_its_replica(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("verst.runtime.pools.group_deadline_s", lambda *args, **kwargs: 2 * LIMIT_S)
-    run = await run_of(tmp_path, model, environment=Deaf, run={"name": "run", "dir": str(tmp_path), "steps": 4, "seed": 1}).go()
+    outlast(monkeypatch, lambda prompt: prompt.id == "rows:1")
+    run = await run_of(tmp_path, model, run={"name": "run", "dir": str(tmp_path), "steps": 4, "seed": 1}).go()
     reader = JournalReader(run.run.journal)
-    assert [t.error for t in reader.group(1).trajectories] == [f"waited 8 s for environment {Deaf.__name__} to reply on replica 0"] * 4
+    assert [t.error for t in reader.group(1).trajectories] == ["waited 8 s for nothing on replica 0"] * 4
     assert [seq for step in (1, 2, 3, 4) for seq in reader.batch(step).dropped] == [1]
 
 
 async def test_if_no_group_comes_back_at_all_the_run_ends(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
-    class AllDeaf(Deaf):
-        async def start(self, prompt: Prompt) -> Sequence[Message]:
-            self._deaf = True
-            return prompt.messages
-
-    monkeypatch.setattr("verst.runtime.pools.group_deadline_s", lambda *args, **kwargs: 2 * LIMIT_S)
-    run = run_of(tmp_path, model, environment=AllDeaf)
+    outlast(monkeypatch, lambda prompt: True)
+    run = run_of(tmp_path, model)
     with pytest.raises(
         DeadlineExceeded,
-        match=r"group \d .* was on 3 replicas .*: waited 8 s for environment .*AllDeaf to reply on replica 2: .*, and no other came back",
+        match=r"group \d .* was on 3 replicas .*: waited 8 s for nothing on replica 2: .*, and no other came back",
     ) as e:
         await asyncio.wait_for(run.go(), 60)
     assert re.search(r"groups? waits? for ", str(e.value))

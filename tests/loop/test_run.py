@@ -231,7 +231,7 @@ async def test_a_reward_that_raises_is_counted_shown_and_never_a_zero(tmp_path: 
 
 
 async def test_a_reward_module_that_raises_at_import(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "badreward.py").write_text("raise RuntimeError('missing calibration file')\n")
+    (tmp_path / "badreward.py").write_text("raise RuntimeError('missing calibration file')\ndef score(trajectory, fields): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     run = local_run(tmp_path, model, {"reward": {"function": "badreward:score"}}, prompts=ROWS)
     with pytest.raises(ExtensionError, match=r"missing calibration file.*badreward\.py|badreward\.py.*missing calibration file"):

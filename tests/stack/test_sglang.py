@@ -48,7 +48,8 @@ def other(server: SharedServer, directory: Path, version: int = 4) -> tuple[File
 
 def check(answer: Generation, tokens: np.ndarray, reference: torch.nn.Module, temperature: float = 1.0) -> None:
     expected = reference_logprobs(reference, np.concatenate((tokens, answer.tokens_T)), temperature)[len(tokens) - 1 :]
-    np.testing.assert_allclose(answer.logprobs_T, expected, atol=1e-5 / min(temperature, 1.0))  # by which a logit's rounding is divided
+    # The engine's rounding in float32 alone, which the temperature divides: 1.07e-5 is the most that was seen. Older keys make 1e-3.
+    np.testing.assert_allclose(answer.logprobs_T, expected, atol=2e-5 / min(temperature, 1.0))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
@@ -214,9 +215,14 @@ async def test_abort_returns_the_tokens_so_far_also_while_paused(engine: SGLangE
 
 
 async def test_a_cancelled_call_ends_its_request(engine: SGLangEngine):
-    answer = asyncio.ensure_future(engine.generate(ask("a", prompt(5), temperature=0.0, max_new_tokens=140)))  # more than 60 tokens
-    await started(engine, answer)
-    answer.cancel()
+    async def asked() -> asyncio.Future[Generation]:
+        answer = asyncio.ensure_future(engine.generate(ask("a", prompt(5), temperature=0.0, max_new_tokens=140)))  # more than 60 tokens
+        await started(engine, answer)
+        return answer
+
+    answer, left = await asked(), 5
+    while not answer.cancel() and left:  # on a busy machine it may have ended before it is seen to have started
+        answer, left = await asked(), left - 1
     with pytest.raises(asyncio.CancelledError):
         await answer
     assert engine.stats()["running"] == engine.stats()["waiting"] == 0

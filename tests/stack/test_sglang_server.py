@@ -237,6 +237,7 @@ async def test_settings_that_cannot_be_are_refused_before_a_server_starts(model:
         ({"arguments": {"host": "0.0.0.0"}}, "host is set by the engine"),
         ({"dtype": "float16"}, "float16"),
         ({"deterministic": True}, "no deterministic mode on a CPU"),
+        ({"device": "cuda"}, "model.dtype float32: SGLang's kernels for GPUs compute in bfloat16"),
     ):
         with pytest.raises(ConfigError, match=message):
             await engine_on(model, tmp_path, **options).start()

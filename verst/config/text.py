@@ -75,7 +75,11 @@ def parse(text: str) -> tuple[Any, yaml.Node | None]:
 
 def is_unicode(text: str) -> bool:
     """Whether it can be written in UTF-8: half a surrogate pair, as an escape or a command line may bring one, cannot."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def key_lines(root: yaml.Node | None) -> dict[tuple[str, ...], int]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from verst.config.text import is_unicode
 from verst.errors import EngineFailure, EnvironmentFailure, RoutesRefused
 from verst.extend import origin
 from verst.fields import apart, checked
@@ -194,12 +195,8 @@ def _checked_messages(messages: Any, where: str) -> tuple[Message, ...]:
     for message in messages:
         if not (isinstance(message, Message) and isinstance(message.role, str) and isinstance(message.content, str)):
             raise EnvironmentFailure(f"{where} returned {_described(message)} among its messages, not a Message of two texts")
-        try:
-            (message.role + message.content).encode()
-        except UnicodeEncodeError as error:  # JSON has them as escapes, so a model can write one
-            raise EnvironmentFailure(
-                f"{where} returned a message with half of a surrogate pair, which no tokenizer takes: {error}"
-            ) from error
+        if not (is_unicode(message.role) and is_unicode(message.content)):  # JSON has halves as escapes, so a model can write one
+            raise EnvironmentFailure(f"{where} returned a message with half of a surrogate pair, which no tokenizer takes")
     return tuple(messages)
 
 

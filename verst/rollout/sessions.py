@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from verst.config.text import is_unicode
 from verst.errors import VerstError
 from verst.rollout.tool_calls import Malformed, ToolCall, split_calls
 from verst.rollout.user_loop import across
@@ -168,12 +169,9 @@ class Session:
             raise SessionRefused("there is nothing new to answer: the last message must be of another role than the assistant's")
         if any(said.calls and said.role != "assistant" for said in asked):
             raise SessionRefused("only the assistant calls tools: a message of another role has tool_calls")
-        try:
-            for said in asked:
-                f"{said.role}{said.message().content}".encode()
-            json.dumps(tools, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:  # JSON has them as escapes
-            raise SessionRefused(f"a message or a tool has half of a surrogate pair, which no tokenizer takes: {error}") from error
+        texts = [text for said in asked for text in (said.role, said.message().content)]
+        if not all(map(is_unicode, (*texts, json.dumps(tools, ensure_ascii=False)))):  # JSON has halves as escapes
+            raise SessionRefused("a message or a tool has half of a surrogate pair, which no tokenizer takes")
         behind = self._behind(asked, tools)
         call = Call(asked, behind, tools, splits and bool(tools), asyncio.get_running_loop().create_future())
         if behind is not None:

@@ -56,6 +56,8 @@ class Settings:
             raise ConfigError(f"dtype {self.dtype!r} is none of float32, bfloat16")
         if self.deterministic and self.device == "cpu":
             raise ConfigError("run.deterministic: SGLang has no deterministic mode on a CPU: set it to false, or use the hf engine")
+        if self.dtype == "float32" and self.device != "cpu":  # its rmsnorm takes no other; it says so after minutes, deep in a traceback
+            raise ConfigError("model.dtype float32: SGLang's kernels for GPUs compute in bfloat16: set it to that, or use the hf engine")
         room = self.max_model_tokens + _MARGIN_TOKENS
         return {
             "model_path": self.model_path,

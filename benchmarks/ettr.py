@@ -6,8 +6,8 @@
 In a share of the steps, drawn at random, one process gets SIGKILL at a random moment of the step. Its role is drawn uniformly: one of two
 trainer ranks, the replica's process, its reward worker, a snapshot holder; in the production pair also SGLang's server.
 
-The model is tiny, so a step is padded: the reward of each of its 16 trajectories sleeps, in one worker, for a sixteenth of --step-s. What
-is not padded comes on top. `step_s` is the median of the undisturbed run. What was scored when a replica dies is rolled and scored again,
+The model is tiny, so a step is padded: the rewards of its 16 trajectories sleep for --step-s in all, in one worker of each replica. What is
+not padded comes on top. `step_s` is the median of the undisturbed run. What was scored when a replica dies is rolled and scored again,
 as it would be in a long rollout.
 
     ettr              effective training time ratio: seconds from the first commit to the last, undisturbed over with kills
@@ -34,6 +34,7 @@ import random
 import sys
 import tempfile
 import time
+from bisect import bisect
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -88,14 +89,14 @@ def make_run(directory: Path, model: Path, pair: str, steps: int, step_s: float,
         "train": {"groups_per_step": GROUPS, "threads": 1, "lr": 1e-3, "ranks": 2, "deadline_s": 120},
         "checkpoint": {"every_steps": 20},
     }
-    if gpus == values["train"]["ranks"]:
-        values["rollout"]["replicas"] = gpus  # they take turns, which needs equally many on each
+    replicas = gpus if gpus == values["train"]["ranks"] else 1  # in turns with the ranks, which needs equally many on each GPU
+    values["rollout"]["replicas"] = replicas
     if pair == "production":
         values["rollout"]["engine"] = "sglang"
         values["weights"] = {"transport": "group"}
         values["train"] |= {"backend": "megatron", "megatron": {"tensor_model_parallel_size": 2}, "microbatch_tokens": 256}
     rows = [{"prompt": f"count {i}", "answer": str(i % 5)} for i in range(64)]
-    return local_run(directory, model, values, reward=padded(step_s / (GROUPS * MEMBERS)), prompts=rows)
+    return local_run(directory, model, values, reward=padded(replicas * step_s / (GROUPS * MEMBERS)), prompts=rows)
 
 
 async def timed(run: LocalRun, injector: FaultInjector, placement: Placement) -> list[float]:
@@ -119,8 +120,8 @@ async def timed(run: LocalRun, injector: FaultInjector, placement: Placement) ->
     return commits
 
 
-def planned(injector: FaultInjector, pair: str, steps: int, share: float, step_s: float, seed: int) -> list[tuple[int, str]]:
-    """The steps with a kill, and the role that it hits."""
+def planned(injector: FaultInjector, pair: str, steps: int, share: float, step_s: float, seed: int) -> list[str]:
+    """The role that each kill hits."""
     rng = random.Random(seed)
     chosen = sorted(rng.sample(range(2, steps + 1), min(steps - 1, round(share * steps))))
     found = []
@@ -128,7 +129,7 @@ def planned(injector: FaultInjector, pair: str, steps: int, share: float, step_s
         role = rng.choice(sorted(ROLES[pair]))
         victim, child = ROLES[pair][role]
         injector.plan(victim, COMMITTED, step - 1, delay_s=rng.uniform(0, step_s), child=child)
-        found.append((step, role))
+        found.append(role)
     return found
 
 
@@ -158,9 +159,10 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     hit = asyncio.run(timed(runs[1], injector, placement))
     step_s = median(after - before for before, after in itertools.pairwise(calm))
     costs: dict[str, list[float]] = {}
-    for (step, role), fault in zip(kills, injector.faults, strict=True):
-        if fault.struck is not None:
-            costs.setdefault(role, []).append(hit[step - 1] - hit[step - 2] - step_s)
+    for role, fault in zip(kills, injector.faults, strict=True):
+        behind = bisect(hit, fault.at)  # not the step that was drawn: the moment may be behind its end
+        if fault.struck is not None and 0 < behind < len(hit):
+            costs.setdefault(role, []).append(hit[behind] - hit[behind - 1] - step_s)
     return {
         "benchmark": "ettr",
         "pair": args.pair,

@@ -56,7 +56,8 @@ class Outliers:
 
     def __init__(self) -> None:
         self._norms: deque[float] = deque(maxlen=_NORMS)
-        self._slow = {"train": (0, -1), "rollout": (0, -1)}  # of each side: for how many steps in a row, and who
+        self._slow: dict[str, tuple[int, list[float]]] = {"train": (-1, []), "rollout": (-1, [])}
+        """Of each side: who, and how many times as slow in each step of the row."""
 
     def look(self, step: int, row: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
         """More metrics of the step, and lines for a person."""
@@ -64,9 +65,9 @@ class Outliers:
         for side, said in (
             (
                 "train",
-                "trainer rank {} is slow: its layers have taken {:.1f} times as long for a token as those of the others",
+                "trainer rank {} is slow: its layers have taken at least {:.1f} times as long for a token as those of the others",
             ),
-            ("rollout", "replica {} is slow: it has taken {:.1f} times as long for a token as the others"),
+            ("rollout", "replica {} is slow: it has taken at least {:.1f} times as long for a token as the others"),
         ):
             lines += self._streak(side, said, row.get(f"{side}/straggler_ratio"), row.get(f"{side}/straggler"))
         return metrics, lines
@@ -83,10 +84,11 @@ class Outliers:
         return {"update/grad_norm_ratio": ratio}, [line] if ratio > _SPIKE else []
 
     def _streak(self, side: str, said: str, ratio: float | None, who: float | None) -> list[str]:
-        steps, known = self._slow[side]
+        known, ratios = self._slow[side]
         if ratio is None or who is None or ratio <= _SLOW:
-            self._slow[side] = 0, -1
+            self._slow[side] = -1, []
             return []
-        steps = steps + 1 if who == known else 1
-        self._slow[side] = steps, int(who)
-        return [f"{said.format(int(who), ratio)}, for {_STEPS} steps now"] if steps == _STEPS else []
+        ratios = [*ratios, ratio] if who == known else [ratio]
+        self._slow[side] = int(who), ratios
+        # The least of them: a process that has just begun, or one uneven batch, makes one step hundreds of times as slow.
+        return [f"{said.format(int(who), min(ratios))}, for {_STEPS} steps now"] if len(ratios) == _STEPS else []

@@ -26,7 +26,7 @@ from tests.unit.test_critic import by_definition
 from tests.unit.test_fsdp_backend import plain_logprobs
 from verst.config.plan import plan_lines
 from verst.config.schema import Config
-from verst.errors import CheckpointError, ConfigError, CorruptWeights, InvariantViolation, ModelError
+from verst.errors import CheckpointError, ConfigError, CorruptWeights, InvariantViolation, ModelError, TrainingDiverged
 from verst.runtime.extensions import Extensions
 from verst.runtime.preflight import preflight
 from verst.training.fsdp import FsdpBackend
@@ -134,6 +134,31 @@ def test_twelve_updates_of_both_models_equal_a_plain_pytorch_loop(path: str) -> 
         assert report["update/skipped"] == report["critic/skipped"] == 0
         assert report["critic/lr"] == pytest.approx(2e-2)
         assert {"critic/loss", "critic/clipped", "critic/grad_norm", "policy/ratio"} <= report.keys()
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(None, [1e-2, 1e-3]), (2e-2, [2e-2, 2e-2])])
+def test_changes_at_a_step_are_the_critics_too(path: str, rate: float | None, expected: list[float]) -> None:
+    """Its learning rate, where that is the policy's, and the bound of its gradient: by Adam's first moment, a tenth of it in step 1."""
+    changes = [{"step": 2, "options": {"train.lr": 1e-3, "train.clip_norm": 1e-6}}]
+    config = make_config(path, algorithm={**PPO, "critic_lr": rate}, run={"changes": changes})
+    backend = make_backend(config)
+    reports = [tally.report() for tally in train(backend, config, BATCHES[:2])]
+    assert [report["critic/lr"] for report in reports] == pytest.approx(expected)
+    assert [report["update/lr"] for report in reports] == pytest.approx([1e-2, 1e-3])
+    moments = [m for name, m in own(backend).optimizer.tensors().items() if name.startswith("exp_avg/")]
+    norm = float(torch.stack([m.square().sum() for m in moments]).sum().sqrt())
+    bound = min(0.5, reports[0]["critic/grad_norm"])
+    assert norm == pytest.approx(0.9 * 0.1 * bound, rel=1e-4)  # betas are 0.9 and 0.95; the second gradient adds 1e-7
+
+
+def test_a_critic_that_diverges_names_its_own_learning_rate(path: str) -> None:
+    for rate, option in ((None, r"train\.lr"), (2e-2, r"algorithm\.critic_lr")):
+        config = make_config(path, algorithm={**PPO, "critic_lr": rate}, train={"max_skipped_updates": 1})
+        backend = make_backend(config)
+        values = backend.load_batch(BATCHES[0]).values
+        backend.forward_backward(0, [1.0, -1.0] * 4, [np.full_like(values[i], np.nan) for i in range(8)])
+        with pytest.raises(TrainingDiverged, match=rf"with a lower {option}, or"):
+            backend.optimizer_step(0)
 
 
 def test_the_gradient_of_the_value_loss_is_that_of_plain_pytorch(path: str) -> None:

@@ -31,7 +31,10 @@ class LossInputs:
     logprobs: torch.Tensor
     """[N] of the policy being trained, at the sampling temperature."""
     old_logprobs: torch.Tensor
-    """[N] of the trainer at the start of the step; `logprobs.detach()` where `Algorithm.needs_old_logprobs` is False."""
+    """[N] that ratios are to: of the trainer at the start of the step, or with `old_logprobs: behaviour` as sampled.
+
+    `logprobs.detach()` where neither is needed: in a step's only update, and of an algorithm without a ratio.
+    """
     behaviour_logprobs: torch.Tensor
     """[N] as sampled, by the engine."""
     reference_logprobs: torch.Tensor | None
@@ -70,7 +73,7 @@ def grpo_loss(inputs: LossInputs, options: ClippedConfig) -> LossOutput:
     `clipped_high`, 1 where that bound has switched the token's gradient off. A ratio beyond float32 (log-ratio above 88) gives a
     non-finite gradient, which the update reports and skips. What `corrections` and the KL term add stands in `_completed`.
     """
-    return _clipped(inputs, options, (inputs.logprobs - _old(inputs, options)).exp())
+    return _clipped(inputs, options, (inputs.logprobs - inputs.old_logprobs).exp())
 
 
 def gspo_loss(inputs: LossInputs, options: ClippedConfig) -> LossOutput:
@@ -81,7 +84,7 @@ def gspo_loss(inputs: LossInputs, options: ClippedConfig) -> LossOutput:
     here, value and gradient are GSPO's (§4.3), whatever the samples' tokens weigh. Metrics as of `grpo_loss`; where a bound acts, it acts
     on all tokens of the sample.
     """
-    sequence_N = ratios(inputs.logprobs, _old(inputs, options), inputs.samples, "geometric").to(inputs.logprobs.dtype)
+    sequence_N = ratios(inputs.logprobs, inputs.old_logprobs, inputs.samples, "geometric").to(inputs.logprobs.dtype)
     return _clipped(inputs, options, sequence_N * (inputs.logprobs - inputs.logprobs.detach()).exp())
 
 
@@ -91,7 +94,7 @@ def cispo_loss(inputs: LossInputs, options: ClippedConfig) -> LossOutput:
     −clip(r, 1 − clip_low, 1 + clip_high)·A·logprob. No token's gradient is ever switched off. Metrics: `ratio`; `clipped_low` and
     `clipped_high`, 1 where that bound is the weight.
     """
-    ratio = (inputs.logprobs.detach() - _old(inputs, options)).exp()
+    ratio = (inputs.logprobs.detach() - inputs.old_logprobs).exp()
     low, high = 1 - options.clip_low, 1 + options.clip_high
     per_token = -ratio.clamp(low, high) * inputs.advantages * inputs.logprobs
     bounds = {"clipped_low": (ratio < low).to(ratio.dtype), "clipped_high": (ratio > high).to(ratio.dtype)}
@@ -104,7 +107,7 @@ def reinforce_loss(inputs: LossInputs, options: PolicyGradientConfig) -> LossOut
     −r·A. In a step's only update r is 1 and the gradient −A·∇logprob; in later ones, and with `old_logprobs: behaviour`, the ratio
     makes it that of the policy that sampled, token by token. Metric: `ratio`.
     """
-    ratio = (inputs.logprobs - _old(inputs, options)).exp()
+    ratio = (inputs.logprobs - inputs.old_logprobs).exp()
     return completed(inputs, options, -ratio * inputs.advantages, {"ratio": ratio.detach()})
 
 
@@ -145,9 +148,8 @@ def distill_loss(inputs: LossInputs, options: DistillConfig) -> LossOutput:
     itself: as in GKD, that it leads to other tokens has no part (discount 0). As in `reinforce_loss`, r is 1 in a step's only update.
     Further metrics: `ratio`, and those of the corrections.
     """
-    old = _old(inputs, options)
-    ratio = (inputs.logprobs - old).exp()
-    advantages = inputs.fields[TEACHER] - old
+    ratio = (inputs.logprobs - inputs.old_logprobs).exp()
+    advantages = inputs.fields[TEACHER] - inputs.old_logprobs
     per_token, told = corrected(inputs, options, -ratio * advantages)
     return LossOutput(per_token, {"ratio": ratio.detach(), "teacher_kl": -advantages} | told)
 
@@ -156,10 +158,6 @@ def likelihood_loss(inputs: LossInputs, options: Section) -> LossOutput:
     """Negative log-likelihood of the tokens to imitate, in nats."""
     del options  # aggregation is not the loss's business
     return LossOutput(-inputs.logprobs, {})
-
-
-def _old(inputs: LossInputs, options: RatioConfig) -> torch.Tensor:
-    return inputs.behaviour_logprobs if options.old_logprobs == "behaviour" else inputs.old_logprobs
 
 
 def _clipped(inputs: LossInputs, options: ClippedConfig, ratio: torch.Tensor) -> LossOutput:

@@ -81,6 +81,8 @@ class Backend(ABC, Generic[Optimizer]):
         require_known_tokens(batch, self._vocabulary, self._config.model.path)
         self._config = config_at(self._given, batch.step)
         self._optimizer.follow(self._config.train)
+        if self._critic is not None:
+            self._critic.follow(self._config.train)
         self._optimizer.zero_grad()
         self._step = self._plan(batch)
         scores = self._score_step(self._step)

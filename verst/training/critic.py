@@ -44,10 +44,17 @@ class Critic(ABC, Generic[Optimizer]):
         self._minibatches = config.train.minibatches
         self._path = options.critic_path or config.model.path
         self._where = f"model.path {self._path}" if options.critic_path is None else f"algorithm.critic_path {self._path}"
-        self._train: TrainConfig = config.train.model_copy(update={"lr": options.critic_lr or config.train.lr})
+        self._train = self._trained_by(config.train)
         self._names = {"metrics": "critic", "rate": "train.lr" if options.critic_lr is None else "algorithm.critic_lr"}
         self._loss_is_finite = True
         self._broken: list[str] = []  # samples of this update
+
+    def follow(self, train: TrainConfig) -> None:
+        """See `ScheduledOptimizer.follow`. `train` is the policy's."""
+        self.optimizer.follow(self._trained_by(train))
+
+    def _trained_by(self, train: TrainConfig) -> TrainConfig:
+        return train.model_copy(update={"lr": self._options.critic_lr or train.lr})
 
     @property
     def warmup_steps(self) -> int:

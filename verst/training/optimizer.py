@@ -102,7 +102,7 @@ class ScheduledOptimizer(ABC):
             raise TrainingDiverged(
                 f"{self.skipped_in_row} updates in a row were not finite (last gradient norm {norm}, bad loss on {int(bad_losses)} ranks): "
                 f"{cause}. The weights are those before them. Resuming trains the same journaled batches again and ends here too: look at "
-                "them, then start a new run (another run.name) with a lower {self._rate_option}, or without what they show"
+                f"them, then start a new run (another run.name) with a lower {self._rate_option}, or without what they show"
             )
         return tally
 

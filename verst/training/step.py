@@ -15,7 +15,7 @@ from verst.algorithms.aggregate import token_weights
 from verst.algorithms.fidelity import tally_fidelity
 from verst.algorithms.losses import LossInputs
 from verst.algorithms.table import algorithm_for
-from verst.config.algorithms import PolicyGradientConfig
+from verst.config.algorithms import PolicyGradientConfig, RatioConfig
 from verst.config.schema import Config
 from verst.data.packing import StepPlan, plan_samples
 from verst.errors import InvariantViolation, ModelError
@@ -107,10 +107,15 @@ class LoadedStep:
         samples_N = microbatch.sample_of_token()
         counts = zip(microbatch.indices, microbatch.counts, strict=True)
         own = [np.broadcast_to(np.asarray(advantages[i], np.float32), count) for i, count in counts]
+        behaviour_N, options = tensor(self.behaviour(microbatch)), self.config.algorithm
+        if isinstance(options, RatioConfig) and options.old_logprobs == "behaviour":
+            old_N = behaviour_N
+        else:
+            old_N = tensor(flat(self.old, microbatch)) if self.old else logprobs_N.detach()
         return LossInputs(
             logprobs=logprobs_N,
-            old_logprobs=tensor(flat(self.old, microbatch)) if self.old else logprobs_N.detach(),
-            behaviour_logprobs=tensor(self.behaviour(microbatch)),
+            old_logprobs=old_N,
+            behaviour_logprobs=behaviour_N,
             reference_logprobs=tensor(flat(self.reference, microbatch)) if self.reference else None,
             advantages=tensor(np.concatenate(own)),
             samples=torch.from_numpy(samples_N).to(logprobs_N.device),

@@ -8,15 +8,19 @@ policy by the chat template, and what it calls is told to the agent apart from i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
+import threading
 from collections.abc import Callable
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
 from verst import extend
+from verst.errors import EnvironmentFailure
 from verst.rollout.endpoint import Endpoint
 from verst.rollout.sessions import Session
-from verst.rollout.user_loop import Caller, UserLoop
+from verst.rollout.user_loop import Caller, UserLoop, settle
 from verst.types import Prompt
 
 SIGNATURE = ("session", "prompt")
@@ -25,9 +29,9 @@ SIGNATURE = ("session", "prompt")
 class Agents:
     """An agent, `fn(session, prompt, **options)`, plain or async, that is called once for each trajectory.
 
-    What it returns, a mapping or None, is the trajectory's `info`. A plain function runs in a thread, which nobody can end: once its
-    trajectory is over, each of its calls is refused. `close` ends the endpoint that they all share. An object with `__call__` may have
-    `check_machine()`, called once in each replica, and a plain `close()`.
+    What it returns, a mapping or None, is the trajectory's `info`. A plain function runs in a thread of its own, which nobody can end:
+    once its trajectory is over, each of its calls is refused. `close` ends the endpoint that they all share. An object with `__call__` may
+    have `check_machine()`, called once in each replica, and a plain `close()`.
     """
 
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
@@ -54,7 +58,7 @@ class Agents:
     def begin(self, session: Session, prompt: Prompt, users: UserLoop, caller: Caller) -> asyncio.Future[Any]:
         """Calls it, in the users' loop. Whoever cancels a plain function is rid of it, though its thread goes on."""
         call = partial(self.function, session, prompt, **self.options)
-        return asyncio.ensure_future(users.run(call, caller) if extend.is_async(self.function) else asyncio.to_thread(call))
+        return asyncio.ensure_future(users.run(call, caller)) if extend.is_async(self.function) else _on_a_thread(call)
 
     def forget(self, session: Session) -> None:
         session.end()
@@ -66,3 +70,24 @@ class Agents:
             endpoint, self._endpoint = self._endpoint, None
             await endpoint.close()
         getattr(self.function, "close", lambda: None)()
+
+
+def _on_a_thread(call: Callable[[], Any]) -> asyncio.Future[Any]:
+    """What `call()` gives, on a thread of its own, so that none waits for one that does not return. Who cancels it is rid of it at once."""
+    home = asyncio.get_running_loop()
+    ended: asyncio.Future[Any] = home.create_future()
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = call()
+        except BaseException as raised:  # noqa: BLE001 - SystemExit too: told where somebody waits
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the worker's loop is closed: nobody waits
+            home.call_soon_threadsafe(settle, ended, result, error)
+
+    try:
+        threading.Thread(target=copy_context().run, args=(run,), name="plain agent", daemon=True).start()
+    except RuntimeError as error:  # the machine has no more
+        settle(ended, None, EnvironmentFailure(f"was not called: {error}"))
+    return ended

@@ -72,6 +72,20 @@ async def across(coroutine: Coroutine[Any, Any, T], home: asyncio.AbstractEventL
     return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, home))
 
 
+def settle(ended: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    """Gives a future what user code has returned or raised. The first outcome counts."""
+    if ended.done():
+        return
+    if error is None:
+        ended.set_result(result)
+    elif isinstance(error, asyncio.CancelledError):
+        ended.cancel()
+    elif isinstance(error, Exception) and not isinstance(error, StopIteration):  # which no future takes
+        ended.set_exception(error)
+    else:  # SystemExit and the like, which would end the worker
+        ended.set_exception(EnvironmentFailure(f"raised {origin(error)}"))
+
+
 class UserLoop:
     """The loop, on a new thread whenever one was given up. Its methods belong to the worker's loop.
 
@@ -230,20 +244,9 @@ class _Call:
 
     def end(self, result: Any = None, error: BaseException | None = None) -> None:
         """In the worker's loop. The first outcome counts."""
-        if self.ended.done():
-            return
         if self.thread is not None:
             self.thread.calls.pop(self, None)
-        if self.blame is not None:
-            error = EnvironmentFailure(self.blame)
-        if error is None:
-            self.ended.set_result(result)
-        elif isinstance(error, asyncio.CancelledError):
-            self.ended.cancel()
-        elif isinstance(error, Exception):
-            self.ended.set_exception(error)
-        else:  # SystemExit and the like, which would end the worker
-            self.ended.set_exception(EnvironmentFailure(f"raised {origin(error)}"))
+        settle(self.ended, result, error if self.blame is None else EnvironmentFailure(self.blame))
 
     def error(self) -> BaseException | None:
         """What it has raised, if it has."""

@@ -160,10 +160,14 @@ def guarded(call: Callable[[], T], what: str, failure: type[VerstError]) -> T:
         raise failure(f"{what} raised {origin(error)}: mend the code that gives it") from error
 
 
+def escaped(text: str) -> str:
+    """The text, with halves of surrogate pairs as escapes: no terminal and no file would take them."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def origin(error: BaseException) -> str:
     """One line about an exception: its type, message, and the line of code it came from."""
-    text = "".join(traceback.format_exception_only(error)).strip()
-    text = text.encode(errors="backslashreplace").decode()  # halves of surrogate pairs, which no terminal and no file would take
+    text = escaped("".join(traceback.format_exception_only(error)).strip())
     if isinstance(error, SyntaxError):  # its own report already shows file and line
         return text
     frames = traceback.extract_tb(error.__traceback__)

@@ -95,10 +95,10 @@ def checked(given: Any, where: str, failure: type[VerstError], *, tokens: int | 
 
 
 def _canonical(value: Field) -> Field:
-    """As it comes out of the journal."""
+    """A copy, as it comes out of the journal: whoever gave it may go on to use what it is made of."""
     if isinstance(value, PerSample):
         return PerSample(float(value.value))
-    return Opaque(json.loads(json.dumps(value.value))) if isinstance(value, Opaque) else value
+    return Opaque(json.loads(json.dumps(value.value))) if isinstance(value, Opaque) else PerToken(value.values.copy())
 
 
 def require_length(name: str, given: PerToken, tokens: int, where: str, failure: type[VerstError], of: str = "generated token") -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import openai
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from tests.unit.test_agent import LIMITS, LONG, client, saying
 from tests.unit.test_roll import END, PROMPT, ids, roller
 from verst.data.chat import ChatRenderer
-from verst.errors import ModelError
+from verst.errors import DataError, ModelError
 from verst.rollout.agent import Agents
 from verst.rollout.environments import SingleTurn
 from verst.rollout.sessions import Session
@@ -137,6 +139,30 @@ async def test_a_template_that_knows_no_tools_ends_the_run_with_the_reason(templ
     with pytest.raises(ModelError, match=reason):
         await with_tools(FakeEngine([]), agents, template).roll(0, PROMPT)
     await agents.close()
+
+
+class Armed(SingleTurn):
+    """Each has other tools."""
+
+    def __init__(self, tools: list[Any]) -> None:
+        self.tools = tools.pop(0)
+
+
+async def test_tools_that_cannot_be_told_fail_their_own_trajectory_and_not_the_prompt():
+    """Which is told by it, if it is too long alone."""
+    naming = QWEN_TOOLS.replace("{{- tool | tojson }}", "{{- tool.function.parameters.type }}")
+    fine = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    long = {"type": "function", "function": {"name": "f", "parameters": {"type": "x" * 100}}}
+    bare = {"type": "function", "function": {"name": "f"}}
+    rolling = replace(roller(FakeEngine([[END]] * 4), group_size=3, max_prompt_tokens=200), renderer=ChatRenderer(tiny_tokenizer(naming)))
+    too_many, refused, whole = (await replace(rolling, environment=partial(Armed, [[long], [bare], [fine]])).roll(0, PROMPT)).trajectories
+    assert too_many.error == (
+        "the prompt with its tools has 229 tokens, where 1 to 200 can be: shorten it, or raise data.max_prompt_tokens (200)"
+    )
+    assert str(refused.error).startswith("the prompt with its tools cannot be rendered: the chat template refuses")
+    assert whole.status is Status.FINISHED
+    with pytest.raises(DataError, match=r"prompt p:0 .* has 23 tokens, above the limit of 8"):
+        await replace(rolling, environment=partial(Armed, [[fine]] * 3), max_prompt_tokens=8).roll(0, PROMPT)
 
 
 def test_a_template_that_moves_its_tools_cannot_be_continued():

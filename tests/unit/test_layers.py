@@ -44,6 +44,7 @@ BROAD_EXCEPT = {
     "runtime/mailbox.py",
     "runtime/scaler.py",
     "isolated/served.py",
+    "rollout/agent.py",
     "rollout/boundary.py",
     "rollout/hf/worker.py",
     "rollout/sglang/plugin.py",

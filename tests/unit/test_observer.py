@@ -51,6 +51,13 @@ def test_tokens_per_second_are_of_what_was_generated_since_the_row_before(observ
     assert "tokens_per_s" not in second
 
 
+def test_a_line_with_half_of_a_surrogate_pair_is_told_with_an_escape(observer: Observer, tmp_path: Path):
+    """Reasons of filters, rewards and environments hold what a model wrote, and JSON has such halves as escapes."""
+    observer.note('no tool is called "\ud83d"')
+    assert list(observer._lines) == ['no tool is called "\\ud83d"']
+    assert (tmp_path / "run.log").read_text() == 'no tool is called "\\ud83d"\n'
+
+
 def test_demonstrations_are_not_generated(observer: Observer, tmp_path: Path):
     generate(observer, group(0, NO_VERSION))
     observer.step(1, [group(0, NO_VERSION)], {"loss/total": 1.0}, Spans())

@@ -13,6 +13,7 @@ import pytest
 
 from verst.data.chat import ChatRenderer
 from verst.errors import DataError, DeadlineExceeded, EngineFailure, ModelError
+from verst.fields import PerToken
 from verst.observe.waits import Waits
 from verst.rollout.clock import Clock
 from verst.rollout.environments import SecondTry, SingleTurn
@@ -484,6 +485,38 @@ async def test_an_opening_that_an_environment_made_fails_its_own_trajectory():
         f"{what}cannot be rendered: the chat template refuses messages of the roles user: no names; change the messages or the template",
     ]
     assert fine.status is Status.FINISHED
+
+
+class Logs(SingleTurn):
+    """Goes on to write where it has told."""
+
+    def __init__(self) -> None:
+        self.log: list[Any] = ["begun"]
+        self.worth = np.ones(1, np.float32)
+
+    async def reply(self, completion: Completion) -> Reply:
+        return Reply(info={"log": self.log, "worth": PerToken(self.worth)})
+
+    async def close(self) -> None:
+        self.log[:] = [object()]
+        self.worth[:] = np.nan
+
+
+async def test_what_an_environment_has_told_is_not_changed_by_what_it_does_then():
+    (trajectory,) = (await roller(FakeEngine([[END]]), Logs).roll(0, PROMPT)).trajectories
+    assert trajectory.info == {"log": ["begun"]}
+    assert trajectory.fields == {"worth": PerToken([1.0])}
+
+
+class Obstinate(SingleTurn):
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
+async def test_an_attribute_that_raises_is_its_own_trajectorys_failure():
+    (trajectory,) = (await roller(FakeEngine([[END]]), Obstinate).roll(0, PROMPT)).trajectories
+    assert trajectory.status is Status.FAILED
+    assert "Obstinate: tools raised KeyError" in str(trajectory.error)
 
 
 def test_several_turns_need_a_template_that_continues():

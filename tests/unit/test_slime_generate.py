@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from tests.unit.test_roll import END, PROMPT, TOKENIZER, ids, roller
 from verst.data.chat import ChatRenderer, load_tokenizer
 from verst.errors import ExtensionError
 from verst.rewards import slime as rewards
+from verst.rollout import user_loop
 from verst.rollout.environments import environment_factory
 from verst.rollout.rollouts import Rollouts
 from verst.rollout.slime import SlimeRollouts
@@ -70,6 +73,26 @@ async def plain(args: Any, sample: Any, sampling_params: dict[str, Any]) -> Any:
     sample.response, sample.response_length = output["text"], len(new)
     sample.update_from_meta_info(args, output["meta_info"])
     return sample
+
+
+async def test_its_port_is_closed_with_its_trajectory_though_nobody_can_end_its_thread(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(user_loop, "GRACE_S", 0.2)
+    monkeypatch.setattr(user_loop, "_YIELD_S", 0.2)
+    ports: list[int] = []
+    let_go = threading.Event()
+
+    async def hangs(args: Any, sample: Any, sampling_params: dict[str, Any]) -> Any:
+        ports.append(args.sglang_router_port)
+        let_go.wait(20)  # in C
+        return sample
+
+    try:
+        (trajectory,) = (await roller(FakeEngine([]), SlimeRollouts(hangs), environment_deadline_s=0.3).roll(3, PROMPT)).trajectories
+        assert trajectory.status is Status.FAILED
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", ports[0])) != 0
+    finally:
+        let_go.set()
 
 
 async def test_the_published_function_runs_as_it_is(tmp_path: Path):

@@ -72,8 +72,7 @@ class GuardedEnvironment:
         tools = await self._guarded(told, "tools", self._deadline_s)
         if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
             raise EnvironmentFailure(f"environment {self.name}: tools is {_described(tools)}, not a sequence of functions in OpenAI's form")
-        _require_json(list(tools), f"environment {self.name}: tools")
-        return tuple(tools)
+        return tuple(_as_json(list(tools), f"environment {self.name}: tools"))
 
     async def reply(self, completion: Completion) -> Reply:
         self._calls += 1
@@ -85,11 +84,16 @@ class GuardedEnvironment:
 
     async def close(self) -> EnvironmentFailure | None:
         """Calls the environment's own `close`, if it has one. A failure is returned, so that it hides no other error."""
-        close = getattr(self._environment, "close", None)
-        if close is None:
+        if self._environment is None:
             return None
+
+        async def closed() -> None:
+            close = getattr(self._environment, "close", None)
+            if close is not None:
+                await close()
+
         try:
-            await self._guarded(close, "close", CLOSE_DEADLINE_S)
+            await self._guarded(closed, "close", CLOSE_DEADLINE_S)
         except EnvironmentFailure as failure:
             return failure
         return None
@@ -140,8 +144,7 @@ def checked_reply(reply: Any, name: str) -> Reply:
 def checked_info(info: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What an environment or an agent says of its trajectory: JSON values and fields. Raises `EnvironmentFailure`, which names `where`."""
     plain, fields = apart(info)
-    _require_json(plain, f"{where}: info")
-    return {**plain, **checked(fields, where, EnvironmentFailure)}
+    return {**_as_json(plain, f"{where}: info"), **checked(fields, where, EnvironmentFailure)}
 
 
 def result_of(program: asyncio.Future[Any], name: str) -> Any:
@@ -200,15 +203,19 @@ def _checked_messages(messages: Any, where: str) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _require_json(value: Any, what: str) -> None:
-    """Raises `EnvironmentFailure` for what JSON cannot hold, or would change in silence: keys that are not text."""
+def _as_json(value: Any, what: str) -> Any:
+    """A copy, which user code cannot change, as it comes out of the journal.
+
+    Raises `EnvironmentFailure` for what JSON cannot hold, or would change in silence: keys that are not text.
+    """
     try:
-        json.dumps(value, allow_nan=False)
+        text = json.dumps(value, allow_nan=False)
         strange = [key for key in _keys(value) if not isinstance(key, str)]
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError, RuntimeError) as error:  # RuntimeError: it is being changed, in another thread
         raise EnvironmentFailure(f"{what} must hold JSON values: {error}") from error
     if strange:
         raise EnvironmentFailure(f"{what} must hold JSON values, and has the key {_described(strange[0])}: JSON's are text")
+    return json.loads(text)
 
 
 def _keys(value: Any) -> Iterator[Any]:

@@ -42,7 +42,7 @@ class GenerateEndpoint:
 
     @classmethod
     async def start(cls, session: TokenSession) -> GenerateEndpoint:
-        """Raises `ExtensionError` without aiohttp."""
+        """It is closed with its session. Raises `ExtensionError` without aiohttp."""
         try:
             from aiohttp import web
         except ImportError as error:
@@ -52,13 +52,11 @@ class GenerateEndpoint:
         app.router.add_post("/generate", endpoint._generate)
         app.router.add_route("*", "/{other:.*}", endpoint._other)
         endpoint._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        session.at_end.append(endpoint._runner.cleanup)
         await endpoint._runner.setup()
         await web.TCPSite(endpoint._runner, HOST, 0).start()
         endpoint.port = endpoint._runner.addresses[0][1]
         return endpoint
-
-    async def close(self) -> None:
-        await self._runner.cleanup()
 
     async def _generate(self, request: web.Request) -> web.Response:
         from aiohttp import web

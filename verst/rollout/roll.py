@@ -158,22 +158,26 @@ class GroupRoller:
     def opening(self, prompt: Prompt, given: Asked | Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> NDArray[np.int32]:
         """`[T]` what a trajectory begins with: messages, or tokens of a rollout function.
 
-        Raises `DataError` if these are the prompt's own and cannot be answered, which ends the run; `EnvironmentFailure` if user code made
-        them, which fails the trajectory.
+        Raises `DataError` if the prompt's own cannot be answered, which ends the run; `EnvironmentFailure` if it is for what user code made
+        of them, or for the tools that it tells of, which fails the trajectory.
         """
-        if not isinstance(given, Asked) and tuple(given) == prompt.messages:
-            opening_T = self.renderer.opening(given, tools)
+        own = not isinstance(given, Asked) and tuple(given) == prompt.messages
+        if own and not tools:
+            opening_T = self.renderer.opening(prompt.messages)
             self.check_prompt(prompt, len(opening_T))
             return opening_T
+        what = "the prompt with its tools" if own else "the opening, which is not the prompt's messages,"
         try:
             opening_T = self._made(given, tools)
         except DataError as error:
-            raise EnvironmentFailure(f"the opening, which is not the prompt's messages, cannot be rendered: {error}") from error
+            if own:
+                self.check_prompt(prompt, len(self.renderer.opening(prompt.messages)))
+            raise EnvironmentFailure(f"{what} cannot be rendered: {error}") from error
         if not 0 < len(opening_T) <= self._longest_opening:
-            if isinstance(given, Asked):  # whose tokens may still be the prompt's
+            if own or isinstance(given, Asked):  # whose tokens may still be the prompt's
                 self.check_prompt(prompt, len(self.renderer.opening(prompt.messages)))
             raise EnvironmentFailure(
-                f"the opening, which is not the prompt's messages, has {len(opening_T)} tokens, where 1 to {self._longest_opening} can be: "
+                f"{what} has {len(opening_T)} tokens, where 1 to {self._longest_opening} can be: "
                 f"shorten it, or raise data.max_prompt_tokens ({self.max_prompt_tokens})"
             )
         return opening_T

@@ -83,6 +83,8 @@ class RolloutEnvironment:
 
     async def close(self) -> None:
         self._session.end()
+        for close in self._session.at_end:  # first: the function may be one that nobody can end
+            await close()
         if self._function is not None and not self._function.done():
             self._function.cancel()
             await asyncio.wait({self._function})

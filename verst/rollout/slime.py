@@ -49,13 +49,10 @@ class SlimeRollouts(Rollouts):
 
     async def _roll(self, session: TokenSession, prompt: Prompt) -> Mapping[str, Any]:
         endpoint = await across(GenerateEndpoint.start(session), session.home)  # so a function that blocks its own loop has its answer
-        try:
-            args = make_arguments(_OPTIONS, {**_arguments(session.rolling, endpoint.port), **self._given})
-            sample = _sample(prompt, session.rolling.renderer, self._given)
-            before = set(vars(sample)), json.dumps(sample.metadata, default=repr)
-            returned = await self._generate(args, sample, _sampling(session.rolling), **self._more)
-        finally:
-            await across(endpoint.close(), session.home)
+        args = make_arguments(_OPTIONS, {**_arguments(session.rolling, endpoint.port), **self._given})
+        sample = _sample(prompt, session.rolling.renderer, self._given)
+        before = set(vars(sample)), json.dumps(sample.metadata, default=repr)
+        returned = await self._generate(args, sample, _sampling(session.rolling), **self._more)
         _take(_one(returned), session)
         info = _left(_one(returned), *before)
         return info | ({"not_heeded": sorted(endpoint.not_heeded)} if endpoint.not_heeded else {})

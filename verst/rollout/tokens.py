@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,8 @@ class TokenSession:
         self._over = False
         self.truncated: bool | None = None
         """What the function may say of its end; see `Ended`."""
+        self.at_end: list[Callable[[], Awaitable[Any]]] = []
+        """What is to be closed with the trajectory, in the loop that makes it, whether or not its function ever returns."""
 
     # ---- what there is
 

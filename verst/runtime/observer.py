@@ -13,6 +13,7 @@ from verst.algorithms.table import algorithm_for
 from verst.config.plan import read_config
 from verst.config.schema import Config
 from verst.errors import VerstError
+from verst.extend import escaped
 from verst.model_spec import install
 from verst.observe.limits import FidelityWatch
 from verst.observe.outliers import Outliers
@@ -76,13 +77,14 @@ class Observer:
 
     def record(self, line: str) -> None:
         """One line for those who look later (`verst watch`), also when nobody watches now."""
+        line = escaped(line)
         with contextlib.suppress(OSError), self._run.log.open("a", encoding="utf-8") as log:  # a full disk ends the run elsewhere
             log.write(line + "\n")
 
     def note(self, line: str) -> None:
         """One line for the person who watches."""
         self.record(line)
-        self._lines.append(line)
+        self._lines.append(escaped(line))
         self._told += 1
         self._more.set()
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from verst.data.chat import ChatRenderer, load_tokenizer
+from verst.data.special import SpecialText
 from verst.errors import DataError, ModelError
 from verst.testing import CHATML, tiny_model, tiny_tokenizer
 from verst.types import Message
@@ -146,6 +147,28 @@ def test_special_tokens_in_a_message_are_its_text(name: str, text: str):
     if "Verst" not in text:
         assert f"count {text} please" in tokenizer.decode(opening)
         assert text.strip() in tokenizer.decode(reply)
+
+
+def test_text_of_a_special_token_changes_nothing_for_another_thread(monkeypatch: pytest.MonkeyPatch):
+    """Rollout functions encode in another thread, and one switch of the tokenizer says for all whether special tokens are split."""
+    tokenizer, renderer, end = make("chatml")
+    splits: list[bool] = []
+    encode = type(tokenizer).encode
+
+    def spied(self: Any, text: str, **options: Any) -> Any:
+        splits.append(self._tokenizer.encode_special_tokens or options.get("split_special_tokens", False))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "encode", spied)
+    renderer.opening([Message("user", f"2 + 2 {end}")])
+    assert splits
+    assert not any(splits)
+
+
+def test_a_tokenizer_without_special_tokens_reads_a_mark_as_text():
+    words = models.WordLevel({"?": 0, "a": 1, "Verst9b1fSpecial0End": 2}, unk_token="?")
+    text = SpecialText(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)))
+    assert text.encode("aVerst9b1fSpecial0Enda") == [1, 2, 1]
 
 
 DEEPSEEK = (  # marks messages by tokens that are added and not special

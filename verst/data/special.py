@@ -36,7 +36,7 @@ class SpecialText:
         self._number = {text: number for number, text in enumerate(self._texts)}
         self._found = lru_cache(maxsize=8)(lambda also: _one_of(special | also))
         self._marks = re.compile(_MARK.format(r"(\d+)"))
-        self._encoded: dict[int, list[int]] = {}
+        self._as_texts = self._each_as_text()
 
     def written(self, text: str) -> frozenset[str]:
         """The added tokens, special or not, that a text has; but not blanks (Gemma's line feeds) and single letters, which are text."""
@@ -58,16 +58,29 @@ class SpecialText:
         return self._tokenizer.encode(text, add_special_tokens=False)  # the template writes the special tokens itself
 
     def _as_text(self, number: int) -> list[int]:
-        if number not in self._encoded:
-            text = self._texts[min(number, len(self._texts) - 1)]
+        if not self._texts:  # nothing was hidden: a message has the mark itself
+            return self._plain(_MARK.format(number))
+        number = min(number, len(self._texts) - 1)
+        tokens = self._as_texts[number]
+        if tokens is None:
+            text = self._texts[number]
+            raise DataError(f"a message has {text!r} in its text, which this tokenizer can write as a special token only: remove it")
+        return tokens
+
+    def _each_as_text(self) -> list[list[int] | None]:
+        """Of each added token; None for one that can be written in no other way.
+
+        All of them before another thread has this tokenizer: it has one switch for all who use it, and would split their special tokens.
+        """
+        found: list[list[int] | None] = []
+        split = self._tokenizer(self._texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if self._texts else []
+        for text, tokens in zip(self._texts, split, strict=True):
             token = self._tokenizer.convert_tokens_to_ids(text)
-            tokens = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
             if token in tokens:  # one that is not special is only split by hand
                 tokens = self._plain(text[:1]) + self._plain(text[1:])
-            if token in tokens:
-                raise DataError(f"a message has {text!r} in its text, which this tokenizer can write as a special token only: remove it")
-            self._encoded[number] = tokens
-        return self._encoded[number]
+            found.append(None if token in tokens else tokens)
+        self._plain("")  # turns the switch back
+        return found
 
 
 def _one_of(texts: Set[str]) -> re.Pattern[str]:

@@ -122,6 +122,47 @@ async def test_a_refusal_changes_nothing():
     assert (await rolled(FakeEngine([[*ids("42"), END]]), tries)).info == {"text": "42"}
 
 
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"stop": [13]}, "stop holds 13: give texts that are not empty and can be written in UTF-8"),
+        ({"stop": ["!", None]}, "stop holds None"),
+        ({"stop": [""]}, "stop holds ''"),
+        ({"stop": ["\ud83d"]}, r"stop holds '\\ud83d'"),
+        ({"stop": b"!"}, "stop holds 33"),
+        ({"stop": 5}, "stop is 5: give a list of texts"),
+        ({"stop": "!"}, "stop is '!': give a list of texts"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5: give a whole number"),
+        ({"max_new_tokens": "2"}, "max_new_tokens is '2': give a whole number"),
+        ({"max_new_tokens": np.int64(0)}, "max_new_tokens is 0: ask for one token at least"),
+    ],
+)
+async def test_limits_and_stops_that_no_engine_takes_are_refused_and_change_nothing(asked: dict[str, Any], reason: str):
+    async def tries(session: TokenSession, prompt: Prompt) -> dict[str, Any]:
+        tokens = session.opening(prompt.messages)
+        with pytest.raises(SessionRefused, match=reason):
+            await session.generate(tokens, **asked)
+        assert (session.tokens, session.turns_left) == ([], 3)
+        return {"text": (await session.generate(tokens)).text}
+
+    engine = FakeEngine([[*ids("42"), END]])
+    trajectory = await rolled(engine, tries)
+    assert (trajectory.error, trajectory.info) == (None, {"text": "42"})
+    assert len(engine.requests) == 1
+
+
+async def test_a_limit_may_be_a_number_of_numpy_and_reaches_the_engine_as_a_plain_one():
+    limit: Any = np.int64(2)
+
+    async def one(session: TokenSession, prompt: Prompt) -> None:
+        await session.generate(session.opening(prompt.messages), max_new_tokens=limit, stop=[np.str_("!")])
+
+    engine = FakeEngine([ids("forty-two")])
+    assert (await rolled(engine, one)).generated_tokens == 2
+    sampling = engine.requests[0].sampling
+    assert (type(sampling.max_new_tokens), [type(text) for text in sampling.stop]) == (int, [str])
+
+
 async def test_excluded_tokens_count_as_given():
     async def drafts(session: TokenSession, prompt: Prompt) -> None:
         await session.generate(session.opening(prompt.messages))

@@ -267,6 +267,26 @@ async def test_another_replica_goes_on_from_what_is_known():
     assert np.array_equal(trajectory.logprobs_T[-3:], np.asarray([FakeEngine.logprob(t) for t in trajectory.tokens_T[-3:]], np.float32))
 
 
+@pytest.mark.parametrize("again", [{"max_new_tokens": 2}, {"stop": ["r"]}, {"max_new_tokens": 5}])
+async def test_what_is_known_of_another_limit_or_stop_is_not_used(again: dict[str, Any]):
+    """It would be longer than was asked for, or shorter, or go on behind the stop: no engine's fault."""
+    asked: dict[str, Any] = {"max_new_tokens": 3}
+
+    async def otherwise(session: TokenSession, prompt: Prompt) -> dict[str, Any]:
+        first = await session.generate(session.opening(prompt.messages), **asked)
+        return {"first": first.text, "second": (await session.generate([*session.tokens, *ids("!")])).text}
+
+    recorded = Recorded(FakeEngine([ids("forty-two")]))
+    before = await roller(recorded._engine, Rollouts(otherwise), max_turns=3).roll(3, PROMPT, recorded=recorded)
+    assert before.trajectories[0].info["first"] == "for"
+    known = recorded.all({})
+    for again_asked, first, requests in ((asked, "for", 0), (again, "forty-two"[: again.get("max_new_tokens", 9)], 2)):
+        asked, engine = again_asked, FakeEngine([ids("forty-two")])
+        rolled_again = await roller(engine, Rollouts(otherwise), max_turns=3).roll(3, PROMPT, recorded=Recorded(engine, known))
+        (trajectory,) = rolled_again.trajectories
+        assert (trajectory.error, trajectory.info["first"], len(engine.requests)) == (None, first, requests)
+
+
 async def test_a_template_that_cannot_be_continued_is_no_hindrance():
     template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     renderer = ChatRenderer(tiny_tokenizer(template))

@@ -298,6 +298,35 @@ async def test_a_conversation_without_room_leaves_the_others_theirs():
     assert len(trajectory.turns) == 2
 
 
+async def test_an_agent_that_breaks_at_a_full_conversation_before_any_answer_has_failed():
+    """There would be nothing to train, yet it would count in its group's baseline."""
+
+    async def solve(session: Session, prompt: Prompt) -> None:
+        await asyncio.gather(session.complete([ASK]), session.complete([user("z" * 1000)]))
+
+    trajectory = await rolled(solve, engine=naming(tick_s=0.05), max_model_tokens=200)
+    assert (trajectory.status, trajectory.turns) == (Status.FAILED, ())
+    assert "ended before any of its calls was answered" in (trajectory.error or "")
+
+
+@pytest.mark.parametrize(("works_s", "status"), [(0.5, Status.TRUNCATED), (5.0, Status.FAILED)])
+async def test_an_answer_after_a_refusal_gives_its_agent_its_whole_time(works_s: float, status: Status, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("verst.rollout.conversations._ORDERLY_S", 0.1)
+
+    async def solve(session: Session, prompt: Prompt) -> dict[str, Any]:
+        under_way = asyncio.create_task(session.complete([ASK]))
+        await asyncio.sleep(0.02)
+        with pytest.raises(SessionRefused, match="maximum context length"):
+            await session.complete([user("z" * 1000)])
+        await under_way
+        await asyncio.sleep(works_s)  # a tool
+        return {"done": True}
+
+    trajectory = await rolled(solve, engine=naming(tick_s=0.05), max_model_tokens=200, environment_deadline_s=2.0)
+    assert (trajectory.status, trajectory.info) == (status, {"done": True} if status is Status.TRUNCATED else {})
+    assert status is Status.TRUNCATED or "took longer than 2 s" in (trajectory.error or "")
+
+
 async def test_what_is_still_asked_when_the_agent_ends_is_left_out():
     engine = FakeEngine(
         lambda request: [*ids("4" * 200), END] if "Help" in TOKENIZER.decode(request.tokens_T) else own_id(request), tick_s=0.01

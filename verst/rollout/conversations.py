@@ -33,6 +33,9 @@ from verst.types import FinishReason, Message, Prompt, Status, Trajectory
 _ORDERLY_S = 30.0
 """For what an agent has to do once it was told that there is no room, such as scoring. One that does not end is ended."""
 
+_MOST_REFUSED = 1000
+"""Calls of one trajectory. A client that asks the same again at once, whatever it is told, would go on until its deadline."""
+
 
 class Conversations:
     """Answers the calls of one agent.
@@ -56,7 +59,7 @@ class Conversations:
         self._transcripts: list[Transcript] = []  # in the order in which they began
         self._last: Transcript | None = None  # had the last answer
         self._ends: dict[Call, tuple[Transcript, int]] = {}  # where each answer ends: after so many turns
-        self._turns = 0
+        self._turns = self._refused = 0
         self._thinks_since = 0.0
         self._full = False  # no call was accepted since one was refused for want of room
         self._ending = False  # nor was one answered, so that the agent is expected to end
@@ -112,6 +115,9 @@ class Conversations:
                 self._info |= self._noted()
                 return Status.TRUNCATED
             self._take(call)
+            if self._refused == _MOST_REFUSED:
+                await self._answered()
+                break
         return self._ended()
 
     async def _next(self) -> Call | None:
@@ -171,6 +177,11 @@ class Conversations:
             transcript = self._opened(call)
         except SessionRefused as refusal:
             self._session.refuse(call, str(refusal))
+            self._refused += 1
+            if self._refused == _MOST_REFUSED and not self._full:
+                raise EnvironmentFailure(
+                    f"{self._agents.title}: {_MOST_REFUSED} of its calls were refused, the last with: {refusal}"
+                ) from refusal
             return
         self._full = self._ending = False
         self._answering.add(asyncio.create_task(self._answer(call, self._turns, transcript)))
@@ -238,7 +249,7 @@ class Conversations:
     # ---- the end
 
     def _ended(self) -> Status:
-        """Of an agent that has ended, or was refused for want of room and has not ended in time."""
+        """Of an agent that has ended, or was refused for want of room and has not ended in time, or was refused too often."""
         agent, title = self._agent, self._agents.title
         assert agent is not None
         broke = not agent.done() or agent.cancelled() or agent.exception() is not None

@@ -244,7 +244,7 @@ class Conversations:
         self._last = transcript
         self._ends[call] = (transcript, len(transcript.turns))
         self._limited |= completion.finish is FinishReason.LENGTH
-        self._session.answer(call, turn, completion)
+        self._session.answer(call, turn, completion, transcript.turns[-1].generated)
 
     # ---- the end
 

@@ -60,6 +60,8 @@ class Answer:
 
     completion: Completion
     said: Said
+    prompt_tokens: int
+    """Those before it in its conversation."""
     malformed: bool = False
 
 
@@ -144,9 +146,9 @@ class Session:
         """The agent's next call, in the order of their arrival."""
         return await self._waiting.get()
 
-    def answer(self, call: Call, turn: int, completion: Completion) -> None:
-        """`turn`: the number of the answer in the trajectory, which makes ids of calls different."""
-        call.answer = _told(completion, call.splits, turn)
+    def answer(self, call: Call, turn: int, completion: Completion, prompt_tokens: int) -> None:
+        """`turn`: the number of the answer in the trajectory, which makes ids of calls different. `prompt_tokens`: those before it."""
+        call.answer = _told(completion, call.splits, turn, prompt_tokens)
         self.malformed += call.answer.malformed
         call.future.set_result(call.answer)
 
@@ -206,13 +208,13 @@ def _shared(asked: tuple[Said, ...], behind: Call | None) -> tuple[Said, ...]:
     return tuple(old if old == said else said for old, said in zip(known, asked, strict=False)) + asked[len(known) :]
 
 
-def _told(completion: Completion, splits: bool, turn: int) -> Answer:
+def _told(completion: Completion, splits: bool, turn: int, prompt_tokens: int) -> Answer:
     found = split_calls(completion.text) if splits else (completion.text, ())
     if isinstance(found, Malformed):
-        return Answer(completion, Said("assistant", completion.text), malformed=True)
+        return Answer(completion, Said("assistant", completion.text), prompt_tokens, malformed=True)
     text, calls = found
     named = tuple((f"call_{turn}_{number}", call) for number, call in enumerate(calls))
-    return Answer(completion, Said("assistant", text, named))
+    return Answer(completion, Said("assistant", text, named), prompt_tokens)
 
 
 def _same_call(one: tuple[str, ToolCall], other: tuple[str, ToolCall]) -> bool:

@@ -103,6 +103,35 @@ async def test_a_plain_function_with_a_plain_client():
     assert trajectory.status is Status.FINISHED
 
 
+async def test_answers_tell_of_their_tokens_as_openais():
+    async def solve(session: Session, prompt: Prompt) -> dict[str, Any]:
+        async with client(session) as api:
+            first = await api.chat.completions.create(model="m", messages=[ASK])
+            assert first.usage is not None
+            messages: Any = [ASK, first.choices[0].message, {"role": "user", "content": "Again."}]
+            two = await api.chat.completions.create(model="m", messages=messages, n=2)
+            assert two.usage is not None
+            told = [[u.prompt_tokens, u.completion_tokens, u.total_tokens] for u in (first.usage, two.usage)]
+            for options in ({"stream_options": {"include_usage": True}}, {"stream_options": {"include_usage": False}}, {}):
+                stream: Any = await api.chat.completions.create(model="m", messages=messages, stream=True, **options)
+                *chunks, last = [chunk async for chunk in stream]
+                assert all(chunk.choices and chunk.usage is None for chunk in chunks)
+                if options.get("stream_options") == {"include_usage": True}:
+                    assert last.choices == []
+                    told.append([last.usage.prompt_tokens, last.usage.completion_tokens, last.usage.total_tokens])
+                else:
+                    assert (last.usage, last.choices[0].finish_reason) == (None, "stop")
+            with pytest.raises(openai.BadRequestError, match="stream_options must be an object"):
+                await api.chat.completions.create(model="m", messages=messages, stream=True, extra_body={"stream_options": "usage"})
+        return {"told": told}
+
+    trajectory = await rolled(solve, "four", "4", "42", "4", "4", "4", max_turns=6)
+    asked = len(ids("<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"))
+    again = asked + 5 + len(ids("\n<|im_start|>user\nAgain.<|im_end|>\n<|im_start|>assistant\n"))
+    assert trajectory.error is None
+    assert trajectory.info == {"told": [[asked, 5, asked + 5], [again, 5, again + 5], [again, 2, again + 2]]}
+
+
 async def test_an_agent_may_ask_without_http():
     async def solve(session: Session, prompt: Prompt) -> dict[str, Any]:
         return {"text": (await session.complete(prompt.messages)).text}
@@ -386,7 +415,7 @@ async def hand_over(agent: Any, *texts: str) -> list[tuple[Said, ...]]:
     for turn, text in enumerate(texts):
         call = await session.asked()
         heard.append(call.new)
-        session.answer(call, turn, Completion(text, (1, 2), FinishReason.STOP))
+        session.answer(call, turn, Completion(text, (1, 2), FinishReason.STOP), 1)
     await running
     agents.forget(session)
     await agents.close()

@@ -304,6 +304,15 @@ def test_a_template_that_moves_the_system_message_is_refused_for_several_turns()
         renderer.continuation([Message("user", "B")], after_stop=True)
 
 
+def test_what_is_known_of_tools_is_bounded_and_checked_once():
+    renderer = ChatRenderer(bpe(CHATML, "<|im_end|>"))
+    for number in [*range(300), 299]:
+        tools = ({"type": "function", "function": {"name": f"of_session_{number}"}},)
+        renderer.continuation([Message("user", "B")], after_stop=True, tools=tools)
+    known = renderer._continuable.cache_info()
+    assert (known.currsize, known.misses, known.hits) == (256, 300, 1)
+
+
 def test_a_template_that_changes_the_answer_is_refused():
     renderer = ChatRenderer(bpe(CHATML.replace("message['content'] }}", "message['content'] | upper }}"), "<|im_end|>"))
     with pytest.raises(ModelError, match="changes or drops an assistant's content"):

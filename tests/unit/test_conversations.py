@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 import runpy
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -296,6 +298,75 @@ async def test_a_conversation_without_room_leaves_the_others_theirs():
     trajectory = await rolled(solve, "4", max_model_tokens=200)
     assert (trajectory.status, trajectory.info, trajectory.branches) == (Status.TRUNCATED, {"done": True}, ())
     assert len(trajectory.turns) == 2
+
+
+async def test_an_agent_that_breaks_at_a_full_conversation_before_any_answer_has_failed():
+    """There would be nothing to train, yet it would count in its group's baseline."""
+
+    async def solve(session: Session, prompt: Prompt) -> None:
+        await asyncio.gather(session.complete([ASK]), session.complete([user("z" * 1000)]))
+
+    trajectory = await rolled(solve, engine=naming(tick_s=0.05), max_model_tokens=200)
+    assert (trajectory.status, trajectory.turns) == (Status.FAILED, ())
+    assert "ended before any of its calls was answered" in (trajectory.error or "")
+
+
+@pytest.mark.parametrize(("works_s", "status"), [(0.5, Status.TRUNCATED), (5.0, Status.FAILED)])
+async def test_an_answer_after_a_refusal_gives_its_agent_its_whole_time(works_s: float, status: Status, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("verst.rollout.conversations._ORDERLY_S", 0.1)
+
+    async def solve(session: Session, prompt: Prompt) -> dict[str, Any]:
+        under_way = asyncio.create_task(session.complete([ASK]))
+        await asyncio.sleep(0.02)
+        with pytest.raises(SessionRefused, match="maximum context length"):
+            await session.complete([user("z" * 1000)])
+        await under_way
+        await asyncio.sleep(works_s)  # a tool
+        return {"done": True}
+
+    trajectory = await rolled(solve, engine=naming(tick_s=0.05), max_model_tokens=200, environment_deadline_s=2.0)
+    assert (trajectory.status, trajectory.info) == (status, {"done": True} if status is Status.TRUNCATED else {})
+    assert status is Status.TRUNCATED or "took longer than 2 s" in (trajectory.error or "")
+
+
+async def refused(session: Session, messages: Sequence[Any], times: int) -> None:
+    for _ in range(times):
+        with contextlib.suppress(SessionRefused):
+            await session.complete(messages)
+
+
+async def test_calls_that_were_refused_are_not_kept_and_equal_messages_are_kept_once():
+    async def solve(session: Session, prompt: Prompt) -> dict[str, Any]:
+        first = await extended(session, [ASK])
+        await refused(session, [*first, user("z" * 1000)], 900)
+        await extended(session, [*(dict(message) for message in first), user("Sure?")])
+        one, two = session._calls
+        assert one.answer is not None
+        return {"shared": [two.asked[0] is one.asked[0], two.asked[1] is one.answer.said], "asked": len(two.asked)}
+
+    trajectory = await rolled(solve, "4", "5", max_model_tokens=200)
+    assert (trajectory.error, trajectory.info) == (None, {"shared": [True, True], "asked": 3})
+
+
+async def test_an_agent_that_is_refused_without_end_is_ended():
+    async def full(session: Session, prompt: Prompt) -> None:
+        under_way = asyncio.create_task(session.complete([ASK]))
+        await asyncio.sleep(0.02)
+        await refused(session, [user("z" * 1000)], 10**9)
+        await under_way
+
+    async def empty(session: Session, prompt: Prompt) -> None:
+        await extended(session, [ASK])
+        await refused(session, [user("")], 10**9)
+
+    ended = await asyncio.wait_for(rolled(full, engine=naming(tick_s=0.05), max_model_tokens=200), 20)
+    assert (ended.status, ended.error, len(ended.turns)) == (Status.TRUNCATED, None, 1)
+    made = roller(saying("4"), agents := Agents(empty), **LIMITS)
+    object.__setattr__(made, "renderer", ChatRenderer(tiny_tokenizer(None)))
+    (failed,) = (await asyncio.wait_for(made.roll(0, PROMPT), 20)).trajectories
+    await agents.close()
+    assert failed.status is Status.FAILED
+    assert re.search(r"agent .*empty: 1000 of its calls were refused, the last with: these messages have no tokens", failed.error or "")
 
 
 async def test_what_is_still_asked_when_the_agent_ends_is_left_out():

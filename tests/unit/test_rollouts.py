@@ -122,6 +122,47 @@ async def test_a_refusal_changes_nothing():
     assert (await rolled(FakeEngine([[*ids("42"), END]]), tries)).info == {"text": "42"}
 
 
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"stop": [13]}, "stop holds 13: give texts that are not empty and can be written in UTF-8"),
+        ({"stop": ["!", None]}, "stop holds None"),
+        ({"stop": [""]}, "stop holds ''"),
+        ({"stop": ["\ud83d"]}, r"stop holds '\\ud83d'"),
+        ({"stop": b"!"}, "stop holds 33"),
+        ({"stop": 5}, "stop is 5: give a list of texts"),
+        ({"stop": "!"}, "stop is '!': give a list of texts"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5: give a whole number"),
+        ({"max_new_tokens": "2"}, "max_new_tokens is '2': give a whole number"),
+        ({"max_new_tokens": np.int64(0)}, "max_new_tokens is 0: ask for one token at least"),
+    ],
+)
+async def test_limits_and_stops_that_no_engine_takes_are_refused_and_change_nothing(asked: dict[str, Any], reason: str):
+    async def tries(session: TokenSession, prompt: Prompt) -> dict[str, Any]:
+        tokens = session.opening(prompt.messages)
+        with pytest.raises(SessionRefused, match=reason):
+            await session.generate(tokens, **asked)
+        assert (session.tokens, session.turns_left) == ([], 3)
+        return {"text": (await session.generate(tokens)).text}
+
+    engine = FakeEngine([[*ids("42"), END]])
+    trajectory = await rolled(engine, tries)
+    assert (trajectory.error, trajectory.info) == (None, {"text": "42"})
+    assert len(engine.requests) == 1
+
+
+async def test_a_limit_may_be_a_number_of_numpy_and_reaches_the_engine_as_a_plain_one():
+    limit: Any = np.int64(2)
+
+    async def one(session: TokenSession, prompt: Prompt) -> None:
+        await session.generate(session.opening(prompt.messages), max_new_tokens=limit, stop=[np.str_("!")])
+
+    engine = FakeEngine([ids("forty-two")])
+    assert (await rolled(engine, one)).generated_tokens == 2
+    sampling = engine.requests[0].sampling
+    assert (type(sampling.max_new_tokens), [type(text) for text in sampling.stop]) == (int, [str])
+
+
 async def test_excluded_tokens_count_as_given():
     async def drafts(session: TokenSession, prompt: Prompt) -> None:
         await session.generate(session.opening(prompt.messages))
@@ -224,6 +265,26 @@ async def test_another_replica_goes_on_from_what_is_known():
     assert [request.id for request in second.requests] == ["3/0/1+1"]  # the open turn's rest, and nothing else
     assert calls == [PROMPT.id] * 2
     assert np.array_equal(trajectory.logprobs_T[-3:], np.asarray([FakeEngine.logprob(t) for t in trajectory.tokens_T[-3:]], np.float32))
+
+
+@pytest.mark.parametrize("again", [{"max_new_tokens": 2}, {"stop": ["r"]}, {"max_new_tokens": 5}])
+async def test_what_is_known_of_another_limit_or_stop_is_not_used(again: dict[str, Any]):
+    """It would be longer than was asked for, or shorter, or go on behind the stop: no engine's fault."""
+    asked: dict[str, Any] = {"max_new_tokens": 3}
+
+    async def otherwise(session: TokenSession, prompt: Prompt) -> dict[str, Any]:
+        first = await session.generate(session.opening(prompt.messages), **asked)
+        return {"first": first.text, "second": (await session.generate([*session.tokens, *ids("!")])).text}
+
+    recorded = Recorded(FakeEngine([ids("forty-two")]))
+    before = await roller(recorded._engine, Rollouts(otherwise), max_turns=3).roll(3, PROMPT, recorded=recorded)
+    assert before.trajectories[0].info["first"] == "for"
+    known = recorded.all({})
+    for again_asked, first, requests in ((asked, "for", 0), (again, "forty-two"[: again.get("max_new_tokens", 9)], 2)):
+        asked, engine = again_asked, FakeEngine([ids("forty-two")])
+        rolled_again = await roller(engine, Rollouts(otherwise), max_turns=3).roll(3, PROMPT, recorded=Recorded(engine, known))
+        (trajectory,) = rolled_again.trajectories
+        assert (trajectory.error, trajectory.info["first"], len(engine.requests)) == (None, first, requests)
 
 
 async def test_a_template_that_cannot_be_continued_is_no_hindrance():

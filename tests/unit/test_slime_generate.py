@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import sys
@@ -53,7 +54,7 @@ def url(args: Any) -> str:
 
 async def posted(args: Any, payload: dict[str, Any], path: str = "") -> httpx.Response:
     async with httpx.AsyncClient(trust_env=False) as client:
-        return await client.post(url(args) + path, json=payload)
+        return await client.post(url(args) + path, content=json.dumps(payload))
 
 
 async def answered(args: Any, payload: dict[str, Any]) -> dict[str, Any]:
@@ -182,6 +183,10 @@ async def test_text_is_tokenised_where_it_is_new_only():
         ({"input_ids": [1], "sampling_params": {"n": 2}}, "n must be 1"),
         ({"input_ids": [1], "sampling_params": {"regex": "a"}}, "regex: not supported"),
         ({"input_ids": [1], "sampling_params": {"max_new_tokens": "9"}}, "give a whole number"),
+        ({"input_ids": [1], "sampling_params": {"stop": [13]}}, "stop holds 13: give texts"),
+        ({"input_ids": [1], "sampling_params": {"stop": "\ud83d"}}, "stop holds '\\ud83d'"),
+        ({"input_ids": [1], "sampling_params": {"stop": 5}}, "stop is 5: give a list of texts"),
+        ({"text": "\ud83d"}, "half of a surrogate pair"),
         ({"input_ids": [1], "sampling_params": []}, None),
     ],
 )

@@ -78,6 +78,15 @@ async def test_a_rollout_with_a_tool_is_scored_by_the_rubric():
     assert (info["score/num_turns"], info["stop"]) == (2.0, "no_tools_called")
 
 
+async def test_no_proxy_sees_its_calls(monkeypatch: pytest.MonkeyPatch):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    trajectory = await rolled("It is 4")
+    assert (trajectory.status, trajectory.error) == (Status.FINISHED, None)
+
+
 async def test_the_example_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples/agents"))
     trajectory = await rolled(call("add", a=2, b=2), "It is 4.", reference="verifiers:verifiers_sums", count=5)

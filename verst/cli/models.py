@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,7 @@ def _eval(options: argparse.Namespace) -> int:
     from verst import secrets
     from verst.cli.common import to_stderr
     from verst.errors import ConfigError
+    from verst.rollout.loopback import bypass_proxies
     from verst.runtime.evaluation import EvalSampling, evaluate
     from verst.runtime.standalone import device_here
     from verst.runtime.targets import measured_targets
@@ -105,6 +107,7 @@ def _eval(options: argparse.Namespace) -> int:
     _ = sampling.all_ks  # what contradicts itself is told before a model is loaded
     _require_new_file(out)
     secrets.take()  # environments and agents run in this process
+    bypass_proxies(os.environ)
     results = []
     with TemporaryDirectory(prefix="verst-eval-") as scratch:
         for target in measured_targets(words, options.set, overrides, Path(scratch)):

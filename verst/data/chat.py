@@ -87,7 +87,7 @@ class ChatRenderer:
         self._special = frozenset(tokenizer.all_special_ids)
         self._text = SpecialText(tokenizer)
         self._opened = lru_cache(maxsize=256)(self._open)  # the trajectories of a group open alike
-        self._continuable: set[str] = set()  # tools with which that is known
+        self._continuable = lru_cache(maxsize=256)(self._require_continuable)  # by tools, which agents may make anew for each call
 
     @cached_property
     def end_of_turn(self) -> int | None:
@@ -126,7 +126,7 @@ class ChatRenderer:
         Raises `DataError` if the template refuses the messages, `ModelError` if it cannot be continued (see `require_continuable`).
         """
         given = _as_text(tools)
-        self._require_continuable(given)
+        self._continuable(given)
         rendered = self._render([_USER, _ANSWER, *self._hidden(messages)], generate=True, tools=given)
         tokens = self._encode_after(_MARKER, self._after_marker(rendered))
         closing = self._closing
@@ -172,11 +172,9 @@ class ChatRenderer:
 
     def require_continuable(self) -> None:
         """Raises `ModelError` unless a conversation's earlier part stays the same when turns are added, so that tokens can be appended."""
-        self._require_continuable("")
+        self._continuable("")
 
     def _require_continuable(self, tools: str) -> None:
-        if tools in self._continuable:
-            return
         for opening in ([_SYSTEM, _USER], [_USER]):
             try:
                 before = self._render(opening, generate=False, tools=tools)
@@ -193,7 +191,6 @@ class ChatRenderer:
                     "(rollout.max_turns: 1)"
                 )
             self._after_marker(after)
-        self._continuable.add(tools)
 
     def _require_tools(self) -> None:
         """Raises `ModelError` unless the template tells of tools, and asks for calls in the form that `verst.rollout.tool_calls` reads."""

@@ -33,12 +33,19 @@ _FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """What a session is asked. `calls`: whether calls of tools are taken out of the answers' text. `choices`: how many are wanted."""
+    """What a session is asked.
+
+    Args:
+        calls: whether calls of tools are taken out of the answers' text.
+        choices: how many answers are wanted.
+        usage: whether a stream ends with the numbers of tokens.
+    """
 
     messages: tuple[Said, ...]
     tools: Tools
     calls: bool
     choices: int
+    usage: bool
     not_heeded: frozenset[str]
 
 
@@ -58,11 +65,15 @@ def checked(body: Any) -> ChatRequest:
     choice = body.get("tool_choice") or "auto"
     if choice not in ("auto", "none"):
         raise ValueError("tool_choice must be auto or none: nothing makes the policy call a tool")
+    streamed = body.get("stream_options") or {}
+    if not isinstance(streamed, Mapping):
+        raise ValueError("stream_options must be an object")
     not_heeded = {name for name in _NOT_HEEDED if body.get(name) is not None}
     if body.get("parallel_tool_calls") is False:
         not_heeded.add("parallel_tool_calls")
     messages = tuple(_said(number, message) for number, message in enumerate(body["messages"]))
-    return ChatRequest(messages, _tools(body.get("tools") or []), choice == "auto", choices, frozenset(not_heeded))
+    usage = bool(streamed.get("include_usage"))
+    return ChatRequest(messages, _tools(body.get("tools") or []), choice == "auto", choices, usage, frozenset(not_heeded))
 
 
 def _tools(tools: Any) -> Tools:
@@ -108,23 +119,29 @@ def _text(number: int, parts: Sequence[Any]) -> str:
 
 
 def whole(answers: Sequence[Answer], described: Mapping[str, Any]) -> dict[str, Any]:
-    """A `chat.completion` object. It has no `usage`: the tokens of the prompt are counted later."""
+    """A `chat.completion` object."""
     choices = [
         {"index": number, "message": _message(answer.said), "logprobs": None, "finish_reason": _finish(answer)}
         for number, answer in enumerate(answers)
     ]
-    return {**described, "object": "chat.completion", "choices": choices}
+    return {**described, "object": "chat.completion", "choices": choices, "usage": _usage(answers)}
 
 
-def chunks(answers: Sequence[Answer], described: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Two `chat.completion.chunk` objects for each: all that was said, and its end. It was whole before the first could be sent."""
+def chunks(answers: Sequence[Answer], described: Mapping[str, Any], *, usage: bool) -> Iterator[dict[str, Any]]:
+    """Two `chat.completion.chunk` objects for each: all that was said, and its end. It was whole before the first could be sent.
+
+    `usage`: a last one has the numbers of tokens, and no choices.
+    """
+    about = {**described, "object": "chat.completion.chunk", **({"usage": None} if usage else {})}
     for number, answer in enumerate(answers):
         delta = _message(answer.said)
         if answer.said.calls:
             delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(delta["tool_calls"])]
         for part, finish in ((delta, None), ({}, _finish(answer))):
             choice = {"index": number, "delta": part, "logprobs": None, "finish_reason": finish}
-            yield {**described, "object": "chat.completion.chunk", "choices": [choice]}
+            yield {**about, "choices": [choice]}
+    if usage:
+        yield {**about, "choices": [], "usage": _usage(answers)}
 
 
 def _message(said: Said) -> dict[str, Any]:
@@ -134,6 +151,12 @@ def _message(said: Said) -> dict[str, Any]:
         {"id": identity, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for identity, call in said.calls
     ]
     return {"role": "assistant", "content": said.content or None, "tool_calls": calls}
+
+
+def _usage(answers: Sequence[Answer]) -> dict[str, int]:
+    """Numbers of tokens; those of the prompt once, however many choices it has."""
+    prompt, completion = answers[0].prompt_tokens, sum(len(answer.completion.tokens) for answer in answers)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def _finish(answer: Answer) -> str:

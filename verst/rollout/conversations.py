@@ -33,6 +33,9 @@ from verst.types import FinishReason, Message, Prompt, Status, Trajectory
 _ORDERLY_S = 30.0
 """For what an agent has to do once it was told that there is no room, such as scoring. One that does not end is ended."""
 
+_MOST_REFUSED = 1000
+"""Calls of one trajectory. A client that asks the same again at once, whatever it is told, would go on until its deadline."""
+
 
 class Conversations:
     """Answers the calls of one agent.
@@ -56,9 +59,10 @@ class Conversations:
         self._transcripts: list[Transcript] = []  # in the order in which they began
         self._last: Transcript | None = None  # had the last answer
         self._ends: dict[Call, tuple[Transcript, int]] = {}  # where each answer ends: after so many turns
-        self._turns = 0
+        self._turns = self._refused = 0
         self._thinks_since = 0.0
-        self._full = False  # the last call was refused for want of room
+        self._full = False  # no call was accepted since one was refused for want of room
+        self._ending = False  # nor was one answered, so that the agent is expected to end
         self._limited = False
         """Whether a limit of tokens cut an answer or left no room for one."""
         self._info: dict[str, Any] = {}
@@ -111,6 +115,9 @@ class Conversations:
                 self._info |= self._noted()
                 return Status.TRUNCATED
             self._take(call)
+            if self._refused == _MOST_REFUSED:
+                await self._answered()
+                break
         return self._ended()
 
     async def _next(self) -> Call | None:
@@ -134,6 +141,7 @@ class Conversations:
         """Takes note of answers that were given. Raises what one of them raised."""
         given = {task for task in self._answering if task.done()}
         self._answering -= given
+        self._ending &= not given  # it has something to work on
         if failures := [error for task in given if (error := task.exception()) is not None]:
             raise failures[0]
         if given and not self._answering:
@@ -151,10 +159,10 @@ class Conversations:
 
     @property
     def _limit_s(self) -> float:
-        return _ORDERLY_S if self._full else self._deadline_s
+        return _ORDERLY_S if self._ending else self._deadline_s
 
     def _out_of_time(self) -> None:
-        if not self._full:
+        if not self._ending:
             raise EnvironmentFailure(f"{self._agents.title} took longer than {self._deadline_s:g} s to ask again or to end")
 
     async def _answered(self) -> None:
@@ -169,8 +177,13 @@ class Conversations:
             transcript = self._opened(call)
         except SessionRefused as refusal:
             self._session.refuse(call, str(refusal))
+            self._refused += 1
+            if self._refused == _MOST_REFUSED and not self._full:
+                raise EnvironmentFailure(
+                    f"{self._agents.title}: {_MOST_REFUSED} of its calls were refused, the last with: {refusal}"
+                ) from refusal
             return
-        self._full = False
+        self._full = self._ending = False
         self._answering.add(asyncio.create_task(self._answer(call, self._turns, transcript)))
         self._turns += 1
 
@@ -220,10 +233,10 @@ class Conversations:
         return renderer.continuation(messages, after_stop=after_stop, tools=call.tools)
 
     def _no_room(self) -> SessionRefused:
-        """From now on the agent is expected to end, unless it asks for less."""
-        if not self._full and not self._answering:
+        """From now on the agent is expected to end, unless it asks for less or has an answer to come."""
+        if not self._ending and not self._answering:
             self._think()
-        self._full = self._limited = True
+        self._full = self._ending = self._limited = True
         return SessionRefused(FULL)
 
     async def _answer(self, call: Call, turn: int, transcript: Transcript) -> None:
@@ -231,16 +244,18 @@ class Conversations:
         self._last = transcript
         self._ends[call] = (transcript, len(transcript.turns))
         self._limited |= completion.finish is FinishReason.LENGTH
-        self._session.answer(call, turn, completion)
+        self._session.answer(call, turn, completion, transcript.turns[-1].generated)
 
     # ---- the end
 
     def _ended(self) -> Status:
-        """Of an agent that has ended, or was refused for want of room and has not ended in time."""
+        """Of an agent that has ended, or was refused for want of room and has not ended in time, or was refused too often."""
         agent, title = self._agent, self._agents.title
         assert agent is not None
         broke = not agent.done() or agent.cancelled() or agent.exception() is not None
         if self._full and broke:
+            if self._last is None:
+                raise EnvironmentFailure(f"{title}: a call had no room, and it ended before any of its calls was answered")
             self._info |= self._noted()
             return Status.TRUNCATED
         returned = result_of(agent, title)

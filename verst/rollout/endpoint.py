@@ -10,12 +10,12 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from verst.errors import ExtensionError
 from verst.rollout.chat_api import checked, chunks, whole
-from verst.rollout.sessions import Answer, Session, SessionRefused
+from verst.rollout.sessions import Session, SessionRefused
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -109,16 +109,16 @@ class Endpoint:
         described = {"id": f"chatcmpl-{time.time_ns()}", "created": int(time.time()), "model": body.get("model") or MODEL}
         if not body.get("stream"):
             return web.json_response(whole(answers, described))
-        return await _streamed(request, answers, described)
+        return await _streamed(request, chunks(answers, described, usage=asked.usage))
 
 
-async def _streamed(request: web.Request, answers: Sequence[Answer], described: Mapping[str, Any]) -> web.StreamResponse:
+async def _streamed(request: web.Request, parts: Iterable[Mapping[str, Any]]) -> web.StreamResponse:
     from aiohttp import web
 
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     try:
         await response.prepare(request)
-        for chunk in chunks(answers, described):
+        for chunk in parts:
             await response.write(f"data: {json.dumps(chunk)}\n\n".encode())
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()

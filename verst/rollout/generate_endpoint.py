@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from verst.config.text import is_unicode
 from verst.errors import ExtensionError
 from verst.rollout.sessions import SessionRefused
 from verst.rollout.tokens import TokenSession
@@ -85,6 +86,8 @@ class GenerateEndpoint:
             return ids
         if ids is not None or not isinstance(text, str):
             raise ValueError("give input_ids, a list of whole numbers, or text, of one sequence")
+        if not is_unicode(text):  # JSON has halves as escapes
+            raise ValueError("text has half of a surrogate pair, which no tokenizer takes")
         session = self._session
         known = session.tokens
         before = session.decode(known) if known else ""

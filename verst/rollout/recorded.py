@@ -1,7 +1,7 @@
 """What was generated of a group, so that another replica can go on from it if this one is lost.
 
-What an engine generates for a request is kept under the request's id, with the digest of its tokens. A group that is rolled again asks for
-the same as long as its environments answer alike. What is known of it is given back at once; a generation that was under way comes back
+What an engine generates for a request is kept under the request's id, with the digest of what it asked. A group that is rolled again asks
+for the same as long as its environments answer alike. What is known of it is given back at once; a generation that was under way comes back
 as if it had been aborted, so it is continued from its tokens. An environment that answers otherwise leads to other tokens, of which nothing
 is known.
 """
@@ -21,7 +21,7 @@ class Piece:
     """What was generated for one request: all of it, or, as if it had been aborted, what there was of it so far."""
 
     asked: str
-    """Digest of the request's tokens (`verst.routing.records.tokens_digest`)."""
+    """What the request asked; see `_digest`."""
     generation: Generation
 
 
@@ -37,7 +37,7 @@ class Recorded:
 
     async def generate(self, request: GenerateRequest) -> Generation:
         """See `Engine.generate`; at once, where it is known."""
-        asked = tokens_digest(request.tokens_T)
+        asked = _digest(request)
         known = self._pieces.get(request.id)
         if known is not None and known.asked == asked:
             return known.generation
@@ -68,3 +68,12 @@ class Recorded:
     def _keep(self, asked: str, generation: Generation) -> None:
         if len(generation.tokens_T):
             self._pieces[generation.id] = Piece(asked, generation)
+
+
+def _digest(request: GenerateRequest) -> str:
+    """Of its tokens, limit and stop strings, which a rollout function may choose.
+
+    What was generated under others is longer or shorter than was asked for, or goes on behind a stop. Such a piece is not cut to fit but
+    generated anew: a cut one would need its routes and the stop's place within a token cut as the engine does it.
+    """
+    return f"{tokens_digest(request.tokens_T)} {request.sampling.max_new_tokens} {request.sampling.stop!r}"

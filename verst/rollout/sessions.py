@@ -60,6 +60,8 @@ class Answer:
 
     completion: Completion
     said: Said
+    prompt_tokens: int
+    """Those before it in its conversation."""
     malformed: bool = False
 
 
@@ -108,7 +110,7 @@ class Session:
     def __init__(self, base_url: str, api_key: str) -> None:
         self.base_url, self.api_key = base_url, api_key
         self._home = asyncio.get_running_loop()
-        self._calls: list[Call] = []
+        self._calls: list[Call] = []  # that were answered or wait for it: others cannot be gone on from
         self._waiting: asyncio.Queue[Call] = asyncio.Queue()
         self._over = False
         self.malformed = 0
@@ -144,20 +146,21 @@ class Session:
         """The agent's next call, in the order of their arrival."""
         return await self._waiting.get()
 
-    def answer(self, call: Call, turn: int, completion: Completion) -> None:
-        """`turn`: the number of the answer in the trajectory, which makes ids of calls different."""
-        call.answer = _told(completion, call.splits, turn)
+    def answer(self, call: Call, turn: int, completion: Completion, prompt_tokens: int) -> None:
+        """`turn`: the number of the answer in the trajectory, which makes ids of calls different. `prompt_tokens`: those before it."""
+        call.answer = _told(completion, call.splits, turn, prompt_tokens)
         self.malformed += call.answer.malformed
         call.future.set_result(call.answer)
 
     def refuse(self, call: Call, reason: str) -> None:
+        self._calls.remove(call)
         call.future.set_exception(SessionRefused(reason))
         call.future.exception()  # seen: nobody may be waiting
 
     def end(self) -> None:
         """Whoever waits for an answer, and whoever asks from here on, is refused."""
         self._over = True
-        for call in self._calls:
+        for call in tuple(self._calls):
             if not call.future.done():
                 self.refuse(call, ENDED)
 
@@ -173,7 +176,7 @@ class Session:
         if not all(map(is_unicode, (*texts, json.dumps(tools, ensure_ascii=False)))):  # JSON has halves as escapes
             raise SessionRefused("a message or a tool has half of a surrogate pair, which no tokenizer takes")
         behind = self._behind(asked, tools)
-        call = Call(asked, behind, tools, splits and bool(tools), asyncio.get_running_loop().create_future())
+        call = Call(_shared(asked, behind), behind, tools, splits and bool(tools), asyncio.get_running_loop().create_future())
         if behind is not None:
             behind.followed = True
         self._calls.append(call)
@@ -197,13 +200,21 @@ class Session:
         return call
 
 
-def _told(completion: Completion, splits: bool, turn: int) -> Answer:
+def _shared(asked: tuple[Said, ...], behind: Call | None) -> tuple[Said, ...]:
+    """The same messages. Those that stand in the call before are that one's own, so that a long conversation is kept once."""
+    if behind is None or behind.answer is None:
+        return asked
+    known = (*behind.asked, behind.answer.said)
+    return tuple(old if old == said else said for old, said in zip(known, asked, strict=False)) + asked[len(known) :]
+
+
+def _told(completion: Completion, splits: bool, turn: int, prompt_tokens: int) -> Answer:
     found = split_calls(completion.text) if splits else (completion.text, ())
     if isinstance(found, Malformed):
-        return Answer(completion, Said("assistant", completion.text), malformed=True)
+        return Answer(completion, Said("assistant", completion.text), prompt_tokens, malformed=True)
     text, calls = found
     named = tuple((f"call_{turn}_{number}", call) for number, call in enumerate(calls))
-    return Answer(completion, Said("assistant", text, named))
+    return Answer(completion, Said("assistant", text, named), prompt_tokens)
 
 
 def _same_call(one: tuple[str, ToolCall], other: tuple[str, ToolCall]) -> bool:

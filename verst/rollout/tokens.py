@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import operator
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from verst.config.text import is_unicode
 from verst.data.chat import ChatRenderer
 from verst.rollout.sessions import SessionRefused
 from verst.rollout.user_loop import across
@@ -163,16 +164,12 @@ class TokenSession:
     # ---- inside
 
     async def _generate(self, tokens: Sequence[int], max_new_tokens: int | None, stop: Sequence[str] | None) -> Completion:
-        given = self._new(tokens)
-        limit = self._limit(max_new_tokens)
-        if isinstance(stop, str):
-            raise SessionRefused(f"stop is the text {stop!r}: give a list of texts")
+        given, limit, stops = self._new(tokens), self._limit(max_new_tokens), _stops(stop)
         text = self.decode(given)
         messages = (Message("user", text),) if given else ()
         self._answer = asyncio.get_running_loop().create_future()
         self._tokens += given
         self._turns += 1
-        stops = None if stop is None else tuple(stop)
         self._asked.put_nowait(Asked(messages, False, {}, given, limit, stops, tuple(self._excluded)))
         return await asyncio.shield(self._answer)
 
@@ -204,6 +201,22 @@ class TokenSession:
     def _limit(self, max_new_tokens: int | None) -> int | None:
         if max_new_tokens is None:
             return None
-        if max_new_tokens < 1:
-            raise SessionRefused(f"max_new_tokens is {max_new_tokens}: ask for one token at least")
-        return min(max_new_tokens, self.sampling.max_new_tokens)
+        try:
+            limit = operator.index(max_new_tokens)
+        except TypeError as error:
+            raise SessionRefused(f"max_new_tokens is {max_new_tokens!r:.80}: give a whole number") from error
+        if limit < 1:
+            raise SessionRefused(f"max_new_tokens is {limit}: ask for one token at least")
+        return min(limit, self.sampling.max_new_tokens)
+
+
+def _stops(stop: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Stop strings as engines take them. Raises `SessionRefused` here, since an engine that meets another value breaks."""
+    if stop is None:
+        return None
+    if isinstance(stop, str) or not isinstance(stop, Iterable):
+        raise SessionRefused(f"stop is {stop!r:.80}: give a list of texts")
+    stops = tuple(stop)
+    if strange := [text for text in stops if not (isinstance(text, str) and text and is_unicode(text))]:
+        raise SessionRefused(f"stop holds {strange[0]!r:.80}: give texts that are not empty and can be written in UTF-8")
+    return tuple(map(str, stops))

@@ -63,7 +63,7 @@ class Verifiers:
 
     async def __call__(self, session: Session, prompt: Prompt) -> dict[str, Any]:
         assert self._environment is not None, "check_machine() comes first"
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
         environment = self._environment
         asked = {name: prompt.fields[name] for name in _INPUT if prompt.fields.get(name) is not None}
@@ -71,7 +71,8 @@ class Verifiers:
         asked["prompt"] = [{"role": message.role, "content": message.content} for message in prompt.messages]
         raised: list[str] = []
         _raised.set(raised)
-        async with AsyncOpenAI(base_url=session.base_url, api_key=session.api_key, timeout=None) as client:
+        direct = DefaultAsyncHttpxClient(trust_env=False, timeout=None)  # a proxy of the environment is not for this machine
+        async with AsyncOpenAI(base_url=session.base_url, api_key=session.api_key, timeout=None, http_client=direct) as client:
             state = await environment.rollout(asked, client, "policy")
         if state["error"] is not None:
             raise EnvironmentFailure(f"environment verifiers:{self._reference}: {_chain(state['error'])}")

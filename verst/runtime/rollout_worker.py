@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from verst.config.hub import model_directory, with_local_model
 from verst.config.schema import Config
 from verst.observe.waits import Waits
 from verst.rollout.clock import Clock
+from verst.rollout.loopback import bypass_proxies
 from verst.rollout.recorded import Piece, Recorded
 from verst.rollout.user_loop import UserLoop
 from verst.runtime.actors import is_actor
@@ -73,6 +75,7 @@ def replica_worker(config: Config, extensions: bytes | None, *rest: Any) -> Roll
     secrets.require(config.run.secrets)
     if is_actor():
         secrets.take(config.run.secrets)
+        bypass_proxies(os.environ)  # before a client of user code is made
     return RolloutWorker(config, Extensions.unpack(extensions), *rest)
 
 

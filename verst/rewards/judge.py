@@ -25,6 +25,7 @@ _SCORE = rf"(?<![\w./])(?<!/ ){_NUMBER}"
 """A number, but not the scale that many judges write behind theirs: 8/10 is 8."""
 _FIELD = re.compile(r"\{(\w+)\}")
 _SHOWN = 120
+_COUNTED = ("requests", "cached", "retries", "prompt_tokens", "completion_tokens")
 
 
 class Scale:
@@ -78,7 +79,8 @@ class Judge:
       429, 5xx), with growing pauses, or after the pause that `Retry-After` asks for. timeout_s: of one request.
     cache: a file (SQLite) that keeps answers by everything that was asked, for other workers and runs; default: memory of this process.
 
-    Records `judge/requests`, `judge/cached`, `judge/retries`, `judge/prompt_tokens` and `judge/completion_tokens`.
+    Records `judge/requests`, `judge/cached`, `judge/retries`, `judge/prompt_tokens` and `judge/completion_tokens` of every trajectory: what
+    a request costs counts for the one that asked first, and the others that wait for its answer have 1 of `cached` and 0 of the rest.
     """
 
     SECRETS = ("api_key_env",)
@@ -126,6 +128,8 @@ class Judge:
         self._endpoint = Endpoint(self._url, key, self._limits)
 
     async def __call__(self, trajectory: Trajectory, fields: Mapping[str, Any]) -> float:
+        for name in _COUNTED:
+            record(f"judge/{name}", 0)  # means are over those that have it: who costs nothing counts too
         messages = [] if self._system is None else [{"role": "system", "content": self._system}]
         return await self._ask({**self._body, "messages": [*messages, {"role": "user", "content": self._filled(trajectory, fields)}]})
 
@@ -155,6 +159,7 @@ class Judge:
         if asking is not None:
             record("judge/cached", 1)
         else:
+            # the task has this trajectory's context, so its costs are recorded there, for as long as that one waits
             asking = self._asked[key] = asyncio.create_task(self._ask_anew(key, body))
             asking.add_done_callback(lambda done: (self._asked.pop(key), done.cancelled() or done.exception()))
         return await asyncio.shield(asking)  # its answer is paid for, and others may wait for it

@@ -43,6 +43,12 @@ def old_ids(completions_ids, **kwargs):
 def elsewhere(completions, **kwargs):
     return [None] * len(completions)
 
+def unknown(completions, **kwargs):
+    return [float("nan") if c == "" else float(len(c)) for c in completions]
+
+def endless(completions, **kwargs):
+    return [float("inf") if c == "" else 2.0 for c in completions]
+
 def column(completions, solution):
     return [0.0]
 
@@ -94,7 +100,7 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), str(EXAMPLES), *sys.path])
     yield
-    for name in [name for name in sys.modules if name.split(".")[0] in ("slime", "miles", "bring_along")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("slime", "miles", "bring_along", "bring_along_too")]:
         del sys.modules[name]
 
 
@@ -130,6 +136,31 @@ def test_trl_functions_are_summed_with_weights_and_none_does_not_count():
         score("trl:bring_along:elsewhere", said(), {})
     with pytest.raises(ExtensionError, match="weights has 2 entries for 1 functions"):
         score("trl:bring_along:plain", said(), {}, weights=[1, 2])
+
+
+def test_nan_is_none_where_there_are_several_trl_functions():
+    """TRL makes None NaN, sums what is not, and means what is not."""
+    several = "trl:bring_along:plain+bring_along:unknown"
+    assert score(several, said(""), {}, conversational=False, weights=[1, 10]) == (0, {"score/plain": 0})
+    with pytest.raises(RewardFailure, match="None for this prompt"):
+        score("trl:bring_along:elsewhere+bring_along:unknown", said(""), {}, conversational=False)
+    group = [said("four", 0), said("", 1), said("42", 2)]
+    value, recorded = score(several, group, {}, conversational=False, whole_group=True)
+    assert (value, recorded) == ([8, 0, 4], {"score/plain": 2, "score/unknown": 3})
+    assert np.isnan(score("trl:bring_along:unknown", said(""), {}, conversational=False)[0])  # which the worker refuses
+
+
+def test_what_is_infinite_fails_its_trajectory_alone():
+    group = [said("four", 0), said("", 1)]
+    value, recorded = score("trl:bring_along:plain+bring_along:endless", group, {}, conversational=False, whole_group=True)
+    assert (value, recorded) == ([6, float("inf")], {"score/plain": 2, "score/endless": 2})  # the worker refuses the second
+
+
+def test_trl_functions_of_one_name_have_metrics_apart(tmp_path: Path):
+    (tmp_path / "bring_along_too.py").write_text("def plain(completions, **kwargs):\n    return [100.0]\n")
+    several = "trl:bring_along:plain+bring_along_too:plain+bring_along:old_ids"
+    value, recorded = score(several, said("four"), {}, conversational=False)
+    assert (value, recorded) == (106, {"score/bring_along:plain": 4, "score/bring_along_too:plain": 100, "score/old_ids": 2})
 
 
 def test_functions_that_compare_completions_are_called_once_for_a_group():

@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from tests.loop.local import local_run
+from verst.config.load import load_config
 from verst.errors import ExtensionError, RewardFailure
 from verst.rewards import adapters
 from verst.rewards.metrics import record, recording
 from verst.rewards.scorer import Scorer
 from verst.rewards.spec import RewardSpec
+from verst.runtime.shared_scorer import make_scorer
 from verst.types import FinishReason, Group, Message, Prompt, Status, Trajectory, Turn
 
 EXAMPLES = Path(__file__).parents[2] / "examples/rewards"
@@ -211,7 +214,21 @@ def test_a_sample_has_what_slime_publishes():
     assert (sample.group_index, sample.index, sample.response, sample.response_length, sample.label) == (4, 3, "42", 2, "42")
     assert (sample.tokens, sample.loss_mask, sample.rollout_log_probs) == ([1, 2, 5, 6], [1, 1], [-0.5, -0.25])
     assert (sample.metadata, sample.weight_versions, sample.status.value) == ({"k": 1}, ["7"], "completed")
-    assert sample.prompt[-1] == {"role": "user", "content": "6 * 7?"}
+    assert sample.prompt == [{"role": m.role, "content": m.content} for m in ASKED]  # no model is known outside of a run
+
+
+async def test_a_reward_of_slime_gets_the_runs_tokenizer(tiny: Path):
+    """`prompt` is text, as published functions have it, of the very tokens that the policy was given."""
+    (Path.cwd() / "of_text.py").write_text("def rm(args, sample):\n    return len(sample.prompt + sample.response)\n")
+    text = AutoTokenizer.from_pretrained(tiny).decode([1, 2], clean_up_tokenization_spaces=False)
+    config = load_config({"run": {"steps": 1}, "model": {"path": str(tiny)}, "reward": {"function": "slime:of_text:rm"}})
+    scorer = make_scorer(config, None, Path.cwd() / "rewards.log")
+    await scorer.start()
+    try:
+        scored = await scorer.score(Group(4, Prompt("p:0", ASKED), (said("42"),), 7))
+    finally:
+        scorer.close()
+    assert (scored.trajectories[0].error, scored.trajectories[0].reward) == (None, len(text) + 2)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ class Judge:
     prompt: what the judge is told; `{prompt}` is the last message before the first answer, `{completion}` the last answer, `{conversation}`
       all messages, any other name a field of the prompt. Other braces stand for themselves.
     pattern: finds the score in the judge's answer, in its first group or whole; of several the last counts. Default: a number (8 of 8/10).
-    choices: words and what they are worth, `{yes: 1, no: 0}`, in place of numbers. Default pattern: one of the words.
+    choices: words and what they are worth, `{"yes": 1, "no": 0}`, in place of numbers. Default pattern: one of the words.
     low, high: the scale. A number outside is no score, and with both the reward is 0 at low and 1 at high.
     system: a system message. max_tokens: of the answer. extra: more members of the request's body.
     api_key_env: the environment variable with the key. It reaches this reward's process only, never a log or a run's directory.

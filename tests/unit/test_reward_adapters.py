@@ -80,6 +80,10 @@ def short(args, samples):
 async def ranks(args, samples):
     return [{"rank": s.index, "length": len(s.response)} for s in samples]
 
+def arrays(args, sample):
+    import numpy as np
+    return {"a": np.float32(0.5), "b": np.float32(0.25), "c": np.int64(3), "d": np.True_, "e": "text"}
+
 async def one(args, sample, **kwargs):
     return {"a": sample.reward is None, "b": 2.0}
 
@@ -197,6 +201,7 @@ def test_what_a_trl_function_lacks_or_breaks_is_said():
 def test_slime_functions():
     assert score("slime:bring_along:batched", [said(member=3), said(member=5)], {}, bonus=0.5)[0] == [3.5, 5.5]
     assert score("slime:bring_along:one", said(), {}, reward_key="a") == (True, {"score/b": 2.0})
+    assert score("slime:bring_along:arrays", said(), {}, reward_key="a") == (0.5, {"score/b": 0.25, "score/c": 3, "score/d": 1})
     with pytest.raises(RewardFailure, match="a dict with a, b: name the one to train by"):
         score("slime:bring_along:one", said(), {})
     with pytest.raises(AttributeError, match=r"args has no 'bonus': .* give it as reward\.options\.bonus"):

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from verst.errors import ExtensionError, RewardFailure, first_line
 from verst.extend import is_async
@@ -139,4 +142,5 @@ def _parts(value: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, float
     key = options.get("reward_key")
     if key not in value:
         raise RewardFailure(f"returned a dict with {', '.join(map(str, value))}: name the one to train by as reward.options.reward_key")
-    return value[key], {str(name): part for name, part in value.items() if name != key and isinstance(part, int | float)}
+    others = {str(name): float(part) for name, part in value.items() if name != key and isinstance(part, numbers.Real | np.bool_)}
+    return value[key], others

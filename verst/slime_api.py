@@ -70,13 +70,16 @@ class Sample:
             raise ValueError("trainable tokens need a log-probability each, which the engine returned")
         if not trainable and log_probs is not None:
             raise ValueError("tokens that are not trained have no log-probabilities")
-        before = self.response_length
-        self.tokens = [*self.tokens, *tokens]
+        if self.loss_mask is None:
+            self.loss_mask = [1] * self.response_length
+        if self.rollout_log_probs is None:
+            self.rollout_log_probs = [0.0] * self.response_length
+        added = list(tokens)  # all in place: the function may hold these lists by names of its own
+        self.tokens.extend(added)
         self.response += text or ""
-        self.response_length += len(tokens)
-        self.loss_mask = [*([1] * before if self.loss_mask is None else self.loss_mask), *[int(trainable)] * len(tokens)]
-        logprobs = [0.0] * before if self.rollout_log_probs is None else self.rollout_log_probs
-        self.rollout_log_probs = [*logprobs, *([0.0] * len(tokens) if log_probs is None else log_probs)]
+        self.response_length += len(added)
+        self.loss_mask.extend([int(trainable)] * len(added))
+        self.rollout_log_probs.extend([0.0] * len(added) if log_probs is None else log_probs)
         if meta_info is not None and update_terminal_info:
             self.update_from_meta_info(args, meta_info)
 
@@ -170,7 +173,7 @@ class GenerateState:
 
     def __init__(self, args: Any) -> None:
         self.args = args
-        self.tokenizer = _tokenizer(args.hf_checkpoint)
+        self.tokenizer = load_tokenizer(args.hf_checkpoint)
         self.processor = None
         self.aborted = False
 
@@ -181,7 +184,8 @@ def get_model_url(args: Any, model_name: str, endpoint: str = "/generate") -> st
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(path: str) -> Any:
+def load_tokenizer(path: str) -> Any:
+    """Of a directory. Raises `OSError` or `ValueError` if transformers finds none there."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -264,6 +264,31 @@ def test_an_option_of_another_algorithm_is_refused_by_name(name: str, option: st
         load_config(MINIMAL, [f"algorithm={{name: {name}, {option}}}"])
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "key"),
+    [
+        ("name: grpo, loss: 'own:loss', clip_low: 0.1", "clip_low"),
+        ("name: cispo, loss: 'own:loss', clip_high: 5.0", "clip_high"),
+        ("name: ppo, loss: 'own:loss', clip_high: 0.3", "clip_high"),
+        ("name: dapo, advantages: 'own:advantages', normalize_std: false", "normalize_std"),
+    ],
+)
+def test_what_a_users_own_function_never_reads_is_refused(algorithm: str, key: str):
+    own = "loss" if "clip" in key else "advantages"
+    with pytest.raises(ConfigError, match=rf"algorithm\.{key} does not apply: algorithm\.{own}, your own"):
+        load_config(MINIMAL, [f"algorithm={{{algorithm}}}"])
+    load_config(MINIMAL, [f"algorithm={{{algorithm}}}", f"algorithm.{key}=null"])
+    load_config(MINIMAL, [f"algorithm={{{algorithm}}}", f"algorithm.{own}=null"])
+
+
+def test_what_a_users_own_function_leaves_to_the_algorithm_is_accepted():
+    both = "loss: 'own:loss', advantages: 'own:advantages'"
+    options = "aggregate: constant, kl_coefficient: 0.1, kl_estimator: k2, overlong_share: 0.1, dynamic_sampling: true"
+    load_config(MINIMAL, [f"algorithm={{name: grpo, {both}, {options}}}"])
+    load_config(MINIMAL, ["algorithm={name: grpo, loss: 'own:loss', normalize_std: false}"])
+    load_config(MINIMAL, ["algorithm={name: grpo, advantages: 'own:advantages', clip_low: 0.1}"])
+
+
 def test_overrides_win_over_a_preset():
     algorithm = load_config(MINIMAL, ["algorithm={name: dapo, overlong_share: 0}", "algorithm.clip_high=0.25"]).algorithm
     assert isinstance(algorithm, DapoConfig)

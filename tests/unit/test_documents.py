@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+
+from verst.config.load import load_config
+from verst.rewards.judge import Judge
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -60,3 +64,24 @@ def test_files_named_in_a_page_exist(page: Path):
     assert not missing
     linked = re.findall(r"\]\(((?!https?:)[^)#]+)", text)
     assert not [target for target in linked if not (page.parent / target).exists()]
+
+
+REWARDS = (DOCS / "rewards.md").read_text(encoding="utf-8")
+RUN = {"run": {"steps": 1}, "model": {"path": "m"}}
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", REWARDS, re.DOTALL))
+def test_a_part_of_a_run_file_in_the_page_of_rewards_loads(block: str, tmp_path: Path):
+    (tmp_path / "run.yaml").write_text(yaml.dump(RUN) + block)
+    load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("option", re.findall(r"`([\w.]+: [^`]+)`", REWARDS))
+def test_an_option_in_the_page_of_rewards_loads(option: str):
+    name, _, value = option.partition(": ")
+    load_config(RUN, [f"reward.options.{name.removeprefix('reward.options.')}={value}"])
+
+
+def test_the_words_that_the_judge_shows_load():
+    (shown,) = re.findall(r"`(\{[^`]*: [^`]*\})`", str(Judge.__doc__))
+    assert load_config(RUN, [f"reward.options.choices={shown}"]).reward.options == {"choices": {"yes": 1, "no": 0}}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.processes import lives
@@ -109,12 +110,21 @@ def test_a_share_that_is_none_is_refused(limit: Any):
         ("", "returned '' of type str"),
         ({2: "x"}, r"member '2' of type int: give an index of group.trajectories, 0 to 1"),
         ({True: "x"}, "member 'True'"),
+        ({np.True_: "x"}, "member 'True'"),
+        ({np.int64(-1): "x"}, "member '-1' of type int64"),
+        ({0.0: "x"}, "member '0.0' of type float"),
+        ({"0": "x"}, "member '0' of type str"),
         ({0: None}, "for 'None' of type NoneType: give the reason as text"),
     ],
 )
 def test_an_answer_that_is_none_is_refused(answer: Any, words: str):
     with pytest.raises(CallFailed, match=words):
         verdict_of(answer, make_group(["a", "b"]))
+
+
+def test_members_may_be_numpys_integers():
+    verdict = verdict_of(dict.fromkeys(np.flatnonzero([True, False, True]), "bad"), make_group(["a", "b", "c"]))
+    assert verdict == {"0": "bad", "2": "bad"}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +25,7 @@ from verst.rewards.judge import Judge, Scale
 from verst.rewards.metrics import recording
 from verst.rewards.scorer import Scorer
 from verst.rewards.spec import RewardSpec
+from verst.runtime.batching import describe
 from verst.types import FinishReason, Group, Message, Prompt, Status, Trajectory, Turn
 
 KEY = "sk-very-secret-0123456789"
@@ -101,6 +103,13 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("verst.rewards.endpoint._FIRST_PAUSE_S", 0.01)
 
 
+def counted(**counts: float) -> dict[str, float]:
+    """What the judge records: all that it counts, 0 where nothing is said of it."""
+    names = ("requests", "cached", "retries", "prompt_tokens", "completion_tokens")
+    assert counts.keys() <= set(names)
+    return {f"score/judge/{name}": counts.get(name, 0) for name in names}
+
+
 def judge(service: Service, **options: Any) -> Judge:
     made = Judge(**{"base_url": service.url, "model": "m", "prompt": "Judge {completion} by {answer}", **options})
     made.open()
@@ -128,7 +137,7 @@ async def test_what_is_asked_and_counted(service: Service):
     made = judge(service, prompt="{prompt} {answer} {completion} {not a field} {}", system="Be strict.", extra={"seed": 1})
     score, recorded = await asked(made, "{answer}")
     assert score == 7
-    assert recorded == {"score/judge/requests": 1, "score/judge/prompt_tokens": 20, "score/judge/completion_tokens": 3}
+    assert recorded == counted(requests=1, prompt_tokens=20, completion_tokens=3)
     content = "6 * 7? 42 {answer} {not a field} {}"  # what a completion has in braces is not filled in
     messages = [{"role": "system", "content": "Be strict."}, {"role": "user", "content": content}]
     assert service.bodies == [{"model": "m", "temperature": 0, "max_tokens": 512, "seed": 1, "messages": messages}]
@@ -198,14 +207,34 @@ async def test_the_same_is_asked_once(service: Service, tmp_path: Path):
     service.script = lambda _: time.sleep(0.05) or "1"
     made = judge(service, cache=str(tmp_path / "answers.sqlite"))
     found = await asyncio.gather(*(asked(made) for _ in range(4)))
-    assert sorted(recorded.get("score/judge/cached", 0) for _, recorded in found) == [0, 1, 1, 1]
+    assert sorted(recorded["score/judge/cached"] for _, recorded in found) == [0, 1, 1, 1]
     again = await asked(judge(service, cache=str(tmp_path / "answers.sqlite")))  # another process would find it too
-    assert again == (1, {"score/judge/cached": 1})
+    assert again == (1, counted(cached=1))
     assert len(service.bodies) == 1
     await asked(judge(service, cache=str(tmp_path / "answers.sqlite"), model="other"))
     assert len(service.bodies) == 2
     with pytest.raises(ExtensionError, match=r"cache .*nowhere.* cannot be used"):
         judge(service, cache=str(tmp_path / "nowhere/answers.sqlite"))
+
+
+async def test_costs_are_means_over_all_that_were_judged(service: Service):
+    """One request for four equal answers, with 20 + 3 tokens: each trajectory has the counts, also where nothing was spent on it."""
+    service.script = lambda _: time.sleep(0.05) or "1"
+    made = judge(service)
+    found = [recorded for _, recorded in await asyncio.gather(*(asked(made) for _ in range(4)))]
+    assert sorted(found, key=lambda recorded: recorded["score/judge/cached"]) == [
+        counted(requests=1, prompt_tokens=20, completion_tokens=3),
+        *[counted(cached=1)] * 3,
+    ]
+    trajectories = tuple(replace(said("42", i), reward=1.0, info=recorded) for i, recorded in enumerate(found))
+    told = describe([Group(0, Prompt("p:0", ()), trajectories, 0)], [], version=0)
+    assert {name: told[name] for name in counted()} == counted(requests=0.25, cached=0.75, prompt_tokens=5, completion_tokens=0.75)
+
+
+async def test_a_trajectory_that_cannot_be_judged_has_cost_nothing(service: Service):
+    with recording() as recorded, pytest.raises(RewardFailure, match="of which the task knows nothing"):
+        await judge(service, prompt="{gold}")(said("42"), {})
+    assert recorded == counted()
 
 
 @pytest.mark.parametrize(
@@ -277,9 +306,7 @@ async def test_in_its_process_the_example_fails_one_trajectory_alone(service: Se
     assert wrong.status is Status.FAILED
     assert str(wrong.error).startswith("reward judge failed: the judge's answer has no score")
     assert "'I cannot say.'" in str(wrong.error)
-    assert (
-        wrong.info == right.info == {f"score/judge/{n}": v for n, v in (("requests", 1), ("prompt_tokens", 20), ("completion_tokens", 3))}
-    )
+    assert wrong.info == right.info == counted(requests=1, prompt_tokens=20, completion_tokens=3)
     assert set(service.keys) == {f"Bearer {KEY}"}
     assert KEY not in (tmp_path / "log").read_text()
 

@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from tests.loop.local import local_run
+from verst.config.load import load_config
 from verst.errors import ExtensionError, RewardFailure
 from verst.rewards import adapters
 from verst.rewards.metrics import record, recording
 from verst.rewards.scorer import Scorer
 from verst.rewards.spec import RewardSpec
+from verst.runtime.shared_scorer import make_scorer
 from verst.types import FinishReason, Group, Message, Prompt, Status, Trajectory, Turn
 
 EXAMPLES = Path(__file__).parents[2] / "examples/rewards"
@@ -42,6 +45,12 @@ def old_ids(completions_ids, **kwargs):
 
 def elsewhere(completions, **kwargs):
     return [None] * len(completions)
+
+def unknown(completions, **kwargs):
+    return [float("nan") if c == "" else float(len(c)) for c in completions]
+
+def endless(completions, **kwargs):
+    return [float("inf") if c == "" else 2.0 for c in completions]
 
 def column(completions, solution):
     return [0.0]
@@ -71,6 +80,10 @@ def short(args, samples):
 async def ranks(args, samples):
     return [{"rank": s.index, "length": len(s.response)} for s in samples]
 
+def arrays(args, sample):
+    import numpy as np
+    return {"a": np.float32(0.5), "b": np.float32(0.25), "c": np.int64(3), "d": np.True_, "e": "text"}
+
 async def one(args, sample, **kwargs):
     return {"a": sample.reward is None, "b": 2.0}
 
@@ -94,7 +107,7 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), str(EXAMPLES), *sys.path])
     yield
-    for name in [name for name in sys.modules if name.split(".")[0] in ("slime", "miles", "bring_along")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("slime", "miles", "bring_along", "bring_along_too")]:
         del sys.modules[name]
 
 
@@ -132,6 +145,31 @@ def test_trl_functions_are_summed_with_weights_and_none_does_not_count():
         score("trl:bring_along:plain", said(), {}, weights=[1, 2])
 
 
+def test_nan_is_none_where_there_are_several_trl_functions():
+    """TRL makes None NaN, sums what is not, and means what is not."""
+    several = "trl:bring_along:plain+bring_along:unknown"
+    assert score(several, said(""), {}, conversational=False, weights=[1, 10]) == (0, {"score/plain": 0})
+    with pytest.raises(RewardFailure, match="None for this prompt"):
+        score("trl:bring_along:elsewhere+bring_along:unknown", said(""), {}, conversational=False)
+    group = [said("four", 0), said("", 1), said("42", 2)]
+    value, recorded = score(several, group, {}, conversational=False, whole_group=True)
+    assert (value, recorded) == ([8, 0, 4], {"score/plain": 2, "score/unknown": 3})
+    assert np.isnan(score("trl:bring_along:unknown", said(""), {}, conversational=False)[0])  # which the worker refuses
+
+
+def test_what_is_infinite_fails_its_trajectory_alone():
+    group = [said("four", 0), said("", 1)]
+    value, recorded = score("trl:bring_along:plain+bring_along:endless", group, {}, conversational=False, whole_group=True)
+    assert (value, recorded) == ([6, float("inf")], {"score/plain": 2, "score/endless": 2})  # the worker refuses the second
+
+
+def test_trl_functions_of_one_name_have_metrics_apart(tmp_path: Path):
+    (tmp_path / "bring_along_too.py").write_text("def plain(completions, **kwargs):\n    return [100.0]\n")
+    several = "trl:bring_along:plain+bring_along_too:plain+bring_along:old_ids"
+    value, recorded = score(several, said("four"), {}, conversational=False)
+    assert (value, recorded) == (106, {"score/bring_along:plain": 4, "score/bring_along_too:plain": 100, "score/old_ids": 2})
+
+
 def test_functions_that_compare_completions_are_called_once_for_a_group():
     group = [said("four", 0), said("1", 1), said("", 2)]
     assert score("trl:bring_along:longest", group, {}, conversational=False, whole_group=True)[0] == [1, 0, 0]
@@ -163,6 +201,7 @@ def test_what_a_trl_function_lacks_or_breaks_is_said():
 def test_slime_functions():
     assert score("slime:bring_along:batched", [said(member=3), said(member=5)], {}, bonus=0.5)[0] == [3.5, 5.5]
     assert score("slime:bring_along:one", said(), {}, reward_key="a") == (True, {"score/b": 2.0})
+    assert score("slime:bring_along:arrays", said(), {}, reward_key="a") == (0.5, {"score/b": 0.25, "score/c": 3, "score/d": 1})
     with pytest.raises(RewardFailure, match="a dict with a, b: name the one to train by"):
         score("slime:bring_along:one", said(), {})
     with pytest.raises(AttributeError, match=r"args has no 'bonus': .* give it as reward\.options\.bonus"):
@@ -180,7 +219,21 @@ def test_a_sample_has_what_slime_publishes():
     assert (sample.group_index, sample.index, sample.response, sample.response_length, sample.label) == (4, 3, "42", 2, "42")
     assert (sample.tokens, sample.loss_mask, sample.rollout_log_probs) == ([1, 2, 5, 6], [1, 1], [-0.5, -0.25])
     assert (sample.metadata, sample.weight_versions, sample.status.value) == ({"k": 1}, ["7"], "completed")
-    assert sample.prompt[-1] == {"role": "user", "content": "6 * 7?"}
+    assert sample.prompt == [{"role": m.role, "content": m.content} for m in ASKED]  # no model is known outside of a run
+
+
+async def test_a_reward_of_slime_gets_the_runs_tokenizer(tiny: Path):
+    """`prompt` is text, as published functions have it, of the very tokens that the policy was given."""
+    (Path.cwd() / "of_text.py").write_text("def rm(args, sample):\n    return len(sample.prompt + sample.response)\n")
+    text = AutoTokenizer.from_pretrained(tiny).decode([1, 2], clean_up_tokenization_spaces=False)
+    config = load_config({"run": {"steps": 1}, "model": {"path": str(tiny)}, "reward": {"function": "slime:of_text:rm"}})
+    scorer = make_scorer(config, None, Path.cwd() / "rewards.log")
+    await scorer.start()
+    try:
+        scored = await scorer.score(Group(4, Prompt("p:0", ASKED), (said("42"),), 7))
+    finally:
+        scorer.close()
+    assert (scored.trajectories[0].error, scored.trajectories[0].reward) == (None, len(text) + 2)
 
 
 @pytest.mark.parametrize(

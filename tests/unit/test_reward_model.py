@@ -84,9 +84,43 @@ async def test_a_batch_that_breaks_fails_those_in_it(path: Path, monkeypatch: py
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(model, "_forward", broken)
-    with pytest.raises(RewardFailure, match="broke on a batch of 1: out of memory"):
+    with pytest.raises(RewardFailure, match="broke on a batch of 1: RuntimeError: out of memory"):
         await model(said("1"), {})
     assert await model(said("1"), {}) == pytest.approx(expected(path, "1"), abs=1e-5)
+
+
+async def test_whatever_a_forward_pass_raises_is_told_to_its_batch_at_once(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Embeddings on a CPU raise IndexError, which is no RuntimeError: nobody may be left to wait for a score that cannot come."""
+    model = RewardModel(str(path), max_batch=2)
+    model.open()
+    forward, broken = model._forward, [IndexError("index out of range in self")]
+    monkeypatch.setattr(model, "_forward", lambda rows: (_ for _ in ()).throw(broken.pop()) if broken else forward(rows))
+    asked = asyncio.gather(*(model(said(text), {}) for text in ("1", "22", "no")), return_exceptions=True)
+    *failed, score = await asyncio.wait_for(asked, 20)
+    assert [str(failure) for failure in failed] == ["the reward model broke on a batch of 2: IndexError: index out of range in self"] * 2
+    assert all(isinstance(failure, RewardFailure) for failure in failed)
+    assert score == pytest.approx(expected(path, "no"), abs=1e-5)
+    assert await model(said("1"), {}) == pytest.approx(expected(path, "1"), abs=1e-5)
+
+
+async def test_a_token_that_the_model_does_not_know_fails_its_conversation_alone(path: Path, tmp_path: Path):
+    """On a GPU it would break the process with all that is in it."""
+    known = len(AutoTokenizer.from_pretrained(path))
+    odd = write(tmp_path / "odd")
+    tokenizer = AutoTokenizer.from_pretrained(odd)
+    tokenizer.add_tokens(["<later>"])
+    tokenizer.save_pretrained(odd)
+    LlamaForSequenceClassification.from_pretrained(path).save_pretrained(odd)
+    model = RewardModel(str(odd))
+    model.open()
+    right, wrong = await asyncio.wait_for(asyncio.gather(*(model(said(t), {}) for t in ("22", "<later>")), return_exceptions=True), 20)
+    assert right == pytest.approx(expected(path, "22"), abs=1e-5)
+    assert isinstance(wrong, RewardFailure)
+    assert str(wrong) == f"the conversation has token {known}, and the reward model knows those below {known}"
+    tokenizer.pad_token = "<later>"
+    tokenizer.save_pretrained(odd)
+    with pytest.raises(ExtensionError, match=f"pads with token {known}, and knows those below {known}"):
+        RewardModel(str(odd)).open()
 
 
 def test_what_is_no_reward_model(tmp_path: Path):

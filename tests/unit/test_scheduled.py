@@ -83,6 +83,18 @@ def test_what_cannot_change_is_told_at_the_start(changes: str, message: str):
         config_of(f"run.changes={changes}")
 
 
+@pytest.mark.parametrize(
+    ("own", "changed"),
+    [("loss", "algorithm.clip_low: 0.1"), ("loss", "algorithm.clip_high: 0.1"), ("advantages", "algorithm.normalize_std: false")],
+)
+def test_a_change_of_what_is_never_read_is_refused(own: str, changed: str):
+    changes = f"run.changes=[{{step: 2, options: {{{changed}}}}}]"
+    config_of(changes)
+    key = changed.partition(":")[0].replace(".", r"\.")
+    with pytest.raises(ConfigError, match=rf"run\.changes, step 2: {key} does not apply: algorithm\.{own}, your own"):
+        config_of(changes, algorithm={"name": "grpo", own: f"own:{own}"})
+
+
 def test_a_backend_trains_each_step_by_what_holds_in_it(path: str):
     """The rate, the clip and the loss: in step 2 alone they differ from those of a run without changes."""
     options = {"algorithm": {"name": "grpo", "kl_coefficient": 0.1}, "train": {"clip_norm": 1e6}}

@@ -298,6 +298,40 @@ async def test_the_prompt_without_the_template():
     assert engine.requests[0].tokens_T.tolist() == ids("6x7?")
 
 
+def test_lists_that_a_function_holds_grow_with_the_sample():
+    """slime's extend in place, so a function may keep them by names of its own."""
+    sample = Sample(tokens=[1, 2], response_length=1)
+    tokens = sample.tokens
+    sample.append_response_tokens(tokens=[3], trainable=False)
+    mask, logprobs = sample.loss_mask, sample.rollout_log_probs
+    sample.append_response_tokens(tokens=[4, 5], log_probs=[-0.5, -0.25])
+    assert (tokens, mask, logprobs, sample.response_length) == ([1, 2, 3, 4, 5], [1, 0, 1, 1], [0.0, 0.0, -0.5, -0.25], 4)
+    assert (sample.tokens, sample.loss_mask, sample.rollout_log_probs) == (tokens, mask, logprobs)
+
+
+async def test_a_reward_is_given_the_prompt_that_the_generate_function_was_given(tiny: Path):
+    given: list[Any] = []
+
+    async def noted(args: Any, sample: Any, sampling_params: dict[str, Any]) -> Any:
+        given.append(sample.prompt)
+        return await plain(args, sample, sampling_params)
+
+    def reward(args: Any, sample: Any) -> float:
+        given.append(sample.prompt)
+        assert args.hf_checkpoint == str(tiny)
+        return float((sample.prompt + sample.response).endswith("assistant\n42"))
+
+    trajectory = await rolled(FakeEngine([[*ids("42"), END]]), noted)
+    assert rewards.adapt("mine", reward, {}, str(tiny))(trajectory, {}) == 1
+    assert rewards.adapt("mine", reward, {"hf_checkpoint": str(tiny)}, "elsewhere")(trajectory, {}) == 1
+    assert given == [TEXT] * 3
+    trajectory = await rolled(FakeEngine([[*ids("42"), END]]), noted, apply_chat_template=False)
+    rewards.adapt("mine", reward, {"apply_chat_template": False}, str(tiny))(trajectory, {})
+    assert given[3:] == ["6x7?"] * 2
+    with pytest.raises(ExtensionError, match=r"nowhere has no tokenizer .*: name its directory as reward\.options\.hf_checkpoint, or set"):
+        rewards.adapt("mine", reward, {}, "/nowhere")
+
+
 async def wrong(args: Any, sample: Any) -> Any: ...
 
 

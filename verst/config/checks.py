@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from verst.config import scheduled
 from verst.config.algorithms import (
+    ClippedConfig,
     ComparingConfig,
     CorrectionConfig,
     DistillConfig,
     DpoConfig,
+    GroupRelativeConfig,
     OfflineConfig,
     PolicyGradientConfig,
     PpoConfig,
@@ -24,6 +26,7 @@ from verst.config.algorithms import (
 from verst.config.evaluated import best_metrics, evaluated
 
 if TYPE_CHECKING:
+    from verst.config.algorithms import AlgorithmConfig
     from verst.config.schema import Config
 
 PAIR = frozenset({"chosen", "rejected"})
@@ -69,8 +72,17 @@ def inapplicable(config: Config) -> dict[str, str]:
             reasons |= _each(_ROLLED_AND_SCORED, why)
     if isinstance(algorithm, DistillConfig) and not is_given(config, "reward.function"):
         reasons["reward.function"] = "distill learns from its teacher, and scores what it trains only by a reward that is named"
+    return reasons | _unread_by_gradients(algorithm)
+
+
+def _unread_by_gradients(algorithm: AlgorithmConfig) -> dict[str, str]:
+    reasons: dict[str, str] = {}
     if isinstance(algorithm, PolicyGradientConfig) and not algorithm.kl_coefficient:
         reasons |= _each(("algorithm.kl_in", "algorithm.kl_estimator"), "algorithm.kl_coefficient is 0, so there is no KL term")
+    if isinstance(algorithm, ClippedConfig) and algorithm.loss is not None:
+        reasons |= _each(("algorithm.clip_low", "algorithm.clip_high"), "algorithm.loss, your own, has whatever bounds it has")
+    if isinstance(algorithm, GroupRelativeConfig) and algorithm.advantages is not None:
+        reasons["algorithm.normalize_std"] = "algorithm.advantages, your own, divides by whatever it does"
     return reasons
 
 
@@ -87,9 +99,10 @@ def _untracked(config: Config) -> dict[str, str]:
 
 def problems(config: Config) -> list[str]:
     """Everything that is wrong between valid options."""
+    reasons = inapplicable(config)
     unread = [
         f"{key} does not apply: {why}. Remove it, or set {key}=null on the command line"
-        for key, why in inapplicable(config).items()
+        for key, why in reasons.items()
         if is_given(config, key) and not _switched_off(config, key)
     ]
     return [
@@ -101,7 +114,7 @@ def problems(config: Config) -> list[str]:
         *_critic_problems(config),
         *_size_problems(config),
         *_engine_problems(config),
-        *scheduled.problems(config),
+        *scheduled.problems(config, reasons),
         *_teacher_problems(config),
     ]
 

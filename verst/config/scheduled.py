@@ -49,8 +49,8 @@ def lines(config: Config) -> list[str]:
     ]
 
 
-def problems(config: Config) -> list[str]:
-    """What is wrong with `run.changes`."""
+def problems(config: Config, inapplicable: Mapping[str, str]) -> list[str]:
+    """What is wrong with `run.changes`. `inapplicable`: options that the run never reads, with the reasons."""
     found = []
     steps = [change.step for change in config.run.changes]
     if steps != sorted(set(steps)):
@@ -58,7 +58,7 @@ def problems(config: Config) -> list[str]:
     if steps and steps[-1] > config.run.steps:
         found.append(f"run.changes has step {steps[-1]}, but run.steps is {config.run.steps}: it would never come")
     for change in config.run.changes:
-        told = (_problem(config, key, value) for key, value in change.options.items())
+        told = (_problem(config, key, value, inapplicable) for key, value in change.options.items())
         found += [f"run.changes, step {change.step}: {problem}" for problem in told if problem is not None]
     return found
 
@@ -68,13 +68,15 @@ def value_of(config: Config, key: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-def _problem(config: Config, key: str, value: Any) -> str | None:
+def _problem(config: Config, key: str, value: Any, inapplicable: Mapping[str, str]) -> str | None:
     if key not in SCHEDULABLE:
         return f"{key} cannot change at a step; what can: {', '.join(SCHEDULABLE)}"
     section, name = key.split(".")
     part = getattr(config, section)
     if name not in type(part).model_fields:
         return f"{config.algorithm.name} has no {key}"
+    if key in inapplicable:
+        return f"{key} does not apply: {inapplicable[key]}"
     if key == "algorithm.kl_coefficient" and not part.kl_coefficient:
         return f"{key} is 0 before, so no reference model is kept: begin with a value above 0, if ever so small"
     try:

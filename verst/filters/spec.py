@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from verst.errors import CallFailed, ExtensionError
 from verst.extend import is_async, load, made
@@ -57,9 +60,13 @@ def verdict_of(answer: Any, group: Group) -> Verdict:
 
 
 def _member(member: Any, group: Group) -> int:
-    if isinstance(member, bool) or not isinstance(member, int) or not 0 <= member < len(group.trajectories):
+    try:
+        index = -1 if isinstance(member, bool | np.bool_) else operator.index(member)  # NumPy's integers are indices too
+    except TypeError:
+        index = -1
+    if not 0 <= index < len(group.trajectories):
         raise CallFailed(f"leaves out member {_shown(member)}: give an index of group.trajectories, 0 to {len(group.trajectories) - 1}")
-    return member
+    return index
 
 
 def _reason(reason: Any) -> str:

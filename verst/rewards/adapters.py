@@ -24,13 +24,16 @@ def parts(reference: str) -> tuple[str, Sequence[str]] | None:
     return prefix, rest.split(trl.SEVERAL) if prefix == "trl" else [rest]
 
 
-def build(framework: str, references: Sequence[str], options: Mapping[str, Any]) -> Any:
-    """The reward, ready to call. Raises `ExtensionError` for what cannot be imported, does not fit, or an option that is unknown."""
+def build(framework: str, references: Sequence[str], options: Mapping[str, Any], model: str | None = None) -> Any:
+    """The reward, ready to call. `model`: the policy's directory.
+
+    Raises `ExtensionError` for what cannot be imported, does not fit, or an option that is unknown.
+    """
     if framework == "slime":
         make_importable()
         function = load(references[0], shipped={}, kind="reward")
         _require_function(references[0], function)
-        return slime.adapt(references[0], function, options)
+        return slime.adapt(references[0], function, options, model)
     functions = {reference: load(reference, shipped={}, kind="reward") for reference in references}
     for reference, function in functions.items():
         _require_function(reference, function)

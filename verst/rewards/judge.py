@@ -25,6 +25,7 @@ _SCORE = rf"(?<![\w./])(?<!/ ){_NUMBER}"
 """A number, but not the scale that many judges write behind theirs: 8/10 is 8."""
 _FIELD = re.compile(r"\{(\w+)\}")
 _SHOWN = 120
+_COUNTED = ("requests", "cached", "retries", "prompt_tokens", "completion_tokens")
 
 
 class Scale:
@@ -70,7 +71,7 @@ class Judge:
     prompt: what the judge is told; `{prompt}` is the last message before the first answer, `{completion}` the last answer, `{conversation}`
       all messages, any other name a field of the prompt. Other braces stand for themselves.
     pattern: finds the score in the judge's answer, in its first group or whole; of several the last counts. Default: a number (8 of 8/10).
-    choices: words and what they are worth, `{yes: 1, no: 0}`, in place of numbers. Default pattern: one of the words.
+    choices: words and what they are worth, `{"yes": 1, "no": 0}`, in place of numbers. Default pattern: one of the words.
     low, high: the scale. A number outside is no score, and with both the reward is 0 at low and 1 at high.
     system: a system message. max_tokens: of the answer. extra: more members of the request's body.
     api_key_env: the environment variable with the key. It reaches this reward's process only, never a log or a run's directory.
@@ -78,7 +79,8 @@ class Judge:
       429, 5xx), with growing pauses, or after the pause that `Retry-After` asks for. timeout_s: of one request.
     cache: a file (SQLite) that keeps answers by everything that was asked, for other workers and runs; default: memory of this process.
 
-    Records `judge/requests`, `judge/cached`, `judge/retries`, `judge/prompt_tokens` and `judge/completion_tokens`.
+    Records `judge/requests`, `judge/cached`, `judge/retries`, `judge/prompt_tokens` and `judge/completion_tokens` of every trajectory: what
+    a request costs counts for the one that asked first, and the others that wait for its answer have 1 of `cached` and 0 of the rest.
     """
 
     SECRETS = ("api_key_env",)
@@ -126,6 +128,8 @@ class Judge:
         self._endpoint = Endpoint(self._url, key, self._limits)
 
     async def __call__(self, trajectory: Trajectory, fields: Mapping[str, Any]) -> float:
+        for name in _COUNTED:
+            record(f"judge/{name}", 0)  # means are over those that have it: who costs nothing counts too
         messages = [] if self._system is None else [{"role": "system", "content": self._system}]
         return await self._ask({**self._body, "messages": [*messages, {"role": "user", "content": self._filled(trajectory, fields)}]})
 
@@ -155,6 +159,7 @@ class Judge:
         if asking is not None:
             record("judge/cached", 1)
         else:
+            # the task has this trajectory's context, so its costs are recorded there, for as long as that one waits
             asking = self._asked[key] = asyncio.create_task(self._ask_anew(key, body))
             asking.add_done_callback(lambda done: (self._asked.pop(key), done.cancelled() or done.exception()))
         return await asyncio.shield(asking)  # its answer is paid for, and others may wait for it

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verst.errors import ExtensionError, RewardFailure
+from verst.isolated.served import attempt
 from verst.rewards.conversation import as_dicts, as_text
 from verst.types import Trajectory
 
@@ -61,6 +63,7 @@ class RewardModel:
         if report["missing_keys"]:  # its head would be random numbers
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise ExtensionError(f"reward_model: {self._path} has no weights for {missing}: it is no sequence classification model")
+        self._known = self._model.get_input_embeddings().num_embeddings
         self._pad(config)
         self._model.eval().to(self._device)
         self._room = self._max_tokens or getattr(config, "max_position_embeddings", None)
@@ -72,12 +75,20 @@ class RewardModel:
             pad = config.pad_token_id
         if pad is None and self._max_batch > 1:
             raise ExtensionError(f"reward_model: {self._path} has no padding token: set pad_token in its tokenizer, or max_batch to 1")
+        if pad is not None and pad >= self._known and self._max_batch > 1:
+            raise ExtensionError(
+                f"reward_model: {self._path} pads with token {pad}, and knows those below {self._known}: set another pad_token in its "
+                "tokenizer, or max_batch to 1"
+            )
         self._pad_id = self._model.config.pad_token_id = pad
 
     async def __call__(self, trajectory: Trajectory, fields: Mapping[str, Any]) -> float:
         tokens = self._tokens(trajectory)
         if self._room is not None and len(tokens) > self._room:
             raise RewardFailure(f"the conversation has {len(tokens)} tokens, and the reward model takes {self._room}")
+        largest = max(tokens, default=0)
+        if largest >= self._known:  # a tokenizer may have more; a whole batch would break of it, and on a GPU the process
+            raise RewardFailure(f"the conversation has token {largest}, and the reward model knows those below {self._known}")
         score = asyncio.get_running_loop().create_future()
         self._waiting.append((tokens, score))
         if self._running is None or self._running.done():
@@ -98,16 +109,15 @@ class RewardModel:
     async def _score(self, batch: Sequence[tuple[list[int], asyncio.Future[float]]]) -> None:
         if not batch:
             return  # their callers' deadlines have passed
-        try:
-            found = await asyncio.to_thread(self._forward, [tokens for tokens, _ in batch])
-        except RuntimeError as error:  # torch's: out of memory, an index out of range
-            for _, score in batch:
-                if not score.done():
-                    score.set_exception(RewardFailure(f"the reward model broke on a batch of {len(batch)}: {error}"))
-            return
-        for (_, score), value in zip(batch, found, strict=True):
-            if not score.done():
-                score.set_result(value)
+        found, error = await asyncio.to_thread(attempt, partial(self._forward, [tokens for tokens, _ in batch]))
+        for place, (_, score) in enumerate(batch):
+            if score.done():
+                continue
+            if error is None:
+                score.set_result(found[place])
+            else:  # whatever it is: a caller that is not told waits for its whole deadline, and so do those that come later
+                reason = f"the reward model broke on a batch of {len(batch)}: {type(error).__name__}: {error}"
+                score.set_exception(RewardFailure(reason))
 
     def _forward(self, rows: Sequence[Sequence[int]]) -> list[float]:
         import torch

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from verst.errors import ExtensionError, RewardFailure
+import numpy as np
+
+from verst.errors import ExtensionError, RewardFailure, first_line
 from verst.extend import is_async
 from verst.rewards.conversation import as_dicts, as_text, split
 from verst.rewards.grouped import one_each
 from verst.rewards.metrics import record
-from verst.slime_api import GENERATED, label_of, make_arguments, metadata_of, sample_class
-from verst.types import NO_VERSION, Status, Trajectory
+from verst.slime_api import GENERATED, label_of, load_tokenizer, make_arguments, metadata_of, sample_class
+from verst.types import NO_VERSION, Message, Status, Trajectory
 
 EXPECTED = "async def rm(args, sample) -> float, or async def rm(args, samples) -> list of float"
 
@@ -32,18 +35,24 @@ def check_signature(name: str, signature: inspect.Signature) -> None:
         ) from error
 
 
-def adapt(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> Any:
-    """A reward of Verst. `options` are the attributes of `args`; label_key, metadata_key and reward_key mean what they do in slime."""
+def adapt(name: str, function: Callable[..., Any], options: Mapping[str, Any], model: str | None = None) -> Any:
+    """A reward of Verst. `options` are the attributes of `args`; label_key, metadata_key and reward_key mean what they do in slime.
+
+    So do hf_checkpoint, by default `model`, and apply_chat_template, by default true: a sample's prompt is the text that the policy was
+    given. Without either it is what the data has. Raises `ExtensionError` if there is no tokenizer.
+    """
+    options = {"hf_checkpoint": model, "apply_chat_template": True} | dict(options)
     signature = inspect.signature(function)
     check_signature(name, signature)
     batched = list(signature.parameters)[1:2] == ["samples"]
-    args = make_arguments("reward.options", options)
+    args = make_arguments("reward.options", {key: value for key, value in options.items() if (key, value) != ("hf_checkpoint", None)})
+    tokenizer = _tokenizer(name, options)
 
     def call(trajectory: Trajectory, fields: Mapping[str, Any]) -> Any:
-        return function(args, _sample(trajectory, fields, options))
+        return function(args, _sample(trajectory, fields, options, tokenizer))
 
     def call_group(trajectories: Sequence[Trajectory], fields: Mapping[str, Any]) -> Any:
-        return function(args, [_sample(trajectory, fields, options) for trajectory in trajectories])
+        return function(args, [_sample(trajectory, fields, options, tokenizer) for trajectory in trajectories])
 
     def plain(trajectory: Trajectory, fields: Mapping[str, Any]) -> Any:
         return _value(call(trajectory, fields), options)
@@ -61,7 +70,28 @@ def adapt(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -
     return kinds[batched][is_async(function)]
 
 
-def _sample(trajectory: Trajectory, fields: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+def _tokenizer(name: str, options: Mapping[str, Any]) -> Any:
+    """None: prompts are not shown through the chat template."""
+    path = options["hf_checkpoint"]
+    if path is None or not options["apply_chat_template"]:
+        return None
+    try:
+        return load_tokenizer(path)
+    except (OSError, ValueError) as error:
+        raise ExtensionError(
+            f"reward {name!r}: {path} has no tokenizer ({first_line(error)}), by which sample.prompt would be text: name its directory as "
+            "reward.options.hf_checkpoint, or set reward.options.apply_chat_template=false"
+        ) from error
+
+
+def _prompt(trajectory: Trajectory, opening: Sequence[Message], first: int, tokenizer: Any) -> Any:
+    """As the generate function's sample has it (`verst.rollout.slime`); of the tokens, which is what the policy was given."""
+    if tokenizer is not None:
+        return tokenizer.decode(trajectory.tokens_T[:first].tolist(), clean_up_tokenization_spaces=False)
+    return opening[0].content if len(opening) == 1 else as_dicts(opening)
+
+
+def _sample(trajectory: Trajectory, fields: Mapping[str, Any], options: Mapping[str, Any], tokenizer: Any) -> Any:
     opening, answer = split(trajectory)
     first = trajectory.turns[0].generated if trajectory.turns else len(trajectory.tokens_T)
     group, _, member = trajectory.id.partition("/")
@@ -71,7 +101,7 @@ def _sample(trajectory: Trajectory, fields: Mapping[str, Any], options: Mapping[
     values = {
         "group_index": int(group),
         "index": int(member),
-        "prompt": as_dicts(opening),
+        "prompt": _prompt(trajectory, opening, first, tokenizer),
         "tokens": trajectory.tokens_T.tolist(),
         "response": as_text(answer),
         "response_length": len(trajectory.tokens_T) - first,
@@ -112,4 +142,5 @@ def _parts(value: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, float
     key = options.get("reward_key")
     if key not in value:
         raise RewardFailure(f"returned a dict with {', '.join(map(str, value))}: name the one to train by as reward.options.reward_key")
-    return value[key], {str(name): part for name, part in value.items() if name != key and isinstance(part, int | float)}
+    others = {str(name): float(part) for name, part in value.items() if name != key and isinstance(part, numbers.Real | np.bool_)}
+    return value[key], others

@@ -20,18 +20,19 @@ if TYPE_CHECKING:
 class RewardSpec:
     """A reward by reference (a shipped name, `module:name`, or that with an adapter's prefix), or pickled by value in `function`.
 
-    `options` are its keyword arguments.
+    `options` are its keyword arguments. `model`: the policy's directory, if it is known; slime's functions see its chat template.
     """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     function: bytes | None = None
+    model: str | None = None
 
     @classmethod
-    def of(cls, config: RewardConfig, function: Callable[..., Any] | None = None) -> RewardSpec:
+    def of(cls, config: RewardConfig, function: Callable[..., Any] | None = None, model: str | None = None) -> RewardSpec:
         """What the run file names, or `function` given from Python. Raises `ExtensionError` if `function` cannot be pickled."""
         if function is None:
-            return cls(config.function, config.options)
+            return cls(config.function, config.options, model=model)
         import cloudpickle
 
         name = getattr(function, "__qualname__", type(function).__qualname__)
@@ -50,7 +51,7 @@ class RewardSpec:
         """
         adapted = adapters.parts(self.name) if self.function is None else None
         if adapted is not None:
-            return adapters.build(*adapted, self.options)
+            return adapters.build(*adapted, self.options, self.model)
         found = load(self.name, shipped=SHIPPED, kind="reward") if self.function is None else pickle.loads(self.function)
         if not callable(found):
             raise ExtensionError(f"reward {self.name!r} is {found!r} of type {type(found).__name__}: give a function or a class")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -53,11 +54,15 @@ def adapt(
     signatures = {name: inspect.signature(function) for name, function in functions.items()}
     for name, signature in signatures.items():
         check_signature(name, signature)
-    calls = [(name, function, signatures[name], float(weight)) for (name, function), weight in zip(functions.items(), weights, strict=True)]
+    metrics = _metrics(list(functions))
+    calls = [
+        (name, metric, function, signatures[name], float(weight))
+        for (name, function), metric, weight in zip(functions.items(), metrics, weights, strict=True)
+    ]
 
     def scores(trajectories: Sequence[Trajectory], fields: Mapping[str, Any]) -> list[Score]:
         given = _arguments(trajectories, fields, conversational)
-        return [Score(name, weight, function(**_taken(name, signature, given))) for name, function, signature, weight in calls]
+        return [Score(name, metric, weight, function(**_taken(name, sig, given))) for name, metric, function, sig, weight in calls]
 
     async def waited(trajectories: Sequence[Trajectory], fields: Mapping[str, Any]) -> list[Score]:
         found = scores(trajectories, fields)
@@ -84,8 +89,15 @@ class Score(NamedTuple):
     """What one function returned for all completions."""
 
     name: str
+    metric: str
     weight: float
     values: Any
+
+
+def _metrics(references: Sequence[str]) -> list[str]:
+    """Names of the functions alone; the whole references of those with the same one, whose values would be added up."""
+    bare = [reference.rpartition(":")[2] for reference in references]
+    return [name if bare.count(name) == 1 else reference for name, reference in zip(bare, references, strict=True)]
 
 
 async def _awaited(value: Any) -> Any:
@@ -128,14 +140,18 @@ def _taken(name: str, signature: inspect.Signature, given: Mapping[str, Any]) ->
 
 
 def _sums(scores: Sequence[Score], count: int) -> list[float | None]:
-    """Of each completion, as TRL: what is None does not count. None: no function says what it is worth."""
+    """Of each completion, as TRL: None and NaN do not count. None: no function says what it is worth.
+
+    What is infinite fails its completion alone, so it is in no mean.
+    """
     columns = [(score, _numbers(score, count)) for score in scores]
     if len(scores) > 1:
+        columns = [(score, [None if number is None or math.isnan(number) else number for number in column]) for score, column in columns]
         for score, column in columns:
-            known = [number for number in column if number is not None]
+            known = [number for number in column if number is not None and math.isfinite(number)]
             if known:
-                record(score.name.rpartition(":")[2], sum(known) / len(known))
-    found = [[score.weight * column[i] for score, column in columns if column[i] is not None] for i in range(count)]
+                record(score.metric, sum(known) / len(known))
+    found = [[score.weight * number for score, column in columns if (number := column[i]) is not None] for i in range(count)]
     return [sum(parts) if parts else None for parts in found]
 
 

@@ -36,7 +36,7 @@ _SILENCE_S = 60.0
 def make_scorer(config: Config, given: Callable[..., Any] | None, log: Path) -> Scorer | SharedScorer:
     """A replica's: of its own, or its end of the one for all. `given`: the reward from Python, in place of the run file's."""
     reward, secrets = config.reward, config.run.secrets
-    spec = RewardSpec.of(reward, given)
+    spec = RewardSpec.of(reward, given, config.model.path)
     if reward.actor_gpus is not None:
         return SharedScorer(reward, spec, log, secrets)
     return Scorer(spec, workers=reward.workers, deadline_s=reward.deadline_s, log=log, secrets=secrets)

@@ -112,7 +112,8 @@ async def test_answers_tell_of_their_tokens_as_openais():
             two = await api.chat.completions.create(model="m", messages=messages, n=2)
             assert two.usage is not None
             told = [[u.prompt_tokens, u.completion_tokens, u.total_tokens] for u in (first.usage, two.usage)]
-            for options in ({"stream_options": {"include_usage": True}}, {"stream_options": {"include_usage": False}}, {}):
+            streamed: list[dict[str, Any]] = [{"stream_options": {"include_usage": True}}, {"stream_options": {"include_usage": False}}, {}]
+            for options in streamed:
                 stream: Any = await api.chat.completions.create(model="m", messages=messages, stream=True, **options)
                 *chunks, last = [chunk async for chunk in stream]
                 assert all(chunk.choices and chunk.usage is None for chunk in chunks)

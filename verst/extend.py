@@ -160,6 +160,15 @@ def guarded(call: Callable[[], T], what: str, failure: type[VerstError]) -> T:
         raise failure(f"{what} raised {origin(error)}: mend the code that gives it") from error
 
 
+def described(value: object) -> str:
+    """A value of user code for a message: how it begins, and its type. It may be one whose `repr` raises."""
+    try:
+        text = repr(value)
+    except Exception as error:  # noqa: BLE001 - it is user code
+        text = f"a value whose repr raises {type(error).__name__}"
+    return f"{escaped(text):.80} of type {type(value).__name__}"
+
+
 def escaped(text: str) -> str:
     """The text, with halves of surrogate pairs as escapes: no terminal and no file would take them."""
     return text.encode(errors="backslashreplace").decode()

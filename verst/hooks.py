@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verst.errors import CallFailed, ExtensionError
-from verst.extend import check_class, is_async, load
+from verst.extend import check_class, described, is_async, load
 from verst.protocols import TrainingHook
 
 PREFIX = "custom/"
@@ -57,7 +57,7 @@ def metrics_of(answer: Any) -> dict[str, float]:
     if answer is None:
         return {}
     if not isinstance(answer, Mapping):
-        raise CallFailed(f"returned {str(answer)[:60]!r} of type {type(answer).__name__}: return {{name: number}}, or None")
+        raise CallFailed(f"returned {described(answer)}: return {{name: number}}, or None")
     found: dict[str, float] = {}
     for name, value in answer.items():
         if not isinstance(name, str) or not name.strip():
@@ -70,7 +70,7 @@ def _number(name: str, value: Any) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
-        raise CallFailed(f"returned {name}={str(value)[:60]!r} of type {type(value).__name__}: give a number") from error
+        raise CallFailed(f"returned {name}={described(value)}: give a number") from error
     if not math.isfinite(number):
         raise CallFailed(f"returned {name}={number}, which is not finite: leave it out of steps that have no value")
     return number

@@ -101,7 +101,7 @@ async def test_a_required_hook_that_fails_ends_the_run_behind_the_report_of_its_
     cfg = config(hooks={"classes": {"failing:Fails": {}}, "required": True})
     parts = FakeParts(cfg, tmp_path)
     try:
-        with pytest.raises(CallFailed, match=r"after step 2: hook failing:Fails returned '2' of type int.*\(hooks.required ends the run\)"):
+        with pytest.raises(CallFailed, match=r"after step 2: hook failing:Fails returned 2 of type int.*\(hooks.required ends the run\)"):
             await run(cfg, parts)
     finally:
         parts.hooks.close()

@@ -211,7 +211,7 @@ REWARD = [
     Bad("import that fails", reward("import no_such"), "'no_such'", ".py:1", "install or mend what it imports"),
     Bad("not callable", reward("score = 3"), "is 3 of type int", ":score", "give a function or a class"),
     Bad("always raises", rolled("def score(t, f): return f['x']"), "score raised KeyError: 'x'", ".py:1", "verst resume $ROOT/runs/run"),
-    Bad("returns None", reward("def score(t, f): pass"), "returned 'None' of type NoneType", ":score", "not a number: return one"),
+    Bad("returns None", reward("def score(t, f): pass"), "returned None of type NoneType", ":score", "not a number: return one"),
     Bad("returns NaN", reward("def score(t, f): return float('nan')"), "returned nan", ":score", "not a finite number: return one"),
     Bad("returns text", reward("def score(t, f): return 'good'"), "returned 'good' of type str", ":score", "not a number: return one"),
     Bad("hangs", reward("def score(t, f):\n while True: pass"), "exceeded 0.3 s", ":score", "or raise reward.deadline_s"),

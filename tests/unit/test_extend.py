@@ -130,3 +130,18 @@ def test_check_class_accepts_a_class_that_fits_and_a_factory():
 def test_check_class_errors_show_what_is_expected(found, options, expected):
     with pytest.raises(ExtensionError, match=expected):
         extend.check_class(found, "environment", Environment, options)
+
+
+def test_a_value_in_a_message_may_be_one_that_cannot_be_shown():
+    class Hidden:
+        def __repr__(self) -> str:
+            raise LookupError
+
+    class Halves:
+        def __repr__(self) -> str:
+            return "\ud83d" * 100
+
+    assert extend.described(Hidden()) == "a value whose repr raises LookupError of type Hidden"
+    assert extend.described(Halves()) == "\\ud83d" * 13 + "\\u of type Halves"
+    assert extend.described(None) == "None of type NoneType"
+    assert extend.described("x" * 100) == f"'{'x' * 79} of type str"

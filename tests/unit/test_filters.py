@@ -106,15 +106,15 @@ def test_a_share_that_is_none_is_refused(limit: Any):
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (True, "returned 'True' of type bool: return None, the reason"),
+        (True, "returned True of type bool: return None, the reason"),
         ("", "returned '' of type str"),
-        ({2: "x"}, r"member '2' of type int: give an index of group.trajectories, 0 to 1"),
-        ({True: "x"}, "member 'True'"),
-        ({np.True_: "x"}, "member 'True'"),
-        ({np.int64(-1): "x"}, "member '-1' of type int64"),
-        ({0.0: "x"}, "member '0.0' of type float"),
+        ({2: "x"}, r"member 2 of type int: give an index of group.trajectories, 0 to 1"),
+        ({True: "x"}, "member True of type bool"),
+        ({np.True_: "x"}, r"member np\.True_ of type bool"),
+        ({np.int64(-1): "x"}, r"member np\.int64\(-1\) of type int64"),
+        ({0.0: "x"}, "member 0.0 of type float"),
         ({"0": "x"}, "member '0' of type str"),
-        ({0: None}, "for 'None' of type NoneType: give the reason as text"),
+        ({0: None}, "for None of type NoneType: give the reason as text"),
     ],
 )
 def test_an_answer_that_is_none_is_refused(answer: Any, words: str):
@@ -154,7 +154,7 @@ async def test_what_a_filter_says_and_what_it_does_wrong_are_the_groups_alone(tm
     assert raises.failed is not None
     assert raises.failed.startswith(f"filter {name} raised ValueError: no such group (")
     assert number.failed is not None
-    assert "returned '3' of type int" in number.failed
+    assert "returned 3 of type int" in number.failed
     assert leaves.failed == f"filter {name}: its process ended with exit code 3; what it printed is in {tmp_path / LOG}"
     assert secret.dropped == f"filter {name}: False"
     assert counted == {"filters/dropped": 2, "filters/failed": 3, "filters/left_out": 1}

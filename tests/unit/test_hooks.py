@@ -132,7 +132,7 @@ def test_a_hook_that_does_not_fit_is_shown_what_would(name: str, words: str):
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (3, "returned '3' of type int: return {name: number}, or None"),
+        (3, "returned 3 of type int: return {name: number}, or None"),
         ({"a": "x"}, "returned a='x' of type str: give a number"),
         ({"a": float("nan")}, "returned a=nan, which is not finite"),
         ({3: 1.0}, "a metric of the name '3': give text"),

@@ -140,7 +140,7 @@ async def test_each_failure_is_attributed_to_its_trajectory(scorer, rewards):
     assert errors["raise"].startswith(f"{name} raised ValueError: no such answer ({rewards}/user_rewards.py:9: ")
     assert errors["nan"] == f"{name} returned nan, not a finite number: return one"
     assert errors["inf"] == f"{name} returned inf, not a finite number: return one"
-    assert errors["none"] == f"{name} returned 'None' of type NoneType, not a number: return one"
+    assert errors["none"] == f"{name} returned None of type NoneType, not a number: return one"
     assert errors["text"] == f"{name} returned '1' of type str, not a number: return one"
     assert errors["exit"] == f"{name} broke: its process ended with exit code 3; what it printed is in {rewards}/log"
     assert errors["sys.exit"].startswith(f"{name} broke: its process ended with exit code 4")

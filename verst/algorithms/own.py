@@ -86,7 +86,7 @@ def call_loss(function: Loss, inputs: LossInputs) -> LossOutput:
     shape = inputs.logprobs.shape
     for name, values in {"per_token": output.per_token, **output.metrics}.items():
         if not isinstance(values, torch.Tensor) or values.shape != shape:
-            given = list(values.shape) if isinstance(values, torch.Tensor) else f"{values!r:.80} of type {type(values).__name__}"
+            given = list(values.shape) if isinstance(values, torch.Tensor) else extend.described(values)
             raise ExtensionError(
                 f"{what} returned {name} {given}, not a tensor of shape {list(shape)}: one value for each token, not their mean"
             )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from verst.errors import CallFailed, ExtensionError
-from verst.extend import is_async, load, made
+from verst.extend import described, is_async, load, made
 from verst.filters.shipped import SHIPPED
 from verst.types import Group
 
@@ -56,7 +56,7 @@ def verdict_of(answer: Any, group: Group) -> Verdict:
         return answer
     if isinstance(answer, Mapping):
         return {str(_member(member, group)): _reason(reason) for member, reason in answer.items()}
-    raise CallFailed(f"returned {_shown(answer)}: return None, the reason to drop the group, or {{member: reason to leave it out}}")
+    raise CallFailed(f"returned {described(answer)}: return None, the reason to drop the group, or {{member: reason to leave it out}}")
 
 
 def _member(member: Any, group: Group) -> int:
@@ -65,15 +65,11 @@ def _member(member: Any, group: Group) -> int:
     except TypeError:
         index = -1
     if not 0 <= index < len(group.trajectories):
-        raise CallFailed(f"leaves out member {_shown(member)}: give an index of group.trajectories, 0 to {len(group.trajectories) - 1}")
+        raise CallFailed(f"leaves out member {described(member)}: give an index of group.trajectories, 0 to {len(group.trajectories) - 1}")
     return index
 
 
 def _reason(reason: Any) -> str:
     if not isinstance(reason, str) or not reason.strip():
-        raise CallFailed(f"leaves out a member for {_shown(reason)}: give the reason as text, which goes on record")
+        raise CallFailed(f"leaves out a member for {described(reason)}: give the reason as text, which goes on record")
     return reason
-
-
-def _shown(value: Any) -> str:
-    return f"{str(value)[:60]!r} of type {type(value).__name__}"

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from verst.errors import DeadlineExceeded, RewardFailure
-from verst.extend import is_async, origin
+from verst.extend import described, is_async, origin
 from verst.fields import Score, checked, to_json
 from verst.isolated.served import Channel, attempt
 from verst.rewards.grouped import one_each, scores_groups
@@ -161,7 +161,7 @@ def _scored(value: Any, trajectory: Trajectory) -> Score:
 
 def _number(value: Any) -> float:
     if not isinstance(value, numbers.Real | np.bool_):
-        raise NotANumber(f"returned {str(value)[:60]!r} of type {type(value).__name__}, not a number: return one")
+        raise NotANumber(f"returned {described(value)}, not a number: return one")
     number = float(value)
     if not math.isfinite(number):
         raise NotANumber(f"returned {number}, not a finite number: return one")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from verst.config.text import is_unicode
 from verst.errors import EngineFailure, EnvironmentFailure, RoutesRefused
-from verst.extend import origin
+from verst.extend import described, origin
 from verst.fields import apart, checked
 from verst.protocols import Environment
 from verst.rollout.tokens import Asked
@@ -71,7 +71,7 @@ class GuardedEnvironment:
 
         tools = await self._guarded(told, "tools", self._deadline_s)
         if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
-            raise EnvironmentFailure(f"environment {self.name}: tools is {_described(tools)}, not a sequence of functions in OpenAI's form")
+            raise EnvironmentFailure(f"environment {self.name}: tools is {described(tools)}, not a sequence of functions in OpenAI's form")
         return tuple(_as_json(list(tools), f"environment {self.name}: tools"))
 
     async def reply(self, completion: Completion) -> Reply:
@@ -130,14 +130,14 @@ def checked_reply(reply: Any, name: str) -> Reply:
     """The reply, if it keeps the protocol; `name` is the environment's. Raises `EnvironmentFailure`."""
     where = f"{name}.reply"
     if not isinstance(reply, Reply):
-        raise EnvironmentFailure(f"{where} returned {_described(reply)}, not a Reply: return one")
+        raise EnvironmentFailure(f"{where} returned {described(reply)}, not a Reply: return one")
     messages = _checked_messages(reply.messages, where)
     if not reply.done and not messages and not isinstance(reply, Asked):
         raise EnvironmentFailure(f"{where} is neither done nor has messages: there is nothing the model could answer")
     if any(message.role == "assistant" for message in messages):
         raise EnvironmentFailure(f"{where} returned a message of the role 'assistant': only the model speaks as the assistant")
     if not isinstance(reply.info, Mapping):
-        raise EnvironmentFailure(f"{where}: info is {_described(reply.info)}, not a mapping")
+        raise EnvironmentFailure(f"{where}: info is {described(reply.info)}, not a mapping")
     return replace(reply, info=checked_info(reply.info, where))
 
 
@@ -194,10 +194,10 @@ def checked_experts(generation: Generation, request: GenerateRequest, kind: Rout
 
 def _checked_messages(messages: Any, where: str) -> tuple[Message, ...]:
     if isinstance(messages, str | Message) or not isinstance(messages, Sequence):
-        raise EnvironmentFailure(f"{where} returned {_described(messages)}, not a sequence of Message: return one")
+        raise EnvironmentFailure(f"{where} returned {described(messages)}, not a sequence of Message: return one")
     for message in messages:
         if not (isinstance(message, Message) and isinstance(message.role, str) and isinstance(message.content, str)):
-            raise EnvironmentFailure(f"{where} returned {_described(message)} among its messages, not a Message of two texts")
+            raise EnvironmentFailure(f"{where} returned {described(message)} among its messages, not a Message of two texts")
         if not (is_unicode(message.role) and is_unicode(message.content)):  # JSON has halves as escapes, so a model can write one
             raise EnvironmentFailure(f"{where} returned a message with half of a surrogate pair, which no tokenizer takes")
     return tuple(messages)
@@ -214,7 +214,7 @@ def _as_json(value: Any, what: str) -> Any:
     except (TypeError, ValueError, RecursionError, RuntimeError) as error:  # RuntimeError: it is being changed, in another thread
         raise EnvironmentFailure(f"{what} must hold JSON values: {error}") from error
     if strange:
-        raise EnvironmentFailure(f"{what} must hold JSON values, and has the key {_described(strange[0])}: JSON's are text")
+        raise EnvironmentFailure(f"{what} must hold JSON values, and has the key {described(strange[0])}: JSON's are text")
     return json.loads(text)
 
 
@@ -228,7 +228,3 @@ def _keys(value: Any) -> Iterator[Any]:
         return
     for item in within:
         yield from _keys(item)
-
-
-def _described(value: Any) -> str:
-    return f"{value!r:.80} of type {type(value).__name__}"

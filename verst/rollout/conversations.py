@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from verst.errors import DataError, EnvironmentFailure
+from verst.extend import described
 from verst.fields import apart
 from verst.rollout.agent import Agents
 from verst.rollout.boundary import CLOSE_DEADLINE_S, checked_info, result_of
@@ -260,7 +261,7 @@ class Conversations:
             return Status.TRUNCATED
         returned = result_of(agent, title)
         if not isinstance(returned, Mapping | None):
-            raise EnvironmentFailure(f"{title} returned {returned!r:.80} of type {type(returned).__name__}, not a mapping or None")
+            raise EnvironmentFailure(f"{title} returned {described(returned)}, not a mapping or None")
         if self._last is None:
             raise EnvironmentFailure(f"{title} ended without asking for a completion")
         plain, fields = apart(checked_info(returned or {}, title))

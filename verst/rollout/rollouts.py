@@ -78,7 +78,7 @@ class RolloutEnvironment:
             return asked
         returned = self._function.result()
         if not isinstance(returned, Mapping | None):
-            raise TypeError(f"the rollout returned {returned!r:.80} of type {type(returned).__name__}, not a mapping or None")
+            raise TypeError(f"the rollout returned {extend.described(returned)}, not a mapping or None")
         return self._session.ended(dict(returned or {}))
 
     async def close(self) -> None:

@@ -121,7 +121,7 @@ def _one(returned: Any) -> Any:
     if isinstance(returned, list):
         raise ValueError(f"it returned {len(returned)} samples: a trajectory is one sequence, so return one sample")
     if not all(hasattr(returned, name) for name in ("tokens", "response_length", "loss_mask", "status")):
-        raise TypeError(f"it returned {returned!r:.80} of type {type(returned).__name__}, not a Sample: return the one it was given")
+        raise TypeError(f"it returned {extend.described(returned)}, not a Sample: return the one it was given")
     return returned
 
 

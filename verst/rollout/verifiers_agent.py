@@ -99,7 +99,7 @@ def load(reference: str, options: Mapping[str, Any]) -> Any:
     finally:
         module.signal = signals
     if not isinstance(made, module.Environment):
-        raise ExtensionError(f"{what} is {made!r:.80} of type {type(made).__name__}: the loader must return a verifiers.Environment")
+        raise ExtensionError(f"{what} is {extend.described(made)}: the loader must return a verifiers.Environment")
     return made
 
 

@@ -75,6 +75,8 @@ def test_one_that_stays_slow_is_told_once(side: str, said: str):
     assert line.endswith("for 3 steps now")
     assert [look(2.0), look(1.4), look(2.0), look(2.0)] == [[]] * 4
     assert len(look(1.6)) == 1
+    assert [look(1.6) for _ in range(100)] == [[]] * 100
+    assert len(outliers._slow[side][1]) < 10  # a run has many steps
 
 
 class Rank(LocalWorker):

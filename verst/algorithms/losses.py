@@ -71,7 +71,7 @@ def grpo_loss(inputs: LossInputs, options: ClippedConfig) -> LossOutput:
 
     With ratio r = exp(logprob − old logprob): −min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A). Metrics: `ratio`; `clipped_low` and
     `clipped_high`, 1 where that bound has switched the token's gradient off. A ratio beyond float32 (log-ratio above 88) gives a
-    non-finite gradient, which the update reports and skips. What `corrections` and the KL term add stands in `_completed`.
+    non-finite gradient, which the update reports and skips. What `corrections` and the KL term add stands in `completed`.
     """
     return _clipped(inputs, options, (inputs.logprobs - inputs.old_logprobs).exp())
 

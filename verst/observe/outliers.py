@@ -57,7 +57,7 @@ class Outliers:
     def __init__(self) -> None:
         self._norms: deque[float] = deque(maxlen=_NORMS)
         self._slow: dict[str, tuple[int, list[float]]] = {"train": (-1, []), "rollout": (-1, [])}
-        """Of each side: who, and how many times as slow in each step of the row."""
+        """Of each side: who, and how many times as slow in each step of the row; in a longer row than is told of, in the last ones."""
 
     def look(self, step: int, row: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
         """More metrics of the step, and lines for a person."""
@@ -88,7 +88,7 @@ class Outliers:
         if ratio is None or who is None or ratio <= _SLOW:
             self._slow[side] = -1, []
             return []
-        ratios = [*ratios, ratio] if who == known else [ratio]
+        ratios = [*ratios[-_STEPS:], ratio] if who == known else [ratio]
         self._slow[side] = int(who), ratios
         # The least of them: a process that has just begun, or one uneven batch, makes one step hundreds of times as slow.
         return [f"{said.format(int(who), min(ratios))}, for {_STEPS} steps now"] if len(ratios) == _STEPS else []

@@ -86,7 +86,7 @@ async def test_filters_cut_and_logprobs_are_of_what_they_left(engine: SGLangEngi
             keep &= probs >= sampling.get("min_p", 0.0) * probs[0]
             kept = dict(zip(order[keep].tolist(), np.log(probs[keep] / probs[keep].sum()), strict=True))
             assert int(token) in kept
-            assert abs(answer.logprobs_T[place] - kept[int(token)]) < 1e-5
+            assert abs(answer.logprobs_T[place] - kept[int(token)]) < 2e-5
 
 
 async def test_greedy_prefix_hits_and_siblings(engine: SGLangEngine, server: SharedServer):
@@ -179,9 +179,9 @@ async def test_an_update_in_flight_mixes_versions_and_takes_effect(
         before, after = (reference_logprobs(model, whole, 1.5)[len(prompt(n)) - 1 :] for model in (older, reference))
         old, new = answer.versions_T == 3, answer.versions_T == 4
         assert (np.flatnonzero(old) < old.sum()).all()
-        np.testing.assert_allclose(answer.logprobs_T[old], before[old], atol=1e-5)
+        np.testing.assert_allclose(answer.logprobs_T[old], before[old], atol=2e-5)
         if mode is PauseMode.RETRACT:  # all keys and values are of the new weights
-            np.testing.assert_allclose(answer.logprobs_T[new], after[new], atol=1e-5)
+            np.testing.assert_allclose(answer.logprobs_T[new], after[new], atol=2e-5)
         elif new.any() and old.any():  # those of the older weights are kept
             assert np.abs(answer.logprobs_T[new] - after[new]).max() > 1e-3
     # The same prompt again: neither keys and values nor first logits of the old version may be used.

@@ -41,7 +41,7 @@ async def test_logprobs_agree_with_a_full_forward_pass(opened: Opened, models: C
     for request, answer in zip(requests, answers, strict=True):
         whole = np.concatenate((request.tokens_T, answer.tokens_T))
         expected = reference_logprobs(reference, whole, 0.8)[len(request.tokens_T) - 1 :]
-        np.testing.assert_allclose(answer.logprobs_T, expected, atol=2e-5)
+        np.testing.assert_allclose(answer.logprobs_T, expected, atol=1e-5)
         assert (answer.versions_T == 3).all()
 
 

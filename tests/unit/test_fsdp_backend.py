@@ -284,7 +284,8 @@ def test_too_many_skipped_updates_in_a_row_stop_the_run(path: str) -> None:
     train(backend, config, BATCHES[:1], advantages=[float("inf")] * 8)
     with pytest.raises(
         TrainingDiverged,
-        match=r"2 updates in a row were not finite.*Resuming trains the same.* again.*start a new run .*with a lower train\.lr, or",
+        match=r"2 updates in a row were not finite.*Resuming trains the same journaled batches again.*"
+        r"start a new run .*with a lower train\.lr, or",
     ):
         train(backend, config, BATCHES[1:2], advantages=[float("inf")] * 8)
 

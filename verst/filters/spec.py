@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from verst.errors import CallFailed, ExtensionError
 from verst.extend import described, is_async, load, made
 from verst.filters.shipped import SHIPPED
@@ -61,7 +59,7 @@ def verdict_of(answer: Any, group: Group) -> Verdict:
 
 def _member(member: Any, group: Group) -> int:
     try:
-        index = -1 if isinstance(member, bool | np.bool_) else operator.index(member)  # NumPy's integers are indices too
+        index = -1 if isinstance(member, bool) else operator.index(member)  # NumPy's integers are indices, its bool is none
     except TypeError:
         index = -1
     if not 0 <= index < len(group.trajectories):

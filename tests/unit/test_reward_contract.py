@@ -62,7 +62,7 @@ def naps(trajectory: Any, fields: Any) -> float:
         (first_number, make_group(["4", "5"]), "expected a number for '': .*IndexError"),
         (Counts, make_group(["4"]), r"expected the rewards of group 0 to be the same again: \[0.0\] and \[1.0\]"),
         (AsyncCounts, make_group(["4", "5"]), "to be the same again"),
-        (says_nothing, make_group(["4"]), "expected a number for '4': .*returned 'None'"),
+        (says_nothing, make_group(["4"]), "expected a number for '4': .*returned None of type NoneType, not a number: return one"),
         (naps, make_group(["4"]), "exceeded 0.5 s"),
     ],
 )

@@ -18,6 +18,7 @@ from tests.loop.local import local_run
 from verst.config.load import load_config
 from verst.errors import ExtensionError, RewardFailure
 from verst.rewards import adapters
+from verst.rewards.conversation import split
 from verst.rewards.metrics import record, recording
 from verst.rewards.scorer import Scorer
 from verst.rewards.spec import RewardSpec
@@ -133,6 +134,19 @@ def test_the_completion_of_several_turns_begins_with_the_first_generated_message
     trajectory = replace(said(), turns=turns, messages=whole)
     assert score("trl:bring_along:plain", trajectory, {})[0] == 3  # messages
     assert score("trl:bring_along:plain", trajectory, {}, conversational=False)[0] == len("41no42")
+
+
+def test_answers_that_an_agent_wrote_itself_are_no_generated_ones():
+    made_up = (Message("assistant", "perhaps 40"), Message("user", "no"))
+    whole = (*ASKED, Message("assistant", "41"), Message("user", "no"), *made_up, Message("assistant", "42"))
+    turns = (Turn(0, 2, 3, FinishReason.STOP, "41"), Turn(3, 3, 4, FinishReason.STOP, "42"))
+    trajectory = replace(said(), turns=turns, messages=whole)
+    assert split(trajectory) == (ASKED, whole[len(ASKED) :])
+    assert score("trl:bring_along:plain", trajectory, {})[0] == 5
+    # Of a demonstration a turn's text is the template's too, so it matches no message.
+    shown = replace(trajectory, turns=(Turn(0, 2, 4, FinishReason.STOP, "42<|im_end|>"),), messages=(*made_up, *ASKED, whole[-1]))
+    assert split(shown) == ((*made_up, *ASKED), whole[-1:])
+    assert split(replace(trajectory, turns=())) == (whole, ())
 
 
 def test_trl_functions_are_summed_with_weights_and_none_does_not_count():

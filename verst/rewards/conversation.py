@@ -8,13 +8,15 @@ from verst.types import Message, Trajectory
 
 
 def split(trajectory: Trajectory) -> tuple[Sequence[Message], Sequence[Message]]:
-    """The messages of the prompt, and those from the first generated one on; a prompt may hold answers too, as examples."""
-    left = len(trajectory.turns)
-    for place in range(len(trajectory.messages) - 1, -1, -1):
-        left -= trajectory.messages[place].role == "assistant"
-        if left <= 0:
-            return trajectory.messages[:place], trajectory.messages[place:]
-    return trajectory.messages, ()
+    """The messages of the prompt, and those from the first generated one on; either may hold answers that nobody sampled."""
+    messages, first = trajectory.messages, len(trajectory.messages)
+    for turn in reversed(trajectory.turns):
+        answers = [place for place in range(first) if messages[place].role == "assistant"]
+        if not answers:
+            break
+        # By its text; a demonstration's turn has what the template puts around it too, and is then the last one left.
+        first = next((place for place in reversed(answers) if messages[place].content == turn.text), answers[-1])
+    return messages[:first], messages[first:]
 
 
 def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -41,11 +41,12 @@ def adapt(name: str, function: Callable[..., Any], options: Mapping[str, Any], m
     So do hf_checkpoint, by default `model`, and apply_chat_template, by default true: a sample's prompt is the text that the policy was
     given. Without either it is what the data has. Raises `ExtensionError` if there is no tokenizer.
     """
-    options = {"hf_checkpoint": model, "apply_chat_template": True} | dict(options)
+    known = {} if model is None else {"hf_checkpoint": model}
+    options = known | {"apply_chat_template": True} | dict(options)
     signature = inspect.signature(function)
     check_signature(name, signature)
     batched = list(signature.parameters)[1:2] == ["samples"]
-    args = make_arguments("reward.options", {key: value for key, value in options.items() if (key, value) != ("hf_checkpoint", None)})
+    args = make_arguments("reward.options", options)
     tokenizer = _tokenizer(name, options)
 
     def call(trajectory: Trajectory, fields: Mapping[str, Any]) -> Any:
@@ -72,7 +73,7 @@ def adapt(name: str, function: Callable[..., Any], options: Mapping[str, Any], m
 
 def _tokenizer(name: str, options: Mapping[str, Any]) -> Any:
     """None: prompts are not shown through the chat template."""
-    path = options["hf_checkpoint"]
+    path = options.get("hf_checkpoint")
     if path is None or not options["apply_chat_template"]:
         return None
     try:

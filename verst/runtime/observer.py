@@ -75,16 +75,16 @@ class Observer:
         for line in self._outlets.told():
             self.note(line)
 
-    def record(self, line: str) -> None:
-        """One line for those who look later (`verst watch`), also when nobody watches now."""
+    def record(self, line: str) -> str:
+        """One line for those who look later (`verst watch`), also when nobody watches now. As it was written."""
         line = escaped(line)
         with contextlib.suppress(OSError), self._run.log.open("a", encoding="utf-8") as log:  # a full disk ends the run elsewhere
             log.write(line + "\n")
+        return line
 
     def note(self, line: str) -> None:
         """One line for the person who watches."""
-        self.record(line)
-        self._lines.append(escaped(line))
+        self._lines.append(self.record(line))
         self._told += 1
         self._more.set()
 

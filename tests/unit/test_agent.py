@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from tests.unit.test_roll import END, ids, roller
+from verst.data.call_forms import JSON
 from verst.errors import DataError, EngineFailure, ExtensionError
 from verst.fields import PerToken
 from verst.rollout.agent import Agents
@@ -416,7 +417,7 @@ async def hand_over(agent: Any, *texts: str) -> list[tuple[Said, ...]]:
     for turn, text in enumerate(texts):
         call = await session.asked()
         heard.append(call.new)
-        session.answer(call, turn, Completion(text, (1, 2), FinishReason.STOP), 1)
+        session.answer(call, turn, Completion(text, (1, 2), FinishReason.STOP), 1, JSON)
     await running
     agents.forget(session)
     await agents.close()

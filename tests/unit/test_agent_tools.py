@@ -170,7 +170,7 @@ def test_a_template_that_moves_its_tools_cannot_be_continued():
     renderer = ChatRenderer(tiny_tokenizer(moving))
     renderer.require_continuable()
     with pytest.raises(ModelError, match="cannot be used for several turns"):
-        renderer.continuation([Message("tool", "7")], after_stop=True, tools=[ADD])
+        renderer.continuation([Message("tool", "7")], last=renderer.end_of_turn, tools=[ADD])
 
 
 @pytest.mark.parametrize(

@@ -100,11 +100,43 @@ def test_appended_turns_equal_the_rendering_of_the_whole_conversation(name, stop
     tokenizer, renderer, end = make(name)
     opening, reply = [Message("user", "what is 12 + 30?")], [Message("user", "That is wrong. Try again.")]
     tokens = renderer.opening(opening).tolist() + ids(tokenizer, "the answer is 41") + (ids(tokenizer, end) if stopped else [])
-    tokens += renderer.continuation(reply, after_stop=stopped).tolist()
+    tokens += renderer.continuation(reply, last=renderer.end_of_turn if stopped else None).tolist()
     expected = whole(tokenizer, [*opening, Message("assistant", "the answer is 41"), *reply], generate=True)
     assert tokens == expected
     assert renderer.end_of_turn == tokenizer.convert_tokens_to_ids(end)
     assert renderer.opening(opening).dtype == np.int32
+
+
+OPENS_ONLY = (  # as GLM's: a turn ends where the next one is opened, and at that token the model stops
+    "<s>{% for m in messages %}{{ '<|observation|>' if m.role == 'tool' else '<|' + m.role + '|>' }}{{ '\n' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_a_token_that_opens_the_next_turn_is_written_once(role: str):
+    tokenizer: Any = bpe(OPENS_ONLY, "</s>", bos="<s>")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|assistant|>", "<|observation|>"]})
+    renderer = ChatRenderer(tokenizer)
+    opening, reply = [Message("user", "what is 12 + 30?")], [Message(role, "That is wrong. Try again.")]
+    tokens = [*renderer.opening(opening).tolist(), *ids(tokenizer, "the answer is 41")]
+    expected = whole(tokenizer, [*opening, Message("assistant", "the answer is 41"), *reply], generate=True)
+    opens = {"user": "<|user|>", "tool": "<|observation|>"}[role]
+    stop = tokenizer.convert_tokens_to_ids(opens)
+    assert [*tokens, stop, *renderer.continuation(reply, last=stop).tolist()] == expected
+    assert [*tokens, *renderer.continuation(reply, last=tokens[-1]).tolist()] == expected  # cut by a limit, or stopped by a string
+    # A policy that opens another turn than comes: what it sampled stays.
+    other = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    assert tokenizer.decode(renderer.continuation(reply, last=other)).startswith(opens)
+    # Of itself it ends at the end of the text, behind which the template opens the next turn.
+    assert tokenizer.decode(renderer.continuation(reply, last=renderer.end_of_turn)).startswith(opens)
+
+
+def test_text_that_is_said_twice_is_written_twice():
+    """Only tokens of templates open a turn."""
+    tokenizer = tiny_tokenizer(None)
+    renderer = ChatRenderer(tokenizer)
+    assert tokenizer.decode(renderer.continuation([Message("user", "aa")], last=tokenizer.encode("a")[0])) == "aa"
 
 
 @settings(max_examples=30, deadline=None)
@@ -116,7 +148,7 @@ def test_any_text_of_three_turns_is_appended_exactly(texts):
     tokens = renderer.opening(conversation).tolist()
     for text in texts[1:]:
         reply = [Message("tool", text), Message("user", "and?")]
-        tokens += [*ids(tokenizer, text), renderer.end_of_turn, *renderer.continuation(reply, after_stop=True)]
+        tokens += [*ids(tokenizer, text), renderer.end_of_turn, *renderer.continuation(reply, last=renderer.end_of_turn)]
         conversation += [Message("assistant", text), *reply]
     assert tokens == whole(tokenizer, conversation, generate=True)
 
@@ -142,8 +174,8 @@ def test_special_tokens_in_a_message_are_its_text(name: str, text: str):
 
     opening = renderer.opening([Message("user", f"count {text} please")])
     assert count(opening) == count(renderer.opening([Message("user", "count please")]))
-    reply = renderer.continuation([Message("user", text)], after_stop=True)
-    assert count(reply) == count(renderer.continuation([Message("user", "4")], after_stop=True))
+    reply = renderer.continuation([Message("user", text)], last=renderer.end_of_turn)
+    assert count(reply) == count(renderer.continuation([Message("user", "4")], last=renderer.end_of_turn))
     if "Verst" not in text:
         assert f"count {text} please" in tokenizer.decode(opening)
         assert text.strip() in tokenizer.decode(reply)
@@ -240,8 +272,8 @@ def test_demonstration_masks_content_and_end_of_turn_only(name):
 def test_llama2_closes_a_turn_with_more_than_a_token():
     tokenizer = bpe(LLAMA2, "</s>")
     renderer = ChatRenderer(tokenizer)
-    assert tokenizer.decode(renderer.continuation([Message("user", "B")], after_stop=False)) == " </s>[INST] B [/INST]"
-    assert tokenizer.decode(renderer.continuation([Message("user", "B")], after_stop=True)) == "[INST] B [/INST]"
+    assert tokenizer.decode(renderer.continuation([Message("user", "B")], last=None)) == " </s>[INST] B [/INST]"
+    assert tokenizer.decode(renderer.continuation([Message("user", "B")], last=renderer.end_of_turn)) == "[INST] B [/INST]"
     tokens_T, mask_T = renderer.demonstration([Message("user", "A")], [Message("assistant", "yes")])
     assert tokenizer.decode(tokens_T[mask_T]) == " yes </s>"
 
@@ -250,7 +282,7 @@ def test_minimal_template_without_end_token_uses_the_end_of_sequence():
     tokenizer = bpe(MINIMAL, "</s>")
     renderer = ChatRenderer(tokenizer)
     assert renderer.stop_token_ids == (tokenizer.eos_token_id,)
-    assert tokenizer.decode(renderer.continuation([Message("user", "B")], after_stop=True)) == "\nuser: B\nassistant: "
+    assert tokenizer.decode(renderer.continuation([Message("user", "B")], last=renderer.end_of_turn)) == "\nuser: B\nassistant: "
     tokens_T, mask_T = renderer.demonstration([Message("user", "A")], [Message("assistant", "yes")])
     assert tokenizer.decode(tokens_T) == "user: A\nassistant: yes</s>"
     assert tokenizer.decode(tokens_T[mask_T]) == "yes</s>"
@@ -263,7 +295,8 @@ def test_a_tokenizer_that_marks_the_beginning_of_a_text_does_not_mark_its_middle
     tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     tokenizer.chat_template = MINIMAL
     assert tokenizer.tokenize("yes")[0] == "▁"  # as Llama 2's tokenizer does
-    continuation_T = ChatRenderer(tokenizer).continuation([Message("user", "B")], after_stop=True)
+    renderer = ChatRenderer(tokenizer)
+    continuation_T = renderer.continuation([Message("user", "B")], last=renderer.end_of_turn)
     assert tokenizer.convert_ids_to_tokens(continuation_T) == list("\nuser:▁B\nassistant:▁")
     tokens_T, mask_T = ChatRenderer(tokenizer).demonstration([Message("user", "A")], [Message("assistant", "yes")])
     assert tokenizer.convert_ids_to_tokens(tokens_T[mask_T]) == ["y", "e", "s", "</s>"]
@@ -273,7 +306,7 @@ def test_without_a_template_contents_are_concatenated():
     tokenizer = bpe(None, "</s>", bos="<s>")
     renderer = ChatRenderer(tokenizer)
     assert tokenizer.decode(renderer.opening([Message("system", "A "), Message("user", "B ")])) == "A B "
-    assert tokenizer.decode(renderer.continuation([Message("user", " no")], after_stop=True)) == " no"
+    assert tokenizer.decode(renderer.continuation([Message("user", " no")], last=renderer.end_of_turn)) == " no"
     tokens_T, mask_T = renderer.demonstration([Message("user", "A")], [Message("assistant", " yes")])
     assert (tokenizer.decode(tokens_T), tokenizer.decode(tokens_T[mask_T])) == ("A yes</s>", " yes</s>")
 
@@ -291,7 +324,7 @@ def test_without_a_template_the_beginning_of_sequence_is_as_the_tokenizer_writes
 def test_earlier_thinking_stays_as_generated_and_the_last_answer_is_as_the_template_writes_it():
     tokenizer = bpe(QWEN3, "<|im_end|>")
     renderer = ChatRenderer(tokenizer)
-    continuation = tokenizer.decode(renderer.continuation([Message("user", "no")], after_stop=True))
+    continuation = tokenizer.decode(renderer.continuation([Message("user", "no")], last=renderer.end_of_turn))
     assert continuation == "\n<|im_start|>user\nno<|im_end|>\n<|im_start|>assistant\n"
     tokens_T, mask_T = renderer.demonstration([Message("user", "A")], [Message("assistant", "yes")])
     assert tokenizer.decode(tokens_T[mask_T]) == "<think>\n\n</think>\n\nyes<|im_end|>"
@@ -301,14 +334,14 @@ def test_a_template_that_moves_the_system_message_is_refused_for_several_turns()
     renderer = ChatRenderer(bpe(MISTRAL_LIKE, "</s>"))
     assert len(renderer.opening([Message("system", "Rules"), Message("user", "A")]))
     with pytest.raises(ModelError, match=r"several turns: it writes the system message differently .*'Rules Hello"):
-        renderer.continuation([Message("user", "B")], after_stop=True)
+        renderer.continuation([Message("user", "B")], last=renderer.end_of_turn)
 
 
 def test_what_is_known_of_tools_is_bounded_and_checked_once():
     renderer = ChatRenderer(bpe(CHATML, "<|im_end|>"))
     for number in [*range(300), 299]:
         tools = ({"type": "function", "function": {"name": f"of_session_{number}"}},)
-        renderer.continuation([Message("user", "B")], after_stop=True, tools=tools)
+        renderer.continuation([Message("user", "B")], last=renderer.end_of_turn, tools=tools)
     known = renderer._continuable.cache_info()
     assert (known.currsize, known.misses, known.hits) == (256, 300, 1)
 
@@ -322,7 +355,7 @@ def test_a_template_that_changes_the_answer_is_refused():
 def test_a_generation_prompt_that_opens_thinking_continues_but_cannot_demonstrate():
     tokenizer = bpe(THINK_PROMPT, "<|im_end|>")
     renderer = ChatRenderer(tokenizer)
-    assert tokenizer.decode(renderer.continuation([Message("user", "B")], after_stop=True)).endswith("assistant\n<think>\n")
+    assert tokenizer.decode(renderer.continuation([Message("user", "B")], last=renderer.end_of_turn)).endswith("assistant\n<think>\n")
     with pytest.raises(ModelError, match="does not allow exact demonstrations"):
         renderer.demonstration([Message("user", "A")], [Message("assistant", "yes")])
 

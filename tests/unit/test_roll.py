@@ -572,4 +572,4 @@ def test_what_may_fit_is_never_called_too_long():
     renderer = ChatRenderer(TOKENIZER)
     for text in ("", "x" * 50, " " * 5000, "é" * 20):
         messages = [Message("user", text)]
-        assert renderer.may_fit(messages, len(renderer.continuation(messages, after_stop=True)))
+        assert renderer.may_fit(messages, len(renderer.continuation(messages, last=renderer.end_of_turn)))

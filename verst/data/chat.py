@@ -9,7 +9,7 @@ conversation whose answer is a marker, and cutting at the marker.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from verst.config.hub import model_directory
 from verst.config.plan import loading
+from verst.data.call_forms import JSON, PAIRS, TAGS, CallForm, Tools, asked_for
 from verst.data.special import SpecialText
 from verst.errors import DataError, ModelError
 from verst.types import Message
@@ -33,11 +34,6 @@ _SYSTEM = Message("system", "Rules")
 _MARKER = "VerstMarker9b1f"  # no spaces, so that a template that trims keeps it; no text of a real template
 _ANSWER = Message("assistant", _MARKER)
 _TOOL = ({"type": "function", "function": {"name": "f", "description": "F.", "parameters": {"type": "object", "properties": {}}}},)
-_CALL_FORM = ("<tool_call>", "</tool_call>", '"arguments"')
-_OTHER_FORMS = ("<function=", "<arg_key>")  # between the same marks, of Qwen3-Coder and GLM
-
-Tools = Sequence[Mapping[str, Any]]
-"""Functions in OpenAI's form."""
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -116,12 +112,13 @@ class ChatRenderer:
         tokens_T.flags.writeable = False
         return tokens_T
 
-    def continuation(self, messages: Sequence[Message], *, after_stop: bool, tools: Tools = ()) -> NDArray[np.int32]:
+    def continuation(self, messages: Sequence[Message], *, last: int | None, tools: Tools = ()) -> NDArray[np.int32]:
         """`[T]` tokens from the end of the assistant's generation to where it speaks again, with the new `messages` between.
 
-        `after_stop`: the generation ended with `end_of_turn`; otherwise (a stop string, another token) the template's end of turn comes
-        first. Earlier turns stay as they were generated, also where the template would shorten them (thinking dropped from the history).
-        `tools`: those of the opening.
+        `last`: the token that the generation ended with. If it is not `end_of_turn` (but of a stop string, for example), the template's
+        end of turn comes first. If it opens the next turn, at which the models of some templates stop, it is not written again. Earlier
+        turns stay as they were generated, also where the template would shorten them (thinking dropped from the history). `tools`: those of
+        the opening.
 
         Raises `DataError` if the template refuses the messages, `ModelError` if it cannot be continued (see `require_continuable`).
         """
@@ -130,8 +127,10 @@ class ChatRenderer:
         rendered = self._render([_USER, _ANSWER, *self._hidden(messages)], generate=True, tools=given)
         tokens = self._encode_after(_MARKER, self._after_marker(rendered))
         closing = self._closing
-        if after_stop and tuple(tokens[: len(closing)]) == closing:
+        if last == self.end_of_turn and tuple(tokens[: len(closing)]) == closing:
             tokens = tokens[len(closing) :]
+        elif last in self._added and tokens[:1] == [last]:
+            tokens = tokens[1:]
         return _array(tokens)
 
     def may_fit(self, messages: Sequence[Message], tokens: int) -> bool:
@@ -156,7 +155,7 @@ class ChatRenderer:
                 continue
             if pieces and not given:
                 raise DataError("a demonstration has two assistant messages in a row: join them or put a user's message between")
-            before = self.continuation(given, after_stop=True) if pieces else self.opening([*messages, *given])
+            before = self.continuation(given, last=self.end_of_turn) if pieces else self.opening([*messages, *given])
             pieces += [(before, False), (self._answer(message), True)]
             given = []
         tokens_T = np.concatenate([tokens for tokens, _ in pieces])
@@ -193,21 +192,27 @@ class ChatRenderer:
             self._after_marker(after)
 
     def _require_tools(self) -> None:
-        """Raises `ModelError` unless the template tells of tools, and asks for calls in the form that `verst.rollout.tool_calls` reads."""
+        """Raises `ModelError` unless the template tells of tools, and asks for calls in a form that can be read."""
         if not self._with_tool:
             raise ModelError(
                 f"{self._name} does not tell a model of tools: use a model that was trained on them, or describe them in a message"
             )
-        if any(mark not in self._with_tool for mark in _CALL_FORM) or any(mark in self._with_tool for mark in _OTHER_FORMS):
-            raise ModelError(
-                f"{self._name} asks for calls of tools in a form that cannot be read; "
-                'what can: <tool_call>{"name": …, "arguments": {…}}</tool_call>, of Qwen and Hermes'
-            )
+        if asked_for(self._with_tool) is None:
+            known = ", ".join(f"<tool_call>{form.example}</tool_call>" for form in (JSON, TAGS, PAIRS))
+            raise ModelError(f"{self._name} asks for calls of tools in a form that cannot be read; what can: {known}")
+
+    @cached_property
+    def call_form(self) -> CallForm:
+        """How the template asks a model to call tools: JSON if it tells of none."""
+        return asked_for(self._with_tool) or JSON
 
     @cached_property
     def _with_tool(self) -> str:
-        """What a short conversation becomes if there is a tool; empty if the template does not mind."""
-        told = self._render([_USER], generate=True, tools=_as_text(_TOOL))
+        """What a short conversation becomes if there is a tool; empty if the template does not mind, or refuses it."""
+        try:
+            told = self._render([_USER], generate=True, tools=_as_text(_TOOL))
+        except DataError:
+            return ""
         return "" if told == self._render([_USER], generate=True) else told
 
     @cached_property

@@ -7,12 +7,13 @@ https://platform.openai.com/docs/api-reference/chat/create
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from verst.data.call_forms import ToolCall
 from verst.rollout.sessions import Answer, Said, Tools
-from verst.rollout.tool_calls import ToolCall
 from verst.types import FinishReason
 
 _REFUSED = ("functions", "function_call", "logprobs", "top_logprobs", "logit_bias", "audio", "prediction")
@@ -109,7 +110,19 @@ def _calls(number: int, calls: Any) -> tuple[tuple[str, ToolCall], ...]:
         ) from error
     if not all(isinstance(text, str) for identity, call in found for text in (identity, call.name, call.arguments)):
         raise ValueError(f"message {number} has tool_calls whose id, name or arguments are no text")
-    return found
+    return tuple((identity, ToolCall(call.name, _object(number, call))) for identity, call in found)
+
+
+def _object(number: int, call: ToolCall) -> str:
+    """The arguments of a call. Some clients send an empty text for none."""
+    text = call.arguments or "{}"
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"message {number} calls {call.name[:80]} with arguments that are not valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"message {number} calls {call.name[:80]} with arguments that are no JSON object: {text[:80]}")
+    return text
 
 
 def _text(number: int, parts: Sequence[Any]) -> str:

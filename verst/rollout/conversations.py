@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from verst.data.call_forms import JSON, CallForm
 from verst.errors import DataError, EnvironmentFailure
 from verst.extend import described
 from verst.fields import apart
@@ -190,7 +191,7 @@ class Conversations:
 
     def _opened(self, call: Call) -> Transcript:
         """The transcript in which a call waits for its answer. Raises `SessionRefused` if it has no room, or cannot be rendered."""
-        messages = [said.message() for said in call.new]
+        messages = [said.message(self._form(call)) for said in call.new]
         if not self._transcripts:  # the first call's: what is wrong with it is said of the prompt
             transcript, given_T = Transcript(), self._opening(messages, call.tools)
         else:
@@ -200,6 +201,10 @@ class Conversations:
             self._transcripts.append(transcript)
         transcript.give(given_T, messages)
         return transcript
+
+    def _form(self, call: Call) -> CallForm:
+        """How the policy calls tools. A template is asked only if there are any."""
+        return self._policy.renderer.call_form if call.tools or any(said.calls for said in call.new) else JSON
 
     def _before(self, call: Call) -> Transcript:
         """What stands before a call: of an answer that another call goes on from, or has, a copy."""
@@ -230,8 +235,7 @@ class Conversations:
                 raise SessionRefused("these messages have no tokens: give them some text")
             return opening_T
         assert call.behind.answer is not None
-        after_stop = call.behind.answer.completion.tokens[-1] == renderer.end_of_turn
-        return renderer.continuation(messages, after_stop=after_stop, tools=call.tools)
+        return renderer.continuation(messages, last=call.behind.answer.completion.tokens[-1], tools=call.tools)
 
     def _no_room(self) -> SessionRefused:
         """From now on the agent is expected to end, unless it asks for less or has an answer to come."""
@@ -245,7 +249,7 @@ class Conversations:
         self._last = transcript
         self._ends[call] = (transcript, len(transcript.turns))
         self._limited |= completion.finish is FinishReason.LENGTH
-        self._session.answer(call, turn, completion, transcript.turns[-1].generated)
+        self._session.answer(call, turn, completion, transcript.turns[-1].generated, self._form(call))
 
     # ---- the end
 

@@ -14,7 +14,7 @@ from verst.rollout.boundary import GuardedEnvironment
 from verst.rollout.policy import Opening, Policy
 from verst.rollout.tokens import Asked, Ended
 from verst.rollout.transcript import Transcript
-from verst.types import FinishReason, Prompt, Reply, Status, Trajectory
+from verst.types import Completion, FinishReason, Prompt, Reply, Status, Trajectory
 
 
 class Dialogue:
@@ -68,7 +68,7 @@ class Dialogue:
                 break
             if not policy.renderer.may_fit(reply.messages, policy.max_model_tokens - transcript.length):
                 break
-            given_T = self._behind(reply, tools, after_stop=completion.tokens[-1] == policy.renderer.end_of_turn)
+            given_T = self._behind(completion, reply, tools)
             if transcript.length + len(given_T) >= policy.max_model_tokens:  # no room for a single generated token
                 break
             transcript.give(given_T, reply.messages)
@@ -83,12 +83,12 @@ class Dialogue:
         transcript.info.update(plain)
         transcript.fields.take(fields, transcript.generated, f"{self._environment.name}.reply")
 
-    def _behind(self, reply: Reply, tools: Sequence[Mapping[str, Any]], *, after_stop: bool) -> NDArray[np.int32]:
+    def _behind(self, completion: Completion, reply: Reply, tools: Sequence[Mapping[str, Any]]) -> NDArray[np.int32]:
         """What a reply puts between the completion and the next one."""
         if isinstance(reply, Asked):
             return np.asarray(reply.tokens, np.int32)
         try:
-            return self._policy.renderer.continuation(reply.messages, after_stop=after_stop, tools=tools)
+            return self._policy.renderer.continuation(reply.messages, last=completion.tokens[-1], tools=tools)
         except DataError as error:  # the messages are the environment's
             raise EnvironmentFailure(f"the environment's reply cannot be rendered: {error}") from error
 

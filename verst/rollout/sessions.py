@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from verst.config.text import is_unicode
+from verst.data.call_forms import CallForm, Malformed, ToolCall
 from verst.errors import VerstError
-from verst.rollout.tool_calls import Malformed, ToolCall, split_calls
+from verst.rollout.tool_calls import split_calls
 from verst.rollout.user_loop import across
 from verst.types import Completion, FinishReason, Message
 
@@ -48,10 +49,9 @@ class Said:
             and all(map(_same_call, self.calls, other.calls))
         )
 
-    def message(self) -> Message:
+    def message(self, form: CallForm) -> Message:
         """As the policy reads it: calls stand in the text, as the chat templates that tell of tools write them."""
-        calls = (f'<tool_call>\n{{"name": "{call.name}", "arguments": {call.arguments}}}\n</tool_call>' for _, call in self.calls)
-        return Message(self.role, "\n".join(([self.content] if self.content or not self.calls else []) + list(calls)))
+        return Message(self.role, form.write(self.content, [call for _, call in self.calls]) if self.calls else self.content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +146,12 @@ class Session:
         """The agent's next call, in the order of their arrival."""
         return await self._waiting.get()
 
-    def answer(self, call: Call, turn: int, completion: Completion, prompt_tokens: int) -> None:
-        """`turn`: the number of the answer in the trajectory, which makes ids of calls different. `prompt_tokens`: those before it."""
-        call.answer = _told(completion, call.splits, turn, prompt_tokens)
+    def answer(self, call: Call, turn: int, completion: Completion, prompt_tokens: int, form: CallForm) -> None:
+        """`turn`: the number of the answer in the trajectory, which makes ids of calls different. `prompt_tokens`: those before it.
+
+        `form`: how the policy calls tools.
+        """
+        call.answer = _told(completion, call, turn, prompt_tokens, form)
         self.malformed += call.answer.malformed
         call.future.set_result(call.answer)
 
@@ -172,7 +175,7 @@ class Session:
             raise SessionRefused("there is nothing new to answer: the last message must be of another role than the assistant's")
         if any(said.calls and said.role != "assistant" for said in asked):
             raise SessionRefused("only the assistant calls tools: a message of another role has tool_calls")
-        texts = [text for said in asked for text in (said.role, said.message().content)]
+        texts = [text for said in asked for text in (said.role, said.content, *(word for _, call in said.calls for word in astuple(call)))]
         if not all(map(is_unicode, (*texts, json.dumps(tools, ensure_ascii=False)))):  # JSON has halves as escapes
             raise SessionRefused("a message or a tool has half of a surrogate pair, which no tokenizer takes")
         behind = self._behind(asked, tools)
@@ -208,12 +211,12 @@ def _shared(asked: tuple[Said, ...], behind: Call | None) -> tuple[Said, ...]:
     return tuple(old if old == said else said for old, said in zip(known, asked, strict=False)) + asked[len(known) :]
 
 
-def _told(completion: Completion, splits: bool, turn: int, prompt_tokens: int) -> Answer:
-    found = split_calls(completion.text) if splits else (completion.text, ())
+def _told(completion: Completion, call: Call, turn: int, prompt_tokens: int, form: CallForm) -> Answer:
+    found = split_calls(completion.text, form, call.tools) if call.splits else (completion.text, ())
     if isinstance(found, Malformed):
         return Answer(completion, Said("assistant", completion.text), prompt_tokens, malformed=True)
     text, calls = found
-    named = tuple((f"call_{turn}_{number}", call) for number, call in enumerate(calls))
+    named = tuple((f"call_{turn}_{number}", made) for number, made in enumerate(calls))
     return Answer(completion, Said("assistant", text, named), prompt_tokens)
 
 

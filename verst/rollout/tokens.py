@@ -106,9 +106,7 @@ class TokenSession:
 
         Raises `ModelError` for a template that cannot be continued.
         """
-        renderer = self.rolling.renderer
-        after_stop = bool(self._tokens) and self._tokens[-1] == renderer.end_of_turn
-        return renderer.continuation(messages, after_stop=after_stop).tolist()
+        return self.rolling.renderer.continuation(messages, last=self._tokens[-1] if self._tokens else None).tolist()
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without any that a tokenizer would put around it. Special tokens in it are special."""

@@ -1,18 +1,16 @@
-"""Finds tool calls in what a model wrote: the JSON form of Qwen and Hermes and, for the Python tool, fenced blocks."""
+"""Finds tool calls in what a model wrote: in the form that its template asks for and, for the Python tool, fenced blocks."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
-from typing import NoReturn
+
+from verst.data.call_forms import CLOSE, JSON, OPEN, CallForm, Malformed, ToolCall, Tools, named_in_json
 
 _OPENS = re.compile(r"```(?:python|py)\b[ \t]*(?P<line>\r?\n)?|(?P<tag><tool_call>)")
 _FENCE = re.compile(r"^[ \t]*```", re.MULTILINE)
 _FORM = '{"name": "python", "arguments": {"code": "…"}}'
-_ANY_FORM = '{"name": "…", "arguments": {…}}'
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_NO_CLOSE = "The call has no </tool_call>: write one after its JSON."
+_NO_CLOSE = "The call has no </tool_call>: write one at its end."
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,21 +19,6 @@ class Call:
 
     code: str
     more: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call of any tool. `arguments` is the text of a JSON object."""
-
-    name: str
-    arguments: str
-
-
-@dataclass(frozen=True, slots=True)
-class Malformed:
-    """What was meant as a call and is none: `reason` is said to the model."""
-
-    reason: str
 
 
 def first_call(text: str) -> Call | Malformed | None:
@@ -47,7 +30,7 @@ def first_call(text: str) -> Call | Malformed | None:
     if opened is None:
         return None
     if opened["tag"]:
-        body, closed, rest = text[opened.end() :].partition(_CLOSE)
+        body, closed, rest = text[opened.end() :].partition(CLOSE)
         found = _code(body) if closed else Malformed(_NO_CLOSE)
     else:
         if not opened["line"]:
@@ -59,41 +42,31 @@ def first_call(text: str) -> Call | Malformed | None:
     return found if isinstance(found, Malformed) else Call(found, _OPENS.search(rest) is not None)
 
 
-def split_calls(text: str) -> tuple[str, tuple[ToolCall, ...]] | Malformed:
-    """A completion as what it says and the calls it makes, `<tool_call>{"name": …, "arguments": {…}}</tool_call>` each.
+def split_calls(text: str, form: CallForm = JSON, tools: Tools = ()) -> tuple[str, tuple[ToolCall, ...]] | Malformed:
+    """A completion as what it says and the calls it makes, each between `<tool_call>` and `</tool_call>`.
+
+    `form`: what the model's template asks for (`ChatRenderer.call_form`), by default `{"name": …, "arguments": {…}}`. `tools`: what can be
+    called, in OpenAI's form; forms without quotes need their schemas to tell a number from its text.
 
     What is thought before `</think>` calls nothing. Where one call is malformed none is made: the rest may have relied on it.
     """
     thought, ended, rest = text.rpartition("</think>")
     said, calls = [thought + ended], []
-    while _OPEN in rest:
-        before, _, rest = rest.partition(_OPEN)
-        body, closed, rest = rest.partition(_CLOSE)
+    while OPEN in rest:
+        before, _, rest = rest.partition(OPEN)
+        body, closed, rest = rest.partition(CLOSE)
         if not closed:
             return Malformed(_NO_CLOSE)
-        found = _named(body, _ANY_FORM)
+        found = form.read(body, tools)
         if isinstance(found, Malformed):
             return found
-        name, arguments = found
         said.append(before)
-        calls.append(ToolCall(name, json.dumps(arguments, ensure_ascii=False)))
+        calls.append(found)
     return ("".join((*said, rest)).strip() if calls else text), tuple(calls)
 
 
-def _named(body: str, form: str) -> tuple[str, dict[str, object]] | Malformed:
-    try:
-        call = json.loads(body, parse_constant=_no_constant)
-        arguments = call.get("arguments") if isinstance(call, dict) else None
-        arguments = json.loads(arguments, parse_constant=_no_constant) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError) as error:
-        return Malformed(f"The call is not valid JSON ({error}). Expected: {form}")
-    if not isinstance(call, dict) or not isinstance(arguments, dict) or not isinstance(call.get("name"), str):
-        return Malformed(f"The call is not of the expected form: {form}")
-    return call["name"], arguments
-
-
 def _code(body: str) -> str | Malformed:
-    found = _named(body, _FORM)
+    found = named_in_json(body, _FORM)
     if isinstance(found, Malformed):
         return found
     name, arguments = found
@@ -101,7 +74,3 @@ def _code(body: str) -> str | Malformed:
         return Malformed(f"There is no tool {name[:80]!r}, only python. Expected: {_FORM}")
     code = arguments.get("code")
     return code if isinstance(code, str) else Malformed(f"The arguments have no text under code. Expected: {_FORM}")
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")

@@ -285,6 +285,7 @@ def test_any_text_between_the_marks_is_read(form: CallForm, pieces: list[str]):
         ("<tool_call>f(a=1)</tool_call>", None),
         (ASKS_FOR_JSON, JSON),
         ("<|tool_calls_begin|>f", None),
+        (f"<tool_calls>[…]</tool_calls> and not {ASKS_FOR_JSON}", None),
     ],
 )
 def test_forms_that_are_not_known(told: str, form: CallForm | None):

@@ -107,6 +107,32 @@ def test_appended_turns_equal_the_rendering_of_the_whole_conversation(name, stop
     assert renderer.opening(opening).dtype == np.int32
 
 
+SEVERAL_ENDS = (  # as Kimi K3's and Cohere's: marks within the answer's end, and behind the last answer of all another token
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% if m.role == 'assistant' %}<|eot_id|>response<|end_header_id|>{% endif %}<|im_end|>"
+    "{% if m.role == 'assistant' and loop.last %}</s>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_turn_ends_with_the_last_token_that_ends_it_wherever_it_stands():
+    """A policy that stopped at the first mark could not write the rest, and `</s>` stands behind no answer that another turn follows."""
+    tokenizer = bpe(SEVERAL_ENDS, "</s>")
+    renderer = ChatRenderer(tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (renderer.end_of_turn, renderer.stop_token_ids) == (end, (end,))
+    opening, reply = [Message("user", "what is 12 + 30?")], [Message("user", "no")]
+    answer = ids(tokenizer, "42<|eot_id|>response<|end_header_id|><|im_end|>")
+    tokens = [*renderer.opening(opening).tolist(), *answer, *renderer.continuation(reply, last=end).tolist()]
+    assert tokens == whole(tokenizer, [*opening, Message("assistant", "42"), *reply], generate=True)
+    shown_T, mask_T = renderer.demonstration(opening, [Message("assistant", "42")])
+    assert shown_T[mask_T].tolist() == answer
+    # A model that stops at a mark before the end all the same: the template's tokens go on behind it.
+    first = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    stopped = ids(tokenizer, "42<|eot_id|>")
+    assert [*tokens[: len(renderer.opening(opening))], *stopped, *renderer.continuation(reply, last=first).tolist()] == tokens
+
+
 OPENS_ONLY = (  # as GLM's: a turn ends where the next one is opened, and at that token the model stops
     "<s>{% for m in messages %}{{ '<|observation|>' if m.role == 'tool' else '<|' + m.role + '|>' }}{{ '\n' + m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"

@@ -191,7 +191,7 @@ PAIRS_ON_LINES = CallForm(_PAIRS_EXAMPLE, _named_in_pairs, partial(_pairs_body, 
 
 def asked_for(told: str) -> CallForm | None:
     """The form that a template asks for, by what it tells a model of tools. None: of no form that is known here."""
-    if OPEN not in told or CLOSE not in told:
+    if OPEN not in told or CLOSE not in told or "<tool_calls>" in told:
         return None
     if "<function=" in told or "<arg_key>" in told:
         if "<parameter=" in told:

@@ -115,7 +115,7 @@ class ChatRenderer:
     def continuation(self, messages: Sequence[Message], *, last: int | None, tools: Tools = ()) -> NDArray[np.int32]:
         """`[T]` tokens from the end of the assistant's generation to where it speaks again, with the new `messages` between.
 
-        `last`: the token that the generation ended with. If it is not `end_of_turn` (but of a stop string, for example), the template's
+        `last`: the token that the generation ended with. If it does not end a turn (but is of a stop string, for example), the template's
         end of turn comes first. If it opens the next turn, at which the models of some templates stop, it is not written again. Earlier
         turns stay as they were generated, also where the template would shorten them (thinking dropped from the history). `tools`: those of
         the opening.
@@ -126,12 +126,16 @@ class ChatRenderer:
         self._continuable(given)
         rendered = self._render([_USER, _ANSWER, *self._hidden(messages)], generate=True, tools=given)
         tokens = self._encode_after(_MARKER, self._after_marker(rendered))
-        closing = self._closing
-        if last == self.end_of_turn and tuple(tokens[: len(closing)]) == closing:
-            tokens = tokens[len(closing) :]
-        elif last in self._added and tokens[:1] == [last]:
-            tokens = tokens[1:]
-        return _array(tokens)
+        return _array(tokens[self._held(tokens, last) :])
+
+    def _held(self, tokens: list[int], last: int | None) -> int:
+        """How many of the tokens behind an answer a generation that ended with `last` has written itself."""
+        closing = list(self._closing)
+        closes = tokens[: len(closing)] == closing
+        if closes and last == self.end_of_turn:
+            return len(closing)
+        own = closing if closes else tokens[:1]
+        return own.index(last) + 1 if last in self._added and last in own else 0
 
     def may_fit(self, messages: Sequence[Message], tokens: int) -> bool:
         """Whether messages can be so few tokens. Told by their length alone, since to tokenize a gigabyte would take minutes."""
@@ -219,8 +223,20 @@ class ChatRenderer:
     def _ending(self) -> _Ending:
         text = self._after_marker(self._render([_USER, _ANSWER], generate=False))
         tokens = self._encode_after(_MARKER, text)
-        closing = next((i + 1 for i, token in enumerate(tokens) if token in self._added), 0)
-        return _Ending(text, tuple(tokens), closing)
+        return _Ending(text, tuple(tokens), self._closes(tokens))
+
+    def _closes(self, tokens: Sequence[int]) -> int:
+        """How many tokens behind the last answer close its turn: up to the last added one that stands there whatever follows.
+
+        Others end the conversation. Where it may have one turn only, or all is different once another follows, it is the first added one.
+        """
+        added = [i + 1 for i, token in enumerate(tokens) if token in self._added]
+        try:
+            followed = self._encode_after(_MARKER, self._after_marker(self._render([_USER, _ANSWER, _USER], generate=True)))
+        except DataError:
+            followed = []
+        same = next((i for i, (a, b) in enumerate(zip(tokens, followed, strict=False)) if a != b), min(len(tokens), len(followed)))
+        return max((end for end in added if end <= same), default=min(added, default=0))
 
     @cached_property
     def _closing(self) -> tuple[int, ...]:

@@ -165,6 +165,10 @@ def typed(**properties: Any) -> list[Any]:
         ({"type": ["string", "integer"]}, "5", "5"),
         ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "null", None),
         ({"oneOf": [{"type": "integer"}, {"type": "string"}]}, "5", "5"),
+        ({"anyOf": [{"$ref": "#/$defs/Color"}, {"type": "null"}]}, "red", "red"),  # pydantic's, of an enumeration
+        ({"anyOf": [{}, {"type": "null"}]}, "5", "5"),
+        ({"anyOf": [{"enum": ["red"]}, {"type": "null"}]}, "null", None),
+        ({"type": "boolean"}, " True ", True),
         ({"type": "array", "items": {"type": "integer"}}, "[1, 2]", [1, 2]),
         ({"type": "object"}, '{"é": {"b": null}}', {"é": {"b": None}}),
     ],
@@ -182,6 +186,11 @@ def test_a_value_is_what_its_schema_declares(schema: Any, text: str, value: Any)
         assert (found.name, json.loads(found.arguments)) == ("f", {"a": value})
 
 
+def test_the_name_of_a_function_may_have_blanks_around_it():
+    found = TAGS.read("<function= f ><parameter= a >5</parameter></function>", typed(a={"type": "integer"}))
+    assert found == ToolCall("f", '{"a": 5}')
+
+
 @pytest.mark.parametrize("parameters", [None, "x", {"properties": [1]}, {"properties": {"a": 1}}])
 def test_tools_without_a_schema_have_text(parameters: Any):
     tools: list[Any] = [{"type": "function"}, {"type": "function", "function": {"name": "f", "parameters": parameters}}]
@@ -195,11 +204,17 @@ def test_tools_without_a_schema_have_text(parameters: Any):
         (TAGS, '{"name": "f", "arguments": {}}', "not of the expected form: <function=NAME>"),
         (TAGS, "<function=f>", "not of the expected form"),
         (TAGS, "<function=></function>", "not of the expected form"),
+        (TAGS, "<function= ></function>", "not of the expected form"),
+        (TAGS, '<function=f><parameter=b>["\\ud800"]</parameter></function>', "half of a surrogate pair"),
+        (JSON, '{"name": "f", "arguments": {"a": "\\ud800"}}', "half of a surrogate pair"),
+        (JSON, '{"name": "\\ud800", "arguments": {}}', "half of a surrogate pair"),
         (TAGS, "<function=f></function> and", "not of the expected form"),
         (TAGS, "<function=f>so<parameter=a>5</parameter></function>", "not of the expected form"),
         (TAGS, "<function=f><parameter=a>5</function>", "not of the expected form"),
         (TAGS, "<function=f><parameter=a>five</parameter></function>", "a of f is to be integer, and is not (Expecting value"),
         (TAGS, "<function=f><parameter=a>NaN</parameter></function>", "NaN is no JSON"),
+        (TAGS, "<function=f><parameter=a>1e400</parameter></function>", "The arguments of 'f' are not JSON"),
+        (JSON, '{"name": "f", "arguments": {"a": -1e400}}', "The arguments of 'f' are not JSON"),
         (TAGS, "<function=f><parameter=a>" + "[" * 100_000 + "</parameter></function>", "a of f is to be integer"),
         (PAIRS, '{"name": "f", "arguments": {}}', "not of the expected form: NAME <arg_key>"),
         (PAIRS, "", "not of the expected form"),
@@ -212,9 +227,15 @@ def test_tools_without_a_schema_have_text(parameters: Any):
     ],
 )
 def test_what_is_no_call_says_why(form: CallForm, body: str, reason: str):
-    found = form.read(body, typed(a={"type": "integer"}))
+    found = form.read(body, typed(a={"type": "integer"}, b={"type": "array"}))
     assert isinstance(found, Malformed)
     assert reason in found.reason
+    assert len(found.reason) < 300
+
+
+def test_a_type_of_any_length_makes_no_long_message():
+    found = TAGS.read("<function=f><parameter=a>five</parameter></function>", typed(a={"type": "x" * 1000}))
+    assert isinstance(found, Malformed)
     assert len(found.reason) < 300
 
 
@@ -296,6 +317,8 @@ def test_a_template_that_refuses_tools_does_not_tell_of_them():
     template = QWEN_TOOLS.replace("{%- if tools %}", "{%- if tools %}{{- raise_exception('no tools') }}")
     renderer = ChatRenderer(tiny_tokenizer(template))
     assert renderer.call_form is JSON
+    only = QWEN_TOOLS.replace("{%- if tools %}", "{%- if not tools %}{{- raise_exception('tools!') }}{%- endif %}{%- if tools %}")
+    assert ChatRenderer(tiny_tokenizer(only)).call_form is JSON
     with pytest.raises(ModelError, match="does not tell a model of tools"):
         renderer.opening([Message("user", "x")], [ADD])
 
@@ -304,13 +327,28 @@ def test_a_template_that_refuses_tools_does_not_tell_of_them():
     ("arguments", "reason"),
     [
         ("{", "message 1 calls add with arguments that are not valid JSON"),
-        ("[1]", r"message 1 calls add with arguments that are no JSON object"),
+        ("[1]", "message 1 calls add with arguments that are no JSON object"),
+        ('{"a": NaN}', "NaN is no JSON"),
+        ('{"a": 1e400}', "not valid JSON"),
+        ('{"a": "\\ud800"}', "half of a surrogate pair"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "not valid JSON"),
     ],
 )
 async def test_arguments_that_no_template_could_write_are_refused(arguments: str, reason: str):
     made = {"id": "x", "type": "function", "function": {"name": "add", "arguments": arguments}}
     tries = again(lambda first: [ASK, {"role": "assistant", "content": None, "tool_calls": [made]}, ASK])
     assert reason in str((await rolled(TAG_TOOLS, tries, WRITTEN["tags"][0])).error)
+
+
+async def test_arguments_of_any_depth_end_no_run():
+    """What is still read at the endpoint may be too deep where it is written, which is further down the stack."""
+    outcomes: set[str] = set()
+    for depth in range(850, 985, 3):
+        made = {"id": "x", "type": "function", "function": {"name": "add", "arguments": '{"a": ' + "[" * depth + "]" * depth + "}"}}
+        tries = again(lambda first, made=made: [ASK, {"role": "assistant", "content": None, "tool_calls": [made]}, ASK])
+        error = str((await rolled(TAG_TOOLS, tries, WRITTEN["tags"][0])).error)
+        outcomes.add(next(known for known in ("nested too deeply", "not valid JSON", "None") if known in error))
+    assert outcomes == {"nested too deeply", "not valid JSON", "None"}
 
 
 async def test_no_arguments_may_be_an_empty_text():

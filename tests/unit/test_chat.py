@@ -127,10 +127,59 @@ def test_a_turn_ends_with_the_last_token_that_ends_it_wherever_it_stands():
     assert tokens == whole(tokenizer, [*opening, Message("assistant", "42"), *reply], generate=True)
     shown_T, mask_T = renderer.demonstration(opening, [Message("assistant", "42")])
     assert shown_T[mask_T].tolist() == answer
+    assert renderer.decode(answer) == "42"  # what the template writes behind it is no text of the answer
+    assert renderer.decode(answer[:-1]) == "42<|eot_id|>response"
     # A model that stops at a mark before the end all the same: the template's tokens go on behind it.
     first = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     stopped = ids(tokenizer, "42<|eot_id|>")
     assert [*tokens[: len(renderer.opening(opening))], *stopped, *renderer.continuation(reply, last=first).tolist()] == tokens
+
+
+def test_a_line_feed_that_a_tokenizer_has_added_ends_no_turn():
+    """Gemma's tokenizers have."""
+    tokenizer = bpe(CHATML, "<|im_end|>")
+    tokenizer.add_tokens(["\n"])
+    renderer = ChatRenderer(tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert renderer.end_of_turn == end
+    shown_T, mask_T = renderer.demonstration([Message("user", "A")], [Message("assistant", "B")])
+    assert tokenizer.decode(shown_T[mask_T]) == "B<|im_end|>"
+    assert (
+        tokenizer.decode(renderer.continuation([Message("user", "C")], last=end))
+        == "\n<|im_start|>user\nC<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(renderer.continuation([Message("user", "C")], last=tokenizer.encode("\n")[-1])).startswith("<|im_end|>\n")
+
+
+def test_a_template_that_always_opens_the_next_answer_ends_a_turn_before():
+    """As that of Llama 3 was at first: what opens the assistant's turn is there behind the last answer too, and opens the user's."""
+    opening = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    tokenizer = bpe(LLAMA3.replace("{% if add_generation_prompt %}", "{% if true %}"), "<|eot_id|>", bos="<s>")
+    renderer = ChatRenderer(tokenizer)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "A"}], tokenize=False).endswith(opening)
+    assert renderer.end_of_turn == tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    shown_T, mask_T = renderer.demonstration([Message("user", "A")], [Message("assistant", "B")])
+    assert tokenizer.decode(shown_T[mask_T]) == "B<|eot_id|>"
+
+
+def test_an_end_that_is_written_twice_is_met_at_the_first():
+    twice = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n<|im_end|>\n<|im_end|>{% endfor %}"
+    tokenizer = bpe(twice + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "<|im_end|>")
+    renderer = ChatRenderer(tokenizer)
+    opening, reply, end = [Message("user", "A")], [Message("user", "C")], renderer.end_of_turn
+    tokens = [*renderer.opening(opening).tolist(), *ids(tokenizer, "B\n<|im_end|>"), *renderer.continuation(reply, last=end).tolist()]
+    assert tokens == whole(tokenizer, [*opening, Message("assistant", "B"), *reply], generate=True)
+
+
+def test_a_template_that_drops_former_answers_has_one_turn():
+    template = "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.role }}:{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    tokenizer = bpe(template + "{% if add_generation_prompt %}assistant:{% endif %}", "</s>")
+    renderer = ChatRenderer(tokenizer)
+    assert renderer.stop_token_ids == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    shown_T, mask_T = renderer.demonstration([Message("user", "A")], [Message("assistant", "B")])
+    assert tokenizer.decode(shown_T[mask_T]) == "B<|im_end|>"
+    with pytest.raises(ModelError, match="changes or drops"):
+        renderer.continuation([Message("user", "C")], last=renderer.end_of_turn)
 
 
 OPENS_ONLY = (  # as GLM's: a turn ends where the next one is opened, and at that token the model stops
@@ -155,7 +204,17 @@ def test_a_token_that_opens_the_next_turn_is_written_once(role: str):
     other = tokenizer.convert_tokens_to_ids("<|assistant|>")
     assert tokenizer.decode(renderer.continuation(reply, last=other)).startswith(opens)
     # Of itself it ends at the end of the text, behind which the template opens the next turn.
+    assert renderer.end_of_turn == tokenizer.eos_token_id
     assert tokenizer.decode(renderer.continuation(reply, last=renderer.end_of_turn)).startswith(opens)
+
+
+def test_a_tokenizer_without_an_end_may_have_such_a_template():
+    tokenizer: Any = bpe(OPENS_ONLY, "</s>", bos="<s>")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|assistant|>"]})
+    tokenizer.eos_token = None
+    renderer = ChatRenderer(tokenizer)
+    stop = tokenizer.convert_tokens_to_ids("<|user|>")
+    assert tokenizer.decode(renderer.continuation([Message("user", "B")], last=stop)) == "\nB<|assistant|>\n"
 
 
 def test_text_that_is_said_twice_is_written_twice():

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
+from verst.config.text import is_unicode
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
@@ -61,10 +63,22 @@ class CallForm:
     def read(self, body: str, tools: Tools = ()) -> ToolCall | Malformed:
         """The call whose text stands between the marks."""
         found = self.named(body, tools)
-        return found if isinstance(found, Malformed) else ToolCall(found[0], json.dumps(found[1], ensure_ascii=False))
+        if isinstance(found, Malformed):
+            return found
+        name, arguments = found
+        try:
+            text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)  # 1e400 is read as an infinite number
+        except (ValueError, RecursionError) as error:
+            return Malformed(f"The arguments of {name[:80]!a} are not JSON ({error})")
+        if not is_unicode(name + text):
+            return Malformed(f"The call of {name[:80]!a} has half of a surrogate pair")
+        return ToolCall(name, text)
 
     def write(self, words: str, calls: Sequence[ToolCall]) -> str:
-        """A message that says something and calls tools, as the templates write it."""
+        """A message that says something and calls tools. Templates of other models of the form may write other blanks between.
+
+        Raises `RecursionError` for arguments that are nested too deeply.
+        """
         made = (f"{OPEN}{self.body(call.name, json.loads(call.arguments))}{CLOSE}" for call in calls)
         return self.behind_text.join(part for part in (words, self.between.join(made)) if part)
 
@@ -72,9 +86,9 @@ class CallForm:
 def named_in_json(body: str, example: str) -> Named | Malformed:
     """The name and arguments in `{"name": …, "arguments": {…}}`; arguments may be JSON in a text. `example` is told to one that errs."""
     try:
-        call = json.loads(body, parse_constant=_no_constant)
+        call = json.loads(body, parse_constant=no_constant)
         arguments = call.get("arguments") if isinstance(call, dict) else None
-        arguments = json.loads(arguments, parse_constant=_no_constant) if isinstance(arguments, str) else arguments
+        arguments = json.loads(arguments, parse_constant=no_constant) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError) as error:
         return Malformed(f"The call is not valid JSON ({error}). Expected: {example}")
     if not isinstance(call, dict) or not isinstance(arguments, dict) or not isinstance(call.get("name"), str):
@@ -88,8 +102,9 @@ def _json_body(name: str, arguments: Mapping[str, Any]) -> str:
 
 def _named_in_tags(body: str, tools: Tools) -> Named | Malformed:
     function = _FUNCTION.fullmatch(body)
+    name = function[1].strip() if function else ""
     arguments = _pairs(_PARAMETER, function[2]) if function else None
-    return _typed(function[1], arguments, tools) if function and arguments is not None else _strange(TAGS)
+    return _typed(name, arguments, tools) if name and arguments is not None else _strange(TAGS)
 
 
 def _tags_body(name: str, arguments: Mapping[str, Any]) -> str:
@@ -132,7 +147,7 @@ def _typed(name: str, arguments: Mapping[str, str], tools: Tools) -> Named | Mal
         try:
             typed[key] = _value(text, types)
         except (ValueError, RecursionError) as error:
-            wanted = " or ".join(sorted(types))
+            wanted = " or ".join(sorted(types))[:80]
             return Malformed(f"{key[:80]} of {name[:80]} is to be {wanted}, and is not ({error}): {text[:80]}")
     return name, typed
 
@@ -142,7 +157,8 @@ def _value(text: str, types: frozenset[str]) -> Any:
         return None
     if not types or "string" in types:
         return text
-    return _WORDS[text] if text in _WORDS else json.loads(text, parse_constant=_no_constant)
+    word = text.strip()
+    return _WORDS[word] if word in _WORDS else json.loads(text, parse_constant=no_constant)
 
 
 def _properties(name: str, tools: Tools) -> Mapping[str, Any]:
@@ -157,22 +173,31 @@ def _properties(name: str, tools: Tools) -> Mapping[str, Any]:
 
 
 def _types(schema: Any) -> frozenset[str]:
-    """The JSON types that a schema allows, by its `type` and those of its alternatives; none if it declares none."""
+    """The JSON types that a schema allows, by its `type` and those of its alternatives; none if it declares none.
+
+    An alternative that declares none, such as a reference, may be text.
+    """
     if not isinstance(schema, Mapping):
         return frozenset()
-    schemas = [schema]
+    found = _declared(schema)
     for name in ("anyOf", "oneOf"):
         alternatives = schema.get(name)
-        schemas += [one for one in alternatives if isinstance(one, Mapping)] if isinstance(alternatives, list) else []
-    declared = [one.get("type") for one in schemas]
-    return frozenset(kind for kinds in declared for kind in (kinds if isinstance(kinds, list) else [kinds]) if isinstance(kind, str))
+        for one in alternatives if isinstance(alternatives, list) else []:
+            found |= (_declared(one) if isinstance(one, Mapping) else frozenset()) or {"string"}
+    return found
+
+
+def _declared(schema: Mapping[str, Any]) -> frozenset[str]:
+    kinds = schema.get("type")
+    return frozenset(kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if isinstance(kind, str))
 
 
 def _strange(form: CallForm) -> Malformed:
     return Malformed(f"The call is not of the expected form: {form.example}")
 
 
-def _no_constant(name: str) -> NoReturn:
+def no_constant(name: str) -> NoReturn:
+    """For `parse_constant`: Python reads NaN and Infinity."""
     raise ValueError(f"{name} is no JSON")
 
 

@@ -79,7 +79,8 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self._eos: int | None = getattr(tokenizer, "eos_token_id", None)
-        self._added = frozenset(tokenizer.added_tokens_decoder)
+        added = {token: str(about.content) for token, about in tokenizer.added_tokens_decoder.items()}
+        self._added = frozenset(token for token, text in added.items() if text.strip())  # blanks are text (Gemma's line feeds)
         self._special = frozenset(tokenizer.all_special_ids)
         self._text = SpecialText(tokenizer)
         self._opened = lru_cache(maxsize=256)(self._open)  # the trajectories of a group open alike
@@ -134,7 +135,7 @@ class ChatRenderer:
         closes = tokens[: len(closing)] == closing
         if closes and last == self.end_of_turn:
             return len(closing)
-        own = closing if closes else tokens[:1]
+        own = closing if closing and closes else tokens[:1]
         return own.index(last) + 1 if last in self._added and last in own else 0
 
     def may_fit(self, messages: Sequence[Message], tokens: int) -> bool:
@@ -167,9 +168,12 @@ class ChatRenderer:
         return tokens_T, mask_T
 
     def decode(self, tokens: Sequence[int] | NDArray[np.int32], stop_token_ids: Sequence[int] = ()) -> str:
-        """Text of a generation, without the end-of-turn, special or stop token it ended with. Special tokens within stay visible."""
+        """Text of a generation, without the end of turn, special or stop token it ended with. Special tokens within stay visible."""
         ids = [int(token) for token in tokens]
-        if ids and (ids[-1] in self._special or ids[-1] in stop_token_ids or ids[-1] == self.end_of_turn):
+        closing = list(self._closing)
+        if closing and ids[-len(closing) :] == closing:
+            ids = ids[: -len(closing)]
+        elif ids and (ids[-1] in self._special or ids[-1] in stop_token_ids or ids[-1] == self.end_of_turn):
             ids.pop()
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
@@ -217,7 +221,9 @@ class ChatRenderer:
             told = self._render([_USER], generate=True, tools=_as_text(_TOOL))
         except DataError:
             return ""
-        return "" if told == self._render([_USER], generate=True) else told
+        with suppress(DataError):  # one that is for tools only refuses this
+            return "" if told == self._render([_USER], generate=True) else told
+        return told
 
     @cached_property
     def _ending(self) -> _Ending:
@@ -225,18 +231,21 @@ class ChatRenderer:
         tokens = self._encode_after(_MARKER, text)
         return _Ending(text, tuple(tokens), self._closes(tokens))
 
-    def _closes(self, tokens: Sequence[int]) -> int:
+    def _closes(self, tokens: list[int]) -> int:
         """How many tokens behind the last answer close its turn: up to the last added one that stands there whatever follows.
 
-        Others end the conversation. Where it may have one turn only, or all is different once another follows, it is the first added one.
+        Others end the conversation. Where what follows tells nothing (the template has one turn, writes all in another way, or always opens
+        the next answer), it is the first added one.
         """
-        added = [i + 1 for i, token in enumerate(tokens) if token in self._added]
+        added = [i for i, token in enumerate(tokens) if token in self._added]
         try:
             followed = self._encode_after(_MARKER, self._after_marker(self._render([_USER, _ANSWER, _USER], generate=True)))
-        except DataError:
-            followed = []
-        same = next((i for i, (a, b) in enumerate(zip(tokens, followed, strict=False)) if a != b), min(len(tokens), len(followed)))
-        return max((end for end in added if end <= same), default=min(added, default=0))
+            opens = self._render([_USER], generate=False) == self._render([_USER], generate=True)
+        except (DataError, ModelError):
+            followed, opens = [], True
+        same = 0 if opens else next((i for i, (a, b) in enumerate(zip(tokens, followed, strict=False)) if a != b), len(tokens))
+        closing = max((i for i in added if i < same), default=min(added, default=None))
+        return 0 if closing is None else tokens.index(tokens[closing]) + 1  # a token that is written twice is met at the first
 
     @cached_property
     def _closing(self) -> tuple[int, ...]:

@@ -8,14 +8,23 @@ from verst.types import Message, Trajectory
 
 
 def split(trajectory: Trajectory) -> tuple[Sequence[Message], Sequence[Message]]:
-    """The messages of the prompt, and those from the first generated one on; either may hold answers that nobody sampled."""
+    """The messages of the prompt, and those from the first generated one on; either may hold answers that nobody sampled.
+
+    Which were is told by the texts of turns: of two answers with the same text the later one counts as the sampled one.
+    """
     messages, first = trajectory.messages, len(trajectory.messages)
     for turn in reversed(trajectory.turns):
-        answers = [place for place in range(first) if messages[place].role == "assistant"]
-        if not answers:
+        last = None
+        for place in range(first - 1, -1, -1):
+            if messages[place].role != "assistant":
+                continue
+            last = place if last is None else last  # a demonstration's turn has what the template puts around its text too
+            if messages[place].content == turn.text:
+                last = place
+                break
+        if last is None:
             break
-        # By its text; a demonstration's turn has what the template puts around it too, and is then the last one left.
-        first = next((place for place in reversed(answers) if messages[place].content == turn.text), answers[-1])
+        first = last
     return messages[:first], messages[first:]
 
 

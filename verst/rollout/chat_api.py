@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verst.data.call_forms import ToolCall
+from verst.config.text import is_unicode
+from verst.data.call_forms import ToolCall, no_constant
 from verst.rollout.sessions import Answer, Said, Tools
 from verst.types import FinishReason
 
@@ -116,12 +117,16 @@ def _calls(number: int, calls: Any) -> tuple[tuple[str, ToolCall], ...]:
 def _object(number: int, call: ToolCall) -> str:
     """The arguments of a call. Some clients send an empty text for none."""
     text = call.arguments or "{}"
+    where = f"message {number} calls {call.name[:80]} with arguments that"
     try:
-        found = json.loads(text)
+        found = json.loads(text, parse_constant=no_constant)
+        known = json.dumps(found, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"message {number} calls {call.name[:80]} with arguments that are not valid JSON ({error})") from error
+        raise ValueError(f"{where} are not valid JSON ({error})") from error
     if not isinstance(found, dict):
-        raise ValueError(f"message {number} calls {call.name[:80]} with arguments that are no JSON object: {text[:80]}")
+        raise ValueError(f"{where} are no JSON object: {text[:80]}")
+    if not is_unicode(known):  # as an escape, which a template would write as the half itself
+        raise ValueError(f"{where} have half of a surrogate pair, which no tokenizer takes")
     return text
 
 

@@ -191,7 +191,7 @@ class Conversations:
 
     def _opened(self, call: Call) -> Transcript:
         """The transcript in which a call waits for its answer. Raises `SessionRefused` if it has no room, or cannot be rendered."""
-        messages = [said.message(self._form(call)) for said in call.new]
+        messages = self._messages(call)
         if not self._transcripts:  # the first call's: what is wrong with it is said of the prompt
             transcript, given_T = Transcript(), self._opening(messages, call.tools)
         else:
@@ -201,6 +201,13 @@ class Conversations:
             self._transcripts.append(transcript)
         transcript.give(given_T, messages)
         return transcript
+
+    def _messages(self, call: Call) -> list[Message]:
+        """What a call says, as the policy reads it."""
+        try:
+            return [said.message(self._form(call)) for said in call.new]
+        except RecursionError as error:
+            raise SessionRefused("the arguments of a call are nested too deeply to be written") from error
 
     def _form(self, call: Call) -> CallForm:
         """How the policy calls tools. A template is asked only if there are any."""

@@ -238,12 +238,11 @@ class ChatRenderer:
         the next answer), it is the first added one.
         """
         added = [i for i, token in enumerate(tokens) if token in self._added]
-        try:
-            followed = self._encode_after(_MARKER, self._after_marker(self._render([_USER, _ANSWER, _USER], generate=True)))
-            opens = self._render([_USER], generate=False) == self._render([_USER], generate=True)
-        except (DataError, ModelError):
-            followed, opens = [], True
-        same = 0 if opens else next((i for i, (a, b) in enumerate(zip(tokens, followed, strict=False)) if a != b), len(tokens))
+        followed: list[int] = []
+        with suppress(DataError, ModelError):
+            if self._render([_USER], generate=False) != self._render([_USER], generate=True):
+                followed = self._encode_after(_MARKER, self._after_marker(self._render([_USER, _ANSWER, _USER], generate=True)))
+        same = next((i for i, (a, b) in enumerate(zip(tokens, followed, strict=False)) if a != b), min(len(tokens), len(followed)))
         closing = max((i for i in added if i < same), default=min(added, default=None))
         return 0 if closing is None else tokens.index(tokens[closing]) + 1  # a token that is written twice is met at the first
 

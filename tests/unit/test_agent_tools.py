@@ -213,11 +213,11 @@ def test_any_text_is_read(pieces: list[str]):
             assert json.loads(made.arguments) == {}
 
 
-async def answered(agent: Any, *texts: str) -> Trajectory:
+async def answered(agent: Any, *texts: str, template: str = QWEN_TOOLS) -> Trajectory:
     """The trajectory of an agent whose policy says these texts."""
     agents = Agents(agent)
     try:
-        (trajectory,) = (await with_tools(saying(*texts), agents).roll(0, PROMPT)).trajectories
+        (trajectory,) = (await with_tools(saying(*texts), agents, template).roll(0, PROMPT)).trajectories
     finally:
         await agents.close()
     return trajectory

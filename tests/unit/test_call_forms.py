@@ -9,15 +9,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tests.unit.test_agent_tools import ADD, ASK, NOW, QWEN_TOOLS, again, result, solve, with_tools
-from tests.unit.test_roll import END, PROMPT, ids
+from tests.unit.test_agent_tools import ADD, ASK, NOW, QWEN_TOOLS, again, answered, result, solve
 from verst.data.call_forms import JSON, PAIRS, PAIRS_ON_LINES, TAGS, CallForm, Malformed, ToolCall, asked_for
 from verst.data.chat import ChatRenderer
 from verst.errors import ModelError
-from verst.rollout.agent import Agents
 from verst.rollout.tool_calls import split_calls
-from verst.testing import FakeEngine, tiny_tokenizer
-from verst.types import Message, Status, Trajectory
+from verst.testing import tiny_tokenizer
+from verst.types import Message, Status
 
 BEFORE_CALLS, AFTER_CALLS = QWEN_TOOLS.index("{%- for call in"), QWEN_TOOLS.index("{{- '<|im_end|>\n' }}{%- endif %}{%- endfor %}")
 ASKS_FOR_JSON = '<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>'
@@ -80,16 +78,6 @@ def calling(*made: tuple[str, Any]) -> list[Any]:
     return [{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in made]
 
 
-async def rolled(template: str, agent: Any, *texts: str) -> Trajectory:
-    agents = Agents(agent)
-    try:
-        engine = FakeEngine([[*ids(text), END] for text in texts])
-        (trajectory,) = (await with_tools(engine, agents, template).roll(0, PROMPT)).trajectories
-    finally:
-        await agents.close()
-    return trajectory
-
-
 @pytest.mark.parametrize("name", FORMS)
 def test_a_template_tells_which_form_it_asks_for(name: str):
     template, form = FORMS[name]
@@ -101,7 +89,7 @@ async def test_an_agent_calls_tools_in_each_form(name: str):
     """The usual loop over tools, whose sums need numbers: they are told from text by the tool's schema."""
     adds, now = WRITTEN[name]
     texts = [f"I add.\n{adds}\n{now}", adds, "42"]
-    trajectory = await rolled(FORMS[name][0], solve, *texts)
+    trajectory = await answered(solve, *texts, template=FORMS[name][0])
     assert (trajectory.status, trajectory.info, trajectory.error) == (Status.FINISHED, {"answer": "42"}, None)
     told = [message.content for message in trajectory.messages if message.role == "tool"]
     assert (told, trajectory.branches) == (["7", "noon", "7"], ())
@@ -123,7 +111,7 @@ async def test_calls_that_nobody_sampled_are_written_as_each_template_writes_the
             result(first),
         ]
 
-    trajectory = await rolled(template, again(compacted), WRITTEN[name][0], "7")
+    trajectory = await answered(again(compacted), WRITTEN[name][0], "7", template=template)
     conversation: list[Any] = [
         {"role": "user", "content": "so far:"},
         {"role": "assistant", "content": "I add.", "tool_calls": calling(("add", arguments), ("add", arguments))},
@@ -138,7 +126,7 @@ async def test_calls_that_nobody_sampled_are_written_as_each_template_writes_the
 @pytest.mark.parametrize("name", FORMS)
 async def test_a_last_call_without_tools_has_the_calls_before_it_in_the_same_form(name: str):
     """An agent that wants an answer now leaves the tools out, and the conversation is another one."""
-    trajectory = await rolled(FORMS[name][0], again(lambda first: [ASK, first, result(first)], tools=()), WRITTEN[name][0], "7")
+    trajectory = await answered(again(lambda first: [ASK, first, result(first)], tools=()), WRITTEN[name][0], "7", template=FORMS[name][0])
     asked = next(message.content for message in trajectory.messages if message.role == "assistant")
     assert split_calls(asked, FORMS[name][1], [ADD]) == ("", (ToolCall("add", '{"a": 3, "b": 4}'),))
     assert len(trajectory.branches) == 1
@@ -337,7 +325,7 @@ def test_a_template_that_refuses_tools_does_not_tell_of_them():
 async def test_arguments_that_no_template_could_write_are_refused(arguments: str, reason: str):
     made = {"id": "x", "type": "function", "function": {"name": "add", "arguments": arguments}}
     tries = again(lambda first: [ASK, {"role": "assistant", "content": None, "tool_calls": [made]}, ASK])
-    assert reason in str((await rolled(TAG_TOOLS, tries, WRITTEN["tags"][0])).error)
+    assert reason in str((await answered(tries, WRITTEN["tags"][0], template=TAG_TOOLS)).error)
 
 
 async def test_arguments_of_any_depth_end_no_run():
@@ -346,7 +334,7 @@ async def test_arguments_of_any_depth_end_no_run():
     for depth in range(850, 985, 3):
         made = {"id": "x", "type": "function", "function": {"name": "add", "arguments": '{"a": ' + "[" * depth + "]" * depth + "}"}}
         tries = again(lambda first, made=made: [ASK, {"role": "assistant", "content": None, "tool_calls": [made]}, ASK])
-        error = str((await rolled(TAG_TOOLS, tries, WRITTEN["tags"][0])).error)
+        error = str((await answered(tries, WRITTEN["tags"][0], template=TAG_TOOLS)).error)
         outcomes.add(next(known for known in ("nested too deeply", "not valid JSON", "None") if known in error))
     assert outcomes == {"nested too deeply", "not valid JSON", "None"}
 
@@ -356,5 +344,5 @@ async def test_no_arguments_may_be_an_empty_text():
         (made,) = first["tool_calls"]
         return [ASK, {**first, "tool_calls": [{**made, "function": {"name": "now", "arguments": ""}}]}, result(first)]
 
-    trajectory = await rolled(TAG_TOOLS, again(emptied), WRITTEN["tags"][1], "7")
+    trajectory = await answered(again(emptied), WRITTEN["tags"][1], "7", template=TAG_TOOLS)
     assert (trajectory.info, trajectory.branches) == ({"second": "7"}, ())

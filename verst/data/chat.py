@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from verst.config.hub import model_directory
 from verst.config.plan import loading
 from verst.data.call_forms import JSON, PAIRS, TAGS, CallForm, Tools, asked_for
+from verst.data.prompts import same_beginning
 from verst.data.special import SpecialText
 from verst.errors import DataError, ModelError
 from verst.types import Message
@@ -191,7 +192,7 @@ class ChatRenderer:
                     continue
                 raise
             if not after.startswith(before):
-                at = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
+                at = same_beginning(before, after)
                 raise ModelError(
                     f"the chat template cannot be used for several turns: it writes the {opening[0].role} message differently once a turn "
                     f"follows ({before[at : at + 40]!r} becomes {after[at : at + 40]!r}). Use a template that only appends, or one turn "
@@ -242,7 +243,7 @@ class ChatRenderer:
         with suppress(DataError, ModelError):
             if self._render([_USER], generate=False) != self._render([_USER], generate=True):
                 followed = self._encode_after(_MARKER, self._after_marker(self._render([_USER, _ANSWER, _USER], generate=True)))
-        same = next((i for i, (a, b) in enumerate(zip(tokens, followed, strict=False)) if a != b), min(len(tokens), len(followed)))
+        same = same_beginning(tokens, followed)
         closing = max((i for i in added if i < same), default=min(added, default=None))
         return 0 if closing is None else tokens.index(tokens[closing]) + 1  # a token that is written twice is met at the first
 

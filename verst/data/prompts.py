@@ -101,12 +101,12 @@ def _pair(prompt: _Column | None, chosen: _Column, rejected: _Column, row: Row) 
     better, worse = (_messages(column, "assistant", row) for column in (chosen, rejected))
     common: _Messages = ()
     if better[0].role != "assistant":  # whole conversations; a prompt beside them repeats their beginning
-        same = _shared(better, worse)
+        same = same_beginning(better, worse)
         common, better, worse = better[:same], better[same:], worse[same:]
     elif prompt is not None:
         common = _messages(prompt, "user", row)
     elif isinstance(chosen.value, str) and isinstance(rejected.value, str):
-        same = _shared(chosen.value, rejected.value)
+        same = same_beginning(chosen.value, rejected.value)
         same -= chosen.value[:same].endswith(" ")  # a space before the answers belongs to them, as in TRL
         common = (Message("user", chosen.value[:same]),)
         better, worse = ((Message("assistant", text[same:]),) for text in (chosen.value, rejected.value))
@@ -121,8 +121,8 @@ def _pair(prompt: _Column | None, chosen: _Column, rejected: _Column, row: Row) 
     return common, better, worse
 
 
-def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many characters, or messages, are the same at the beginning of both."""
+def same_beginning(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many characters, messages or tokens are the same at the beginning of both."""
     return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from verst.config.text import is_unicode
-from verst.data.call_forms import ToolCall, no_constant
-from verst.rollout.sessions import Answer, Said, Tools
+from verst.data.call_forms import ToolCall, Tools, no_constant
+from verst.rollout.sessions import Answer, Said
 from verst.types import FinishReason
 
 _REFUSED = ("functions", "function_call", "logprobs", "top_logprobs", "logit_bias", "audio", "prediction")

@@ -204,8 +204,9 @@ class Conversations:
 
     def _messages(self, call: Call) -> list[Message]:
         """What a call says, as the policy reads it."""
+        form = self._form(call)
         try:
-            return [said.message(self._form(call)) for said in call.new]
+            return [said.message(form) for said in call.new]
         except RecursionError as error:
             raise SessionRefused("the arguments of a call are nested too deeply to be written") from error
 

@@ -11,17 +11,13 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
 
 from verst.config.text import is_unicode
-from verst.data.call_forms import CallForm, Malformed, ToolCall
+from verst.data.call_forms import CallForm, Malformed, ToolCall, Tools
 from verst.errors import VerstError
 from verst.rollout.tool_calls import split_calls
 from verst.rollout.user_loop import across
 from verst.types import Completion, FinishReason, Message
-
-Tools = tuple[Mapping[str, Any], ...]
-"""Functions in OpenAI's form."""
 
 ENDED = "this trajectory has ended: a session is good for one"
 FULL = "this model's maximum context length is used up: the conversation, or the answer before, has reached the run's limit of tokens"
@@ -51,7 +47,7 @@ class Said:
 
     def message(self, form: CallForm) -> Message:
         """As the policy reads it: calls stand in the text, as the chat templates that tell of tools write them."""
-        return Message(self.role, form.write(self.content, [call for _, call in self.calls]) if self.calls else self.content)
+        return Message(self.role, form.write(self.content, [call for _, call in self.calls]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +114,7 @@ class Session:
         self.not_heeded: set[str] = set()
         """Parameters of its calls that would have changed how tokens are sampled."""
 
-    async def complete(
-        self, messages: Sequence[Message | Mapping[str, str]], *, tools: Sequence[Mapping[str, Any]] = (), again: bool = False
-    ) -> Completion:
+    async def complete(self, messages: Sequence[Message | Mapping[str, str]], *, tools: Tools = (), again: bool = False) -> Completion:
         """What the policy says to a conversation, which may be a new one, or go on from any of its answers. Calls may be made at once.
 
         `tools`: what it may call, in OpenAI's form. `again`: a client repeats a call whose answer it did not get; it is given that answer.
@@ -130,7 +124,7 @@ class Session:
         asked = [Said(m.role, m.content) if isinstance(m, Message) else Said(m["role"], m["content"]) for m in messages]
         return (await across(self.ask(asked, tools=tools, calls=False, again=again), self._home)).completion
 
-    async def ask(self, messages: Sequence[Said], *, tools: Sequence[Mapping[str, Any]], calls: bool, again: bool) -> Answer:
+    async def ask(self, messages: Sequence[Said], *, tools: Tools, calls: bool, again: bool) -> Answer:
         """As `complete`. `calls`: whether what the policy calls is taken out of its text."""
         asked = tuple(messages)
         if self._over:

@@ -15,6 +15,7 @@ from typing import Any
 
 from verst import extend
 from verst.data.chat import ChatRenderer
+from verst.data.prompts import same_beginning
 from verst.errors import ExtensionError
 from verst.rollout.generate_endpoint import HOST, GenerateEndpoint
 from verst.rollout.rollouts import Rollouts
@@ -133,7 +134,7 @@ def _take(sample: Any, session: TokenSession) -> None:
     if getattr(sample, "remove_sample", False):
         raise ValueError("it returned a sample with remove_sample")
     known, tokens = session.tokens, [int(token) for token in sample.tokens]
-    same = next((i for i, (a, b) in enumerate(zip(tokens, known, strict=False)) if a != b), min(len(tokens), len(known)))
+    same = same_beginning(tokens, known)
     if same < len(known) and same < len(tokens):
         raise ValueError(f"sample.tokens differ at place {same} from the tokens that were posted and answered: keep those")
     first = len(tokens) - sample.response_length

@@ -14,6 +14,7 @@ from typing import Any
 
 from verst.config.text import is_unicode
 from verst.data.chat import ChatRenderer
+from verst.data.prompts import same_beginning
 from verst.rollout.sessions import SessionRefused
 from verst.rollout.user_loop import across
 from verst.types import Completion, Message, Reply, Sampling
@@ -183,7 +184,7 @@ class TokenSession:
             raise SessionRefused(f"tokens are to be a list of whole numbers: {error}") from error
         known = self._tokens
         if asked[: len(known)] != known:
-            same = next((i for i, (a, b) in enumerate(zip(asked, known, strict=False)) if a != b), min(len(asked), len(known)))
+            same = same_beginning(asked, known)
             raise SessionRefused(
                 f"the tokens differ at place {same} from the {len(known)} that were given and generated so far: hand over the tokens that "
                 "were generated, and not their text tokenised anew; begin with session.tokens"
